@@ -1,0 +1,177 @@
+"""The command `hsivi`. Imports stay inside the commands, so that --help answers at once."""
+
+import contextlib
+import os
+import re
+import sys
+
+import click
+
+from .interrupt import Interrupted
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Command(click.Command):
+    """A command whose help keeps the line breaks of its example."""
+
+    def format_epilog(self, context, formatter):
+        if self.epilog:
+            formatter.write_paragraph()
+            formatter.write(f"Example:\n  {self.epilog}\n")
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="hsivi_fast")
+def hsivi():
+    """Few-step samplers from diffusion models: HSIVI-SM, made fast."""
+
+
+@hsivi.command(cls=Command, epilog="hsivi train digits --outdir runs/a train.steps=400")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--outdir", help="The run's folder; runs/CONFIG by default. A run that is there is continued.")
+@click.option("--fresh", is_flag=True, help="Refuse to go on with a run that is there.")
+def train(config, overrides, outdir, fresh):
+    """Distil a teacher into a few-step sampler, and end with its table and report.
+
+    CONFIG is a name in configs/ (digits, digits_long, toy2d, smoke) or a YAML file.
+    """
+    from .config import load_config
+    from .evaluation import format_table
+    from .trainer import train
+
+    folder = train(load_config(config, overrides), outdir, fresh, progress=True)
+    rows = folder.read_json("results.json")
+    if rows:
+        click.echo("\n" + format_table(rows) + "\n")
+    click.echo(f"report: {folder.path / 'report.html'}\nsamples: {folder.path / 'samples'}")
+
+
+@hsivi.command(cls=Command, epilog="hsivi sample runs/digits --seeds 0-63 --outdir pictures")
+@click.argument("run")
+@click.option("--seeds", required=True, help="One seed an image: 0-63, or 1,5,9-12.")
+@click.option("--outdir", help="Where images go; samples/seeds in the run's folder by default.")
+@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+@click.option("--batch", default=250, show_default=True, help="Images per network call.")
+def sample(run, seeds, outdir, weights, batch):
+    """Draw images from a run: one PNG a seed and grid.png; for a 2-D target, points.npz.
+
+    A seed always gives the same image.
+    """
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    from .report import image_grid
+    from .run_folder import RunFolder
+    from .sampler import sample
+
+    numbers = parse_seeds(seeds)
+    folder = RunFolder(run)
+    target = _output_folder(outdir or folder.path / "samples" / "seeds")
+    with tqdm(total=len(numbers), unit="image", desc="sample", dynamic_ncols=True) as bar:
+        images = sample(folder, numbers, weights, batch, on_batch=bar.update).numpy()
+    if images.ndim == 2:
+        np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
+        click.echo(f"{len(images)} points: {target / 'points.npz'}")
+        return
+    for number, image in zip(numbers, images):
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(target / f"{number:06d}.png")
+    (target / "grid.png").write_bytes(image_grid(images[:256]))
+    click.echo(f"{len(images)} images and grid.png: {target}")
+
+
+@hsivi.command(name="eval", cls=Command, epilog="hsivi eval runs/digits --num-samples 5000")
+@click.argument("run")
+@click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
+@click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
+@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+def evaluate(run, num_samples, ref, weights):
+    """Measure the Frechet distance of a run's sampler."""
+    from tqdm import tqdm
+
+    from .evaluation import evaluate, format_table
+
+    if num_samples < 2:  # before a bar of such a length is drawn
+        raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
+    with tqdm(total=num_samples, unit="image", desc="eval", dynamic_ncols=True) as bar:
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update)
+    click.echo(format_table([row]))
+
+
+@hsivi.command(cls=Command, epilog="hsivi teacher digits --outdir runs/digits_teacher")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--outdir", help="Where teacher.safetensors goes; runs/CONFIG_teacher by default.")
+@click.option("--feature-network", is_flag=True, help="Train the metric's classifier instead, to features.safetensors.")
+def teacher(config, overrides, outdir, feature_network):
+    """Train a small noise-prediction teacher on the config's data, where no checkpoint can be had.
+
+    A teacher that was stopped goes on where it was.
+    """
+    from .config import load_config
+    from .teacher import train_feature_network, train_teacher
+
+    config = load_config(config, overrides)
+    target = _output_folder(outdir or f"runs/{config.name}_teacher")
+    file = (train_feature_network if feature_network else train_teacher)(config, target, progress=True)
+    click.echo(f"written: {file}")
+
+
+@hsivi.command(cls=Command, epilog="hsivi report runs/digits")
+@click.argument("run")
+def report(run):
+    """Draw a run's pictures and report.html again."""
+    from .report import write_report
+    from .run_folder import RunFolder
+
+    click.echo(f"report: {write_report(RunFolder(run))}")
+
+
+def parse_seeds(text):
+    """"0-63" or "1,5,9-12" -> list of ints; ValueError for anything else."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match:
+            raise ValueError(f"seeds: {text!r} is not understood; write 0-63 or 1,5,9-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"seeds: {part.strip()!r} runs backwards; write {last}-{first}")
+        if last >= 2**63:
+            raise ValueError(f"seeds: {last} is too large; a seed is below 2^63")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def _output_folder(path):
+    from pathlib import Path
+
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def main():
+    """Run the command: exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption."""
+    try:
+        hsivi.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("aborted", 130)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("HSIVI_TRACEBACK"):
+            raise
+        _fail(" ".join(str(error).split()), 2)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.signal_number)
+
+
+def _fail(message, code):
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"hsivi: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,294 @@
+"""A run is one YAML file plus dotted overrides; this file says what may stand in it.
+
+OmegaConf reads and merges, pydantic checks types and ranges. `load_config` is the way in; everything that it returns is a
+frozen dataclass, and everything that is wrong with the input is a ValueError of one line that names the key.
+"""
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Optional, Union
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+CONFIGS = Path(__file__).parent / "configs"
+if not CONFIGS.is_dir():  # a checkout, or an editable install: configs/ stands at the repository's root
+    CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+ASSETS = Path(__file__).parent / "assets"
+
+frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+def _finite(value):
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("must be a finite number")
+    return float(value)
+
+
+Number = Annotated[Union[StrictInt, StrictFloat], AfterValidator(_finite)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Natural = Annotated[StrictInt, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+@frozen
+class NetworkConfig:
+    """The noise-prediction network: a `name` known to `nets`, or a `family` with its sizes, or both (overrides)."""
+
+    name: Optional[StrictStr] = None
+    family: Optional[Literal["ddpm", "adm", "mlp"]] = None
+    image_channels: Optional[Count] = None
+    image_size: Optional[Count] = None
+    channels: Optional[Count] = None
+    multipliers: Optional[tuple[Count, ...]] = None
+    res_blocks: Optional[Count] = None
+    attention: Optional[tuple[Union[StrictBool, Count], ...]] = None  # ddpm: true or false a level; adm: downsampling factors
+    heads: Optional[Count] = None  # adm
+    out_channels: Optional[Count] = None  # adm
+    norm_groups: Optional[Count] = None
+    norm_eps: Optional[Positive] = None
+    layers: Optional[Count] = None  # mlp
+    time_channels: Optional[Count] = None  # mlp
+
+
+@frozen
+class TeacherConfig:
+    """The frozen teacher: a checkpoint of `network`, or the exact score of a 2-D `target`; and the noise that it was trained with."""
+
+    checkpoint: Optional[StrictStr] = None
+    target: Optional[Literal["checkerboard", "ring", "swiss_roll"]] = None
+    betas: Literal["linear", "cosine"] = "linear"
+    steps: Annotated[StrictInt, Field(ge=2)] = 1000
+
+
+@frozen
+class GammaConfig:
+    """The shape of the learned noise scale log_gamma: one for all layers or one a layer, one number or one a pixel."""
+
+    per_step: StrictBool = False
+    per_pixel: StrictBool = True
+
+
+@frozen
+class RolloutConfig:
+    """How training states are made: `fresh` for every update, or `pooled`, one rollout for all updates of a cycle."""
+
+    mode: Literal["pooled", "fresh"] = "pooled"
+    redraw: Count = 1  # pooled: how often each stored mean is used, each time with new noise
+    chunk: Count = 4096  # the largest batch of one rollout call, for memory
+
+
+@frozen
+class TrainConfig:
+    """The distillation; `steps` counts updates of the score network."""
+
+    steps: Count = 200000
+    batch_size: Count = 128  # over all processes
+    f_learning_times: Count = 20  # every so many steps the student is updated too
+    student_lr: Positive = 1.6e-5
+    score_net_lr: Positive = 8.0e-5
+    warmup: Natural = 2500
+    lr_rule: Literal["decay", "cosine", "constant"] = "decay"
+    clip: Positive = 1.0
+    ema: Fraction = 0.999
+
+
+@frozen
+class EvalConfig:
+    """What is measured: every `every` steps (0: only at the end), on `seeds` sets of `num_samples` images (0: never)."""
+
+    every: Natural = 0
+    num_samples: Natural = 500
+    seeds: Count = 3
+    metric: Optional[Literal["digits", "plane"]] = None
+    ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)
+
+
+@frozen
+class TeacherTrainConfig:
+    """`hsivi teacher`: the DDPM loss on `data`."""
+
+    steps: Count = 6000
+    batch_size: Count = 128
+    lr: Positive = 1.0e-3
+    warmup: Natural = 200
+    ema: Fraction = 0.999
+
+
+@frozen
+class Config:
+    """One run. README, section "Configs", has the same list in words."""
+
+    network: NetworkConfig
+    teacher: TeacherConfig
+    nfe: Count
+    data: Optional[Literal["digits"]] = None  # reference images for the metric, and the teacher's training data
+    spacing: Literal["quad", "uniform"] = "quad"
+    eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
+    gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    teacher_train: TeacherTrainConfig = dataclasses.field(default_factory=TeacherTrainConfig)
+    log_every: Count = 100
+    save_every: Count = 5000
+    name: StrictStr = "run"
+
+
+def load_config(config, overrides=()):
+    """Read a run's configuration.
+
+    `config` is a name in configs/ ("digits") or the path of a YAML file; `overrides` are strings "train.steps=400".
+    A teacher checkpoint given as a relative path is looked for beside the file, in the working directory, and among the
+    teachers that ship with the package.
+    Returns a frozen `Config`. Raises ValueError, in one line, for whatever is wrong.
+    """
+    from omegaconf import OmegaConf
+
+    path = _find(config)
+    try:
+        values = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: {error}") from None
+    except Exception as error:  # whatever the YAML parser raises: its message spans lines
+        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(values):
+        raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
+    values = _plain(values, f"config {path}")
+    if isinstance(values.get("network"), str):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
+        values["network"] = {"name": values["network"]}
+    for override in overrides:
+        values = _override(values, override)
+    values.setdefault("name", Path(path).stem)
+    values = _with_checkpoint_path(values, Path(path).parent)
+    return _validated(values)
+
+
+def resolved_dict(config):
+    """The configuration as plain nested dicts, lists and scalars, as config.yaml in a run's folder holds it."""
+    return _listed(dataclasses.asdict(config))
+
+
+def config_from_dict(values):
+    """The inverse of `resolved_dict`; raises ValueError like `load_config`."""
+    return _validated(values)
+
+
+def _find(config):
+    config = str(config)
+    named = CONFIGS / f"{config}.yaml"
+    if named.is_file() and "/" not in config:
+        return named
+    if Path(config).is_file():
+        return Path(config)
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    raise ValueError(f"config {config!r}: neither a file nor one of {', '.join(known)}")
+
+
+def _plain(values, where):
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.to_container(values, resolve=True)
+    except Exception as error:  # an interpolation that leads nowhere
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override(values, override):
+    """Merge one "a.b=value" into the nested dict."""
+    from omegaconf import OmegaConf
+
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"override {override!r}: expected key=value, as in train.steps=400")
+    _check_known(key.strip())
+    if key.strip() == "network":
+        return {**values, "network": {"name": text.strip()}}
+    try:
+        change = OmegaConf.from_dotlist([override])
+        return _plain(OmegaConf.merge(OmegaConf.create(values), change), f"override {override!r}")
+    except ValueError:
+        raise
+    except Exception as error:  # the YAML of the value
+        raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
+
+
+def _with_checkpoint_path(values, folder):
+    """Replace a relative teacher checkpoint by the absolute path where it is found; leave what is not found for the loader to name."""
+    teacher = values.get("teacher")
+    checkpoint = teacher.get("checkpoint") if isinstance(teacher, dict) else None
+    if isinstance(checkpoint, str) and not os.path.isabs(checkpoint):
+        for base in (folder, Path.cwd(), ASSETS):
+            if (base / checkpoint).exists():
+                return {**values, "teacher": {**teacher, "checkpoint": str((base / checkpoint).resolve())}}
+    return values
+
+
+def _validated(values):
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from None
+    if (config.teacher.checkpoint is None) == (config.teacher.target is None):
+        raise ValueError("teacher: give either a checkpoint or a 2-D target")
+    if config.precision != "fp32":
+        raise ValueError(f"precision: {config.precision!r} is not built yet; this version runs in fp32")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.train.batch_size % processes:
+        raise ValueError(f"train.batch_size: {config.train.batch_size} cannot be split over {processes} processes; use a multiple of {processes}")
+    return config
+
+
+def _first_problem(error):
+    """One line for the first thing that pydantic found: an unknown key before anything else, since it explains the rest."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
+    # Branches of a union stand in the location beside the keys: keep what is a key or an index.
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or part in _key_parts())
+    if problem["type"] == "unexpected_keyword_argument":
+        return _unknown(".".join(str(part) for part in problem["loc"]))
+    if problem["type"] == "missing":
+        return f"{key}: missing; a run must say it"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r}"
+
+
+def known_keys(cls=Config, prefix=""):
+    """All dotted keys of the configuration."""
+    keys = []
+    for field in dataclasses.fields(cls):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys += known_keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _key_parts():
+    return {part for key in known_keys() for part in key.split(".")}
+
+
+def _check_known(key):
+    if key.split("[")[0] not in known_keys():
+        raise ValueError(_unknown(key))
+
+
+def _unknown(key):
+    parent = key.rpartition(".")[0]
+    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    siblings = [known for known in known_keys() if known.rpartition(".")[0] == parent]
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings or known_keys())}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _listed(value):
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value

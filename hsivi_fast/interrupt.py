@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM as a wish that a training loop reads, so that a run saves itself before it ends."""
+
+import signal
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and was saved first; `signal_number` says by what."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Within `with StopRequest() as stop`, `stop.requested` becomes the signal's number; a second signal ends the process at once."""
+
+    def __init__(self):
+        self.requested = None
+        self._before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: the signals belong to whoever called us there
+                break
+        return self
+
+    def _note(self, number, frame):
+        self.requested = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,28 @@
+"""The two losses of the minimax game, with their gradients in closed form (all from one pass over the tensors).
+
+With g = f - e, sigma = sigma_{k-1} and z the noise that made x_{k-1}:
+
+    loss_f   = (1/B) sum sigma^2 (f - z/gamma)^2                   denoising score matching (Vincent 2011)
+    loss_phi = (1/B) sum sigma^2 (2 g (z/gamma - e) - g^2)         Fisher divergence in minimax form (HSIVI-SM)
+"""
+
+from .. import ops
+
+
+def score_net_loss_and_grads(f, layer, k, log_gamma, seeds, redraw=0, noise=None):
+    """Loss of the score network f(x_{k-1}) [B, *event] of layers k [B]: (losses [B] whose mean is the loss, d loss / d f).
+
+    The noise is the one that made x_{k-1}: addressed by (seeds, k, redraw), or given.
+    """
+    return ops.denoising_loss_and_grads(f, layer.weight[k], layer.scale[k], layer.rows(log_gamma), seeds, k, redraw, noise)
+
+
+def student_loss_and_grads(f, e, layer, k, log_gamma, seeds, redraw=0, noise=None):
+    """Loss of the student at x_{k-1}, given the score network's f and the teacher's e, both [B, *event].
+
+    Returns (losses [B] whose mean is the loss, d loss / d f, d loss / d e, the direct d loss / d log_gamma). What reaches
+    the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the networks.
+    """
+    losses, grad_f, grad_e, grad_rows = ops.fisher_loss_and_grads(
+        f, e, layer.weight[k], layer.scale[k], layer.rows(log_gamma), seeds, k, redraw, noise)
+    return losses, grad_f, grad_e, grad_rows.reshape(log_gamma.shape)

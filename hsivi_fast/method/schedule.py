@@ -1,0 +1,59 @@
+"""Noise levels of the teacher and the knots at which a few-step sampler visits them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def signal_levels(betas, steps):
+    """alpha_bar_t = prod (1 - beta) for t = 0 .. steps-1, float64 [steps].
+
+    `linear`: beta from 1e-4 to 0.02 (Ho et al. 2020, section 4). `cosine`: Nichol & Dhariwal 2021, eq. 17.
+    """
+    if betas == "linear":
+        beta = np.linspace(1e-4, 0.02, steps)
+    elif betas == "cosine":
+        level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - level[1:] / level[:-1], 0.999)
+    else:
+        raise ValueError(f"teacher.betas: {betas!r} is unknown; choose linear or cosine")
+    return np.cumprod(1 - beta)
+
+
+def knots(spacing, nfe, steps, drop_doubles=False):
+    """tau_0 < ... < tau_K, int64 [K + 1], K = nfe.
+
+    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)). Raises ValueError where two knots
+    fall together, unless `drop_doubles`, which then gives fewer than K layers (for a DDIM baseline of many steps).
+    """
+    if nfe < 1 or nfe >= steps:
+        raise ValueError(f"nfe: {nfe} layers do not fit a teacher of {steps} steps")
+    if spacing == "quad":
+        times = np.round(np.linspace(0, np.sqrt(0.8 * steps), nfe + 1) ** 2).astype(np.int64)
+    elif spacing == "uniform":
+        times = np.arange(nfe + 1, dtype=np.int64) * (steps // (nfe + 1))
+    else:
+        raise ValueError(f"spacing: {spacing!r} is unknown; choose quad or uniform")
+    distinct = np.unique(times)
+    if len(distinct) <= nfe and not drop_doubles:
+        raise ValueError(f"nfe: {nfe} layers with {spacing} spacing repeat a timestep; use fewer layers or another spacing")
+    return distinct
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Knots tau_k (int64) and alpha_bar at them (float64), both [K + 1]."""
+
+    timesteps: np.ndarray
+    alpha_bar: np.ndarray
+
+    @property
+    def nfe(self):
+        """K, the number of layers."""
+        return len(self.timesteps) - 1
+
+
+def make_schedule(betas, steps, spacing, nfe, drop_doubles=False):
+    """The schedule of a sampler with `nfe` layers for a teacher of `steps` steps; see `knots` and `signal_levels`."""
+    timesteps = knots(spacing, nfe, steps, drop_doubles)
+    return Schedule(timesteps, signal_levels(betas, steps)[timesteps])

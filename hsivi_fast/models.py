@@ -1,0 +1,64 @@
+"""From a configuration to its layer, teacher, student and score network."""
+
+import copy
+
+import torch
+
+from .method.layer import Layer, attach_log_gamma
+from .method.schedule import make_schedule, signal_levels
+from .nets import build_unet
+from .nets.checkpoints import load_weights, read_weights
+from .targets import CorrectedTeacher, MixtureTeacher
+
+
+def choose_device(name):
+    """The torch device of "auto", "cpu" or "cuda:N"; ValueError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def build_layer(config, device):
+    """The semi-implicit layers of a run."""
+    return Layer(_schedule(config, config.nfe), config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
+
+
+def build_ddim_layer(config, nfe, eta, device):
+    """The layers of DDIM with the run's betas and spacing; with many steps, knots that fall together are dropped."""
+    return Layer(_schedule(config, nfe, drop_doubles=True), eta, per_step=False, per_pixel=False).to(device)
+
+
+def _schedule(config, nfe, drop_doubles=False):
+    return make_schedule(config.teacher.betas, config.teacher.steps, config.spacing, nfe, drop_doubles)
+
+
+def load_teacher(config, device):
+    """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`."""
+    if config.teacher.target is not None:
+        teacher = MixtureTeacher(config.teacher.target, signal_levels(config.teacher.betas, config.teacher.steps))
+    else:
+        teacher = build_unet(config.network)
+        load_weights(teacher, read_weights(config.teacher.checkpoint), config.teacher.checkpoint)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def build_student(config, teacher, layer):
+    """The student: a trainable network that starts as the teacher, with `log_scaled_gamma` = 0."""
+    return attach_log_gamma(_trainable(config, teacher), layer).to(layer.tau.device)
+
+
+def build_score_net(config, teacher):
+    """The score network f, which starts as the teacher."""
+    return _trainable(config, teacher)
+
+
+def _trainable(config, teacher):
+    if isinstance(teacher, MixtureTeacher):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            correction = build_unet(config.network)
+        return CorrectedTeacher(teacher, correction.to(teacher.means.device))
+    return copy.deepcopy(teacher).requires_grad_(True)

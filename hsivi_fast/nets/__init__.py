@@ -1,0 +1,59 @@
+"""The networks: two UNet families and an MLP, with the parameter names of the published checkpoints."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+
+from .adm_unet import ADMUNet
+from .ddpm_unet import DDPMUNet
+from .mlp import MLP
+
+FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP}
+
+# The published networks, and the small ones that this project trains itself.
+NETWORKS = {
+    "digits": dict(family="ddpm", image_channels=1, image_size=8, channels=32, multipliers=(1, 2, 2), res_blocks=1, attention=(False, True, False), norm_groups=8),
+    "mnist": dict(family="ddpm", image_channels=1, image_size=32, channels=32, multipliers=(1, 2, 2, 2), res_blocks=1, attention=(False, False, True, False)),
+    "cifar10": dict(family="ddpm", image_channels=3, image_size=32, channels=128, multipliers=(1, 2, 2, 2), res_blocks=2, attention=(False, True, False, False)),
+    "celeba64": dict(family="ddpm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 2, 2, 4), res_blocks=2, attention=(False, False, True, False, False)),
+    "imagenet64": dict(family="adm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 3, 4), res_blocks=3, attention=(4, 8), heads=4, out_channels=6),
+    "toy2d": dict(family="mlp", channels=64, layers=3),
+}
+
+
+def build_unet(network):
+    """Build a noise-prediction network with fresh random weights.
+
+    `network` is a name of `NETWORKS`, or a mapping or dataclass with `family` and the arguments of that family's class;
+    with `name` it starts from that named network and overrides what else is given. Entries that are None are left out.
+
+    Returns a module with `event_shape` and forward(x [B, *event_shape] float, t [B] int) -> [B, *event_shape].
+    Raises ValueError for an unknown name, family or argument, or sizes that do not fit each other.
+    """
+    arguments = network_arguments(network)
+    family = arguments.pop("family", None)
+    if family not in FAMILIES:
+        raise ValueError(f"network.family: {family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    known = inspect.signature(FAMILIES[family]).parameters
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"network.{key}: the family {family} has no such setting; it has {', '.join(known)}")
+    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
+    if missing:
+        raise ValueError(f"network: the family {family} needs {', '.join(missing)}")
+    return FAMILIES[family](**arguments)
+
+
+def network_arguments(network):
+    """The full description of a network (see `build_unet`) as a new dict: named defaults with the overrides applied."""
+    if isinstance(network, str):
+        network = {"name": network}
+    elif is_dataclass(network):
+        network = asdict(network)
+    elif not isinstance(network, Mapping):
+        raise ValueError(f"network: expected a name or a mapping, got {network!r}")
+    given = {key: value for key, value in network.items() if value is not None}
+    name = given.pop("name", None)
+    if name is not None and name not in NETWORKS:
+        raise ValueError(f"network: {name!r} is unknown; choose one of {', '.join(NETWORKS)} or describe one with family, channels, ...")
+    return {**NETWORKS.get(name, {}), **given}

@@ -1,0 +1,36 @@
+"""Building blocks that the UNet families share: group normalisation through `ops`, attention, timestep embeddings."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import ops
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, optionally followed by a per-sample scale and shift and by SiLU, as one call of `ops`.
+
+    It holds exactly the parameters of `torch.nn.GroupNorm` (`weight` [C], `bias` [C]), so checkpoints keep their layout.
+    """
+
+    def forward(self, x, silu=False, scale=None, shift=None):
+        """Normalise x [B, C, H, W]; scale and shift are [B, C] or None (y = norm(x) (1 + scale) + shift, before SiLU)."""
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift)
+
+
+def attention(q, k, v):
+    """Scaled dot-product attention over pixels; q, k, v are [B, heads, d, N] and so is the result."""
+    q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+
+
+def timestep_frequencies(half, spread, device):
+    """Geometric frequencies 1 .. 1/10000, [half]; `spread` is how many steps the factor 10000 is spread over."""
+    return torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / spread))
+
+
+def upsample(x):
+    """Double the resolution of x [B, C, H, W] by repeating pixels."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,0 +1,53 @@
+"""Optimizer, learning-rate rules and the exponential moving average of weights."""
+
+import math
+
+import torch
+
+
+def learning_rate(rule, base, step, warmup, total):
+    """The rate of step 1, 2, ...: linear warm-up over `warmup` steps, then by rule.
+
+    `decay`: base 0.9^(step // 3000). `cosine`: from base to base 0.9^(total // 3000) over step / total. `constant`: base.
+    """
+    if step <= warmup:
+        return base * step / warmup
+    if rule == "decay":
+        return base * 0.9 ** (step // 3000)
+    if rule == "cosine":
+        floor = base * 0.9 ** (total // 3000)
+        return floor + (base - floor) * (1 + math.cos(math.pi * step / total)) / 2
+    if rule == "constant":
+        return base
+    raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine or constant")
+
+
+def adam(parameters):
+    """Adam(0.9, 0.999) with amsgrad, in torch's fused form; the rate is set before every step."""
+    return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True)
+
+
+class EMA:
+    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n."""
+
+    def __init__(self, network, decay):
+        self.decay = decay
+        self.updates = 0
+        self.parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network):
+        """Move towards the network's present parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.parameters.values()), [parameter.detach() for parameter in network.parameters()], 1 - decay)
+
+    def state_dict(self):
+        """Name -> tensor: the averaged parameters, in the network's order and layout."""
+        return self.parameters
+
+    def load_state_dict(self, parameters, updates):
+        """Take over averaged parameters and the number of updates behind them."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(parameters[name])
+        self.updates = updates

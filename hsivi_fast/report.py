@@ -1,0 +1,173 @@
+"""Pictures of a run: sample grids, distance against NFE, loss curves, and one self-contained HTML page with all of them."""
+
+import base64
+import html
+import io
+
+import numpy as np
+
+from .data import to_uint8
+from .evaluation import sampler_title, table_lines
+from .models import load_teacher
+from .sampler import ddim_sampler, load_sampler
+
+GRID = 8  # rows and columns of a sample grid
+PLANE_POINTS = 20000
+TEACHER_NFE = 50  # what "teacher" means beside a few-step sampler: DDIM with many evaluations
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --text: #1d2430; --back: #fff; --line: #d7dce3; --card: #f5f7fa; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --text: #e4e8ee; --back: #14181e; --line: #384150; --card: #1d232c; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }} th:first-child, td:first-child {{ text-align: left; }}
+.pictures {{ display: flex; flex-wrap: wrap; gap: 1rem; }} figure {{ margin: 0; flex: 1 1 16rem; }}
+img {{ max-width: 100%; height: auto; background: #fff; border-radius: 4px; }} .pictures img {{ width: 100%; image-rendering: pixelated; }}
+figcaption {{ font-size: .9rem; }} pre {{ background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{summary}</p>
+{sections}
+</body></html>
+"""
+
+
+def write_report(folder, teacher=None):
+    """Draw a run's pictures into its samples/ folder and write report.html. Returns the page's path.
+
+    The run needs a checkpoint; the table and its picture are left out where it was not measured.
+    """
+    config = folder.config()
+    student, _, step = load_sampler(folder, "ema")
+    teacher = teacher or load_teacher(config, student.layer.tau.device)
+    results, metrics = folder.read_json("results.json", []), folder.metrics()
+    samplers = {
+        f"teacher (DDIM, {TEACHER_NFE} evaluations)": ddim_sampler(config, teacher, TEACHER_NFE, 0.0),
+        f"DDIM, {config.nfe} evaluations": ddim_sampler(config, teacher, config.nfe, 0.0),
+        f"HSIVI, {config.nfe} evaluations": student,
+    }
+    if config.teacher.target is not None:
+        pictures = {"samples": _densities(teacher, samplers, config)}
+    else:
+        pictures = {title: image_grid(to_uint8(sampler(range(GRID**2))).cpu().numpy()) for title, sampler in samplers.items()}
+
+    for (title, image), stem in zip(pictures.items(), ("teacher", "ddim", "hsivi") if len(pictures) > 1 else ("density",)):
+        (folder.path / "samples" / f"{stem}.png").write_bytes(image)
+    sections = ["<h2>Samples</h2>" + ("<p>The same seeds in all three.</p>" if len(pictures) > 1 else "") + _figures(pictures)]
+    if results:
+        sections.append(f"<h2>Table</h2>{_html_table(results)}")
+        curve = _distance_against_nfe(results)
+        (folder.path / "samples" / "distance_vs_nfe.png").write_bytes(curve)
+        sections.append(f"<h2>Distance against network evaluations</h2>{_image(curve, 'distance against NFE')}")
+    if metrics:
+        curves = _loss_curves(metrics)
+        (folder.path / "samples" / "losses.png").write_bytes(curves)
+        sections.append(f"<h2>Training</h2>{_image(curves, 'loss curves')}")
+    sections.append(f"<h2>Configuration</h2><pre>{html.escape((folder.path / 'config.yaml').read_text())}</pre>")
+    summary = f"{config.nfe} network evaluations per sample; {step} updates of the score network, {step // config.train.f_learning_times} of the student."
+    page = folder.path / "report.html"
+    page.write_text(PAGE.format(title=html.escape(f"hsivi_fast: {config.name}"), summary=summary, sections="\n".join(sections)))
+    return page
+
+
+def image_grid(images, columns=GRID, scale=None):
+    """PNG bytes of uint8 images [N, C, H, W] in a grid, each pixel enlarged so that a picture is at least 32 wide."""
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    scale = scale or max(1, 32 // width)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 96, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        canvas[top:top + height, left:left + width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return _png(lambda file: picture.save(file, format="PNG"))
+
+
+def _densities(target, samplers, config):
+    """Density of the exact target and of every sampler, side by side."""
+    plots = {"target": target.samples(PLANE_POINTS)}
+    plots.update({title: sampler(range(PLANE_POINTS), PLANE_POINTS).cpu() for title, sampler in samplers.items()})
+    figure, axes = _figure(1, len(plots), width=3.2 * len(plots), height=3.4)
+    for axis, (title, points) in zip(axes.flat, plots.items()):
+        counts, _, _ = np.histogram2d(*points.T.numpy(), bins=120, range=[[-2.7, 2.7]] * 2)
+        axis.imshow(np.sqrt(counts.T), origin="lower", cmap="magma", extent=[-2.7, 2.7] * 2)
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
+    return _png(lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
+
+
+def _distance_against_nfe(rows):
+    column = "frechet_distance" if "frechet_distance" in rows[0] else "js_divergence"
+    figure, axes = _figure(1, 1, width=6, height=3.8)
+    axis = axes.flat[0]
+    ddim = sorted((row["nfe"], row[column]) for row in rows if row["sampler"] == "ddim")
+    axis.plot(*zip(*ddim), "o-", color="0.45", label="DDIM (teacher)")
+    for row, marker, color in zip((row for row in rows if row["sampler"] != "ddim"), "sD^", ("tab:blue", "tab:red", "tab:orange")):
+        axis.plot(row["nfe"], row[column], marker, color=color, markersize=9, label=sampler_title(row["sampler"]))
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ticks = sorted({row["nfe"] for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("network evaluations per sample")
+    axis.set_ylabel(column.replace("_", " "))
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    return _png(lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
+
+
+def _loss_curves(metrics):
+    measured = [(record["step"], record["metric"]) for record in metrics if record.get("metric") is not None]
+    panels = [("loss_score_net", "score network's loss"), ("loss_student", "student's loss")]
+    figure, axes = _figure(1, len(panels) + bool(measured), width=4.2 * (len(panels) + bool(measured)), height=3.2)
+    for axis, (key, title) in zip(axes.flat, panels):
+        points = [(record["step"], record[key]) for record in metrics if record.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points), color="tab:blue")
+        axis.set_title(title, fontsize=10)
+    if measured:
+        axes.flat[-1].plot(*zip(*measured), "o-", color="tab:red")
+        axes.flat[-1].set_title("distance during training", fontsize=10)
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    return _png(lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
+
+
+def _figure(rows, columns, width, height):
+    """A figure without pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(rows, columns))
+
+
+def _png(save):
+    file = io.BytesIO()
+    save(file)
+    return file.getvalue()
+
+
+def _image(png, description):
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _figures(pictures):
+    if len(pictures) == 1:
+        return "".join(_image(png, title) for title, png in pictures.items())
+    return '<div class="pictures">' + "".join(
+        f"<figure>{_image(png, title)}<figcaption>{html.escape(title)}</figcaption></figure>" for title, png in pictures.items()) + "</div>"
+
+
+def _html_table(rows):
+    head, *body = table_lines(rows)
+    cells = lambda line, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
+    return '<div class="scroll"><table>' + cells(head, "th") + "".join(cells(line, "td") for line in body) + "</table></div>"

@@ -1,0 +1,157 @@
+"""Where training states come from: trajectories of the student, rolled `pooled` (once a cycle) or `fresh` (for every update).
+
+A cycle is `f_learning_times` updates of the score network; between two student updates the student does not change, so one
+rollout serves a whole cycle: each trajectory gives K training pairs. Every number here is a function of (run seed,
+counter), so nothing of a rollout has to be saved: it is rolled again when a run goes on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+
+# Purposes of the run seed's random numbers (the last word of the Philox counter), so that no two uses share numbers.
+POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET_LAYERS, SCORE_NET_SEEDS = range(1, 8)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """States of one update: x is x_{k-1} for the score network and x_k for the student, [B, *event]; k [B].
+
+    The noise that makes x_{k-1} from x_k has the address (seeds [B], stream k, redraw), unless `noise` [B, *event] is given.
+    """
+
+    x: torch.Tensor
+    k: torch.Tensor
+    seeds: torch.Tensor
+    redraw: torch.Tensor | int = 0
+    noise: torch.Tensor | None = None
+
+
+def draw_layers(run_seed, purpose, step, batch_size, nfe):
+    """Layers k in 1 .. nfe for one update, int64 [B], in antithetic pairs: B//2 + 1 draws k, then nfe + 1 - k, cut to B."""
+    bits = ops.integers(run_seed, purpose, step, batch_size // 2 + 1) & 0xFFFFFFFF
+    k = 1 + (bits * nfe >> 32)
+    return torch.cat([k, nfe + 1 - k])[:batch_size]
+
+
+@torch.no_grad()
+def roll_down(student, layer, x, k, seeds, noise=None):
+    """Roll x = x_K [B, *event] down through the student and return each sample's x_k, k [B] on the CPU.
+
+    The whole batch goes down to the lowest layer drawn. seeds [B] address the noise; `noise` [rolled layers, B, *event]
+    replaces it, layer K first.
+    """
+    k = k.to(x.device)
+    picked = x
+    for index, current in enumerate(range(layer.nfe, int(k.min()), -1)):
+        layers = torch.full_like(k, current)
+        eps_hat = student(x, layer.tau[layers])
+        x = layer.step(x, eps_hat, layers, student.log_scaled_gamma, seeds, noise=None if noise is None else noise[index])
+        picked = torch.where((k == current - 1).reshape(-1, *[1] * (x.ndim - 1)), x, picked)
+    return picked
+
+
+class FreshRollout:
+    """New trajectories of the whole batch for every update, as the published code does."""
+
+    def __init__(self, config, layer, event_shape):
+        self.layer, self.event_shape = layer, event_shape
+        self.run_seed, self.batch_size = config.seed, config.train.batch_size
+
+    def start_cycle(self, student, cycle):
+        """Nothing to prepare."""
+
+    def student_batch(self, student, step):
+        """States x_k for a student update."""
+        return self._roll(student, step, STUDENT_LAYERS, STUDENT_SEEDS)
+
+    def score_net_batch(self, student, step):
+        """States x_{k-1} for an update of the score network."""
+        batch = self._roll(student, step, SCORE_NET_LAYERS, SCORE_NET_SEEDS)
+        return one_layer_on(student, self.layer, batch)
+
+    def _roll(self, student, step, layers_purpose, seeds_purpose):
+        device = self.layer.tau.device
+        k = draw_layers(self.run_seed, layers_purpose, step, self.batch_size, self.layer.nfe)
+        seeds = ops.integers(self.run_seed, seeds_purpose, step, self.batch_size, device)
+        x = ops.draw_noise(seeds, 0, self.event_shape)  # x_K
+        return Batch(roll_down(student, self.layer, x, k, seeds), k.to(device), seeds)
+
+
+@torch.no_grad()
+def one_layer_on(student, layer, batch):
+    """The batch one layer further down: x_{k-1} in the place of x_k, its noise at the same address."""
+    eps_hat = student(batch.x, layer.tau[batch.k])
+    x = layer.step(batch.x, eps_hat, batch.k, student.log_scaled_gamma, batch.seeds, batch.redraw, batch.noise)
+    return Batch(x, batch.k, batch.seeds, batch.redraw, batch.noise)
+
+
+class PooledRollout:
+    """One rollout of ceil(f_learning_times B / (K redraw)) trajectories right after each student update.
+
+    All their transitions, shuffled, are the cycle's minibatches. With `redraw` r > 1 each stored mean is used r times,
+    with new noise each time. The next student update takes its x_k from the same pool: they are still on-policy.
+    """
+
+    def __init__(self, config, layer, event_shape):
+        self.layer, self.event_shape = layer, event_shape
+        self.run_seed, self.batch_size = config.seed, config.train.batch_size
+        self.cycle_length = config.train.f_learning_times
+        self.redraws, self.chunk = config.rollout.redraw, config.rollout.chunk
+        self.trajectories = -(-self.cycle_length * self.batch_size // (layer.nfe * self.redraws))
+
+    @torch.no_grad()
+    def start_cycle(self, student, cycle):
+        """Roll the pool of a cycle with the student as it is now."""
+        device = self.layer.tau.device
+        self.seeds = ops.integers(self.run_seed, POOL_SEEDS, cycle, self.trajectories, device)  # [N]
+        nfe, count = self.layer.nfe, self.trajectories
+        self.states = torch.empty(nfe + 1, count, *self.event_shape, device=device)  # x_k at index k
+        self.means = torch.empty(nfe, count, *self.event_shape, device=device) if self.redraws > 1 else None  # of x_{k-1} at k - 1
+        for first in range(0, count, self.chunk):
+            part = slice(first, first + self.chunk)
+            seeds = self.seeds[part]
+            x = self.states[nfe, part] = ops.draw_noise(seeds, 0, self.event_shape)
+            for current in range(nfe, 0, -1):
+                k = torch.full((len(seeds),), current, dtype=torch.int64, device=device)
+                eps_hat = student(x, self.layer.tau[k])
+                if self.redraws > 1:
+                    self.means[current - 1, part] = self.layer.mean(x, eps_hat, k)
+                x = self.states[current - 1, part] = self.layer.step(x, eps_hat, k, student.log_scaled_gamma, seeds)
+        # Every redraw goes through all transitions in an order of its own: position -> transition.
+        transitions = nfe * count
+        orders = [ops.integers(self.run_seed, POOL_ORDER, cycle * self.redraws + r, transitions, device).argsort(stable=True) for r in range(self.redraws)]
+        self.order = torch.cat(orders)
+
+    @torch.no_grad()
+    def score_net_batch(self, student, step):
+        """Minibatch number step % f_learning_times of the pool: x_{k-1} and the address of its noise."""
+        first = (step % self.cycle_length) * self.batch_size
+        transition = self.order[first:first + self.batch_size]  # [B], trajectory + count * (k - 1)
+        k, trajectory = transition // self.trajectories + 1, transition % self.trajectories
+        seeds = self.seeds[trajectory]
+        if self.redraws == 1:
+            return Batch(self.states[k - 1, trajectory], k, seeds)
+        position = torch.arange(first, first + len(transition), device=k.device)
+        redraw = position // (self.layer.nfe * self.trajectories)  # [B]
+        x = self.layer.redraw(self.means[k - 1, trajectory], k, student.log_scaled_gamma, seeds, redraw)
+        return Batch(x, k, seeds, redraw)
+
+    def student_batch(self, student, step):
+        """States x_k from the pool, with antithetic layers and new noise."""
+        device = self.layer.tau.device
+        k = draw_layers(self.run_seed, STUDENT_LAYERS, step, self.batch_size, self.layer.nfe).to(device)
+        bits = ops.integers(self.run_seed, STUDENT_STATES, step, self.batch_size, device) & 0xFFFFFFFF
+        trajectory = bits * self.trajectories >> 32
+        return Batch(self.states[k, trajectory], k, ops.integers(self.run_seed, STUDENT_SEEDS, step, self.batch_size, device))
+
+
+def build_rollout(config, layer, event_shape):
+    """The rollout that the configuration names. Raises ValueError for a setting that its mode does not have."""
+    if config.rollout.mode == "pooled":
+        return PooledRollout(config, layer, event_shape)
+    if config.rollout.redraw != 1:
+        raise ValueError(f"rollout.redraw: {config.rollout.redraw} needs rollout.mode=pooled; fresh states are used once")
+    return FreshRollout(config, layer, event_shape)

@@ -1,0 +1,92 @@
+"""The few-step sampler: K layers from noise to image, one seed per image. DDIM is the same code with the teacher in it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+from .data import to_uint8
+from .models import build_ddim_layer, build_layer, build_student, choose_device, load_teacher
+from .nets.checkpoints import load_weights
+from .run_folder import RunFolder
+
+WEIGHTS = ("ema", "raw")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A noise-prediction network with the layers that it runs through; log_gamma in the layers' shape."""
+
+    network: torch.nn.Module
+    layer: torch.nn.Module
+    log_gamma: torch.Tensor
+
+    @torch.no_grad()
+    def __call__(self, seeds, batch_size=250, on_batch=None):
+        """Draw one sample a seed: seeds, a sequence of ints -> float32 [N, *event] on the network's device.
+
+        A sample depends on its own seed alone, not on the batch that it is drawn in. `on_batch(n)` is called after every
+        batch with the number of samples in it. Raises ValueError for no seeds or a batch of none.
+        """
+        if len(seeds) == 0:
+            raise ValueError("seeds: none given; ask for at least one image")
+        if batch_size < 1:
+            raise ValueError(f"batch: {batch_size} must be at least 1")
+        device = self.layer.tau.device
+        seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
+        parts = []
+        for chunk in seeds.split(batch_size):
+            x = ops.draw_noise(chunk, 0, self.network.event_shape)
+            for current in range(self.layer.nfe, 0, -1):
+                k = torch.full_like(chunk, current)
+                eps_hat = self.network(x, self.layer.tau[k])
+                # The last layer gives its mean: noise there would only be seen as noise.
+                noise = torch.zeros_like(x) if current == 1 else None
+                x = self.layer.step(x, eps_hat, k, self.log_gamma, chunk, noise=noise)
+            parts.append(x)
+            if on_batch:
+                on_batch(len(chunk))
+        return torch.cat(parts)
+
+    @property
+    def nfe(self):
+        """Network evaluations per sample."""
+        return self.layer.nfe
+
+
+def ddim_sampler(config, teacher, nfe, eta):
+    """DDIM with `nfe` evaluations of the teacher, at the run's betas and spacing."""
+    device = next(teacher.buffers(), next(teacher.parameters(), torch.empty(0))).device
+    return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device))
+
+
+def load_sampler(run, weights="ema", step=None):
+    """The sampler of a run's newest checkpoint, or of that of a step: `weights` are the "ema" or the "raw" ones.
+
+    Returns (Sampler, config, step). Raises ValueError where the run has no checkpoint or the weights are unknown.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: {weights!r} is unknown; choose ema or raw")
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    steps = folder.checkpoints()
+    if not steps:
+        raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
+    step = steps[-1] if step is None else step
+    config = folder.config()
+    device = choose_device(config.device)
+    layer = build_layer(config, device)
+    student = build_student(config, load_teacher(config, device), layer).eval().requires_grad_(False)
+    stem = "student_ema" if weights == "ema" else "student"
+    load_weights(student, folder.load_tensors(step, stem), folder.checkpoint_path(step) / f"{stem}.safetensors")
+    return Sampler(student, layer, student.log_scaled_gamma), config, step
+
+
+def sample(run, seeds, weights="ema", batch_size=250, on_batch=None):
+    """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints.
+
+    Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
+    image, whatever the batch. Raises ValueError for a path that holds no run, and as `load_sampler`.
+    """
+    sampler, config, _ = load_sampler(run, weights)
+    x = sampler(seeds, batch_size, on_batch)
+    return to_uint8(x).cpu() if config.data else x.cpu()

@@ -1,0 +1,234 @@
+"""Distillation: train(config) from a frozen teacher to a few-step student. Read it from `train` down."""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+
+from . import ops
+from .engine import PlainEngine
+from .evaluation import build_metric, final_table, measure_row
+from .interrupt import Interrupted, StopRequest
+from .method.losses import score_net_loss_and_grads, student_loss_and_grads
+from .models import build_layer, build_score_net, build_student, choose_device, load_teacher
+from .optim import learning_rate
+from .report import write_report
+from .rollout import build_rollout
+from .run_folder import RunFolder
+from .sampler import Sampler
+from .telemetry import describe_environment
+
+
+def train(config, outdir=None, fresh=False, progress=False):
+    """Train a run, or go on with it where it stopped, and end with its table, pictures and report.
+
+    config: from `load_config`; outdir: the run's folder, runs/NAME by default; fresh: refuse to go on with a run that is
+    there; progress: show a bar on stderr. Returns the `RunFolder`.
+
+    Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being finite,
+    OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
+    """
+    backend = ops.choose_backend(config.backend)
+    device = choose_device(config.device)
+    layer = build_layer(config, device)
+    teacher = load_teacher(config, device)
+    student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema)
+    score_net = PlainEngine(build_score_net(config, teacher), config.train.clip, config.train.ema)
+    rollout = build_rollout(config, layer, teacher.event_shape)
+    metric = build_metric(config, teacher) if config.eval.num_samples else None
+
+    folder = RunFolder.start(outdir or Path("runs") / config.name, config, fresh)
+    with folder.locked(), StopRequest() as stop, Journal(folder, config, progress) as journal:
+        step = _load_newest(folder, student, score_net)
+        folder.write_json("environment.json", describe_environment(config, backend, device))
+        folder.forget_metrics_after(step)
+        journal.start(step, backend, device)
+        guard = FiniteGuard(device)
+        every, settings = config.train.f_learning_times, config.train
+
+        if step < settings.steps:
+            (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
+            rollout.start_cycle(student.network, step // every)
+        while step < settings.steps:
+            step += 1
+            if step % every == 0:
+                losses, k = update_student(student, score_net, teacher, layer, rollout.student_batch(student.network, step), _rate(config, "student_lr", step))
+                guard.watch(losses, k, step)
+                journal.add("loss_student", losses)
+                rollout.start_cycle(student.network, step // every)
+            losses, k = update_score_net(score_net, layer, student.network.log_scaled_gamma, rollout.score_net_batch(student.network, step), _rate(config, "score_net_lr", step))
+            guard.watch(losses, k, step)
+            journal.add("loss_score_net", losses)
+
+            # The host waits for the device only here.
+            measure = metric is not None and config.eval.every > 0 and step % config.eval.every == 0
+            distance = None
+            save = step % config.save_every == 0 or step == settings.steps or measure or stop.requested
+            if save or step % config.log_every == 0:
+                guard.check(folder)
+                distance = _distance(config, student, layer, metric) if measure else None
+                journal.log(step, _rate(config, "student_lr", step), _rate(config, "score_net_lr", step), distance)
+            if save:
+                _save(folder, step, student, score_net, distance)
+            journal.advance(step)
+            if stop.requested:
+                raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stop.requested)
+
+        if metric is not None and folder.read_json("results.json") is None:
+            folder.write_json("results.json", final_table(folder, config, teacher, metric, progress))
+        write_report(folder, teacher)
+    return folder
+
+
+def update_student(student, score_net, teacher, layer, batch, lr):
+    """One update of the student at states x_k; returns (losses [B], k [B]).
+
+    The gradient is taken in two stages, so that the networks never share a graph: the loss is pulled back through the
+    score network and the teacher to x_{k-1} alone, and what arrives there goes into the student's own backward.
+    """
+    log_gamma = student.network.log_scaled_gamma
+    eps_hat = student.network(batch.x, layer.tau[batch.k])
+    x = layer.step(batch.x, eps_hat, batch.k, log_gamma, batch.seeds, batch.redraw, batch.noise)  # x_{k-1}
+
+    leaf = x.detach().requires_grad_(True)
+    f = score_net.network(leaf, layer.tau[batch.k - 1])
+    e = teacher(leaf, layer.tau[batch.k - 1])
+    losses, grad_f, grad_e, grad_log_gamma = student_loss_and_grads(
+        f.detach(), e.detach(), layer, batch.k, log_gamma.detach(), batch.seeds, batch.redraw, batch.noise)
+    (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
+
+    student.backward([x, log_gamma], [grad_x, grad_log_gamma])
+    student.step(lr)
+    return losses, batch.k
+
+
+def update_score_net(score_net, layer, log_gamma, batch, lr):
+    """One update of the score network at states x_{k-1}; returns (losses [B], k [B])."""
+    f = score_net.network(batch.x, layer.tau[batch.k - 1])
+    losses, grad_f = score_net_loss_and_grads(f.detach(), layer, batch.k, log_gamma.detach(), batch.seeds, batch.redraw, batch.noise)
+    score_net.backward([f], [grad_f])
+    score_net.step(lr)
+    return losses, batch.k
+
+
+class FiniteGuard:
+    """Remembers, on the device, the first update with a loss that is not finite; the host looks only when it waits anyway."""
+
+    def __init__(self, device):
+        self.first = torch.zeros(2, dtype=torch.int64, device=device)  # (step, layer); step 0: none
+
+    def watch(self, losses, k, step):
+        """Note the step and the highest layer with a bad loss, unless an earlier one is noted."""
+        layer = torch.where(torch.isfinite(losses), 0, k).amax()
+        found = torch.stack([torch.full_like(layer, step), layer])
+        self.first = torch.where((self.first[0] == 0) & (layer > 0), found, self.first)
+
+    def check(self, folder):
+        """Raise FloatingPointError, in one line, if anything was noted."""
+        step, layer = self.first.tolist()
+        if step:
+            saved = folder.checkpoints()
+            kept = f"the last good checkpoint is {folder.checkpoint_path(saved[-1])}" if saved else "no checkpoint was saved before"
+            raise FloatingPointError(f"the loss is not finite at step {step}, layer {layer}; {kept}; try smaller learning rates")
+
+
+class Journal:
+    """The progress bar, metrics.jsonl and TensorBoard of a run. Losses are summed on the device between log steps."""
+
+    def __init__(self, folder, config, progress):
+        self.folder, self.config, self.progress = folder, config, progress
+        self.sums, self.counts = {}, {}
+
+    def __enter__(self):
+        return self
+
+    def start(self, step, backend, device):
+        """Open the bar and the writers at a step."""
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        total = self.config.train.steps
+        self.logged_step, self.logged_time = step, time.perf_counter()
+        self.seconds = self.folder.metrics()[-1]["seconds"] if self.folder.metrics() else 0.0
+        self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
+        if step:
+            self.bar.write(f"going on from step {step} of {total}")
+        self.bar.write(f"backend {backend}, device {device}, run folder {self.folder.path}")
+        self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
+
+    def add(self, name, losses):
+        """Add the mean of losses [B] to what the next log step reports."""
+        mean = losses.detach().mean()
+        self.sums[name] = self.sums[name] + mean if name in self.sums else mean
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def log(self, step, student_lr, score_net_lr, metric):
+        """Write one record; the host waits for the device here."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        now = time.perf_counter()
+        elapsed, steps = now - self.logged_time, step - self.logged_step
+        self.seconds += elapsed
+        record = {"step": step, "loss_student": means.get("loss_student"), "loss_score_net": means.get("loss_score_net"),
+                  "student_lr": student_lr, "score_net_lr": score_net_lr,
+                  "images_per_second": steps * self.config.train.batch_size / elapsed if elapsed else None, "seconds": self.seconds}
+        if metric is not None:
+            record["metric"] = metric
+        self.folder.append_metrics(record)
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.tensorboard.add_scalar(name, value, step)
+        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
+        self.logged_step, self.logged_time = step, now
+
+    def advance(self, step):
+        """Move the bar."""
+        self.bar.update(step - self.bar.n)
+
+    def __exit__(self, *exception):
+        if hasattr(self, "bar"):
+            self.bar.close()
+            self.tensorboard.close()
+
+
+def _rate(config, name, step):
+    settings = config.train
+    return learning_rate(settings.lr_rule, getattr(settings, name), step, settings.warmup, settings.steps)
+
+
+def _distance(config, student, layer, metric):
+    """The metric's first column for the averaged weights, on one set of seeds."""
+    network = _averaged(student)
+    row = measure_row("hsivi_ema", Sampler(network, layer, network.log_scaled_gamma), metric, config.eval.num_samples, 1)
+    return row[metric.columns[0]]
+
+
+def _averaged(engine):
+    """A copy of the engine's network with its averaged weights."""
+    network = copy.deepcopy(engine.network).requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(engine.ema.parameters[name])
+    return network
+
+
+def _load_newest(folder, student, score_net):
+    """Restore both engines from the newest checkpoint and return its step; 0 where there is none."""
+    steps = folder.checkpoints()
+    if not steps:
+        return 0
+    state = folder.load_state(steps[-1])
+    for name, engine in (("student", student), ("score_net", score_net)):
+        engine.load(name, lambda stem: folder.load_tensors(steps[-1], stem), state)
+    return steps[-1]
+
+
+def _save(folder, step, student, score_net, metric):
+    tensors, state = {}, {"metric": metric}
+    for name, engine in (("student", student), ("score_net", score_net)):
+        files, numbers = engine.state(name)
+        tensors.update(files)
+        state.update(numbers)
+    folder.save_checkpoint(step, tensors, state)

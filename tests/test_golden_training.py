@@ -1,0 +1,62 @@
+"""Six whole training iterations of the published implementation, replayed with its noise and its layers."""
+
+import numpy as np
+import pytest
+import torch
+from golden_values import fill_by_name, load_golden
+
+from hsivi_fast.engine import PlainEngine
+from hsivi_fast.method.layer import Layer, attach_log_gamma
+from hsivi_fast.method.schedule import make_schedule
+from hsivi_fast.nets import build_unet
+from hsivi_fast.optim import learning_rate
+from hsivi_fast.rollout import Batch, one_layer_on, roll_down
+from hsivi_fast.trainer import update_score_net, update_student
+
+CASES = {
+    "train_shared_image_gamma": dict(eta=0.2, per_step=False, per_pixel=True),
+    "train_per_step_scalar_gamma": dict(eta=1.0, per_step=True, per_pixel=False),
+}
+NETWORK = dict(family="ddpm", image_channels=3, image_size=16, channels=32, multipliers=[1, 2], res_blocks=1, attention=[False, True])
+
+
+def _network(factor=1.0):
+    network = fill_by_name(build_unet(NETWORK))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(factor)
+    return network
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_six_iterations_agree_with_the_published_code(name):
+    golden = load_golden(name)
+    tensor = lambda key: torch.from_numpy(golden[key])
+    layer = Layer(make_schedule("linear", 1000, "quad", 5), **CASES[name])
+    teacher = _network().requires_grad_(False)
+    student = PlainEngine(attach_log_gamma(_network(0.95), layer), clip=1.0, ema=0.999)
+    score_net = PlainEngine(_network(1.05), clip=1.0, ema=0.999)
+
+    def batch(key):
+        k = tensor(f"{key}.k")
+        x = roll_down(student.network, layer, tensor(f"{key}.x_K"), k, None, noise=tensor(f"{key}.noise_rollout"))
+        return Batch(x, k, None, noise=tensor(f"{key}.noise_layer"))
+
+    for step in range(1, 7):
+        rates = [learning_rate("decay", base, step, warmup=4, total=9000) for base in (1e-3, 2e-3)]
+        if step % 2 == 0:
+            losses, _ = update_student(student, score_net, teacher, layer, batch(f"it{step}.phi"), rates[0])
+            assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_phi"]), rel=5e-3)
+            assert rates[0] == pytest.approx(float(golden[f"it{step}.lr_phi"]), rel=1e-12)
+        losses, _ = update_score_net(score_net, layer, student.network.log_scaled_gamma, one_layer_on(student.network, layer, batch(f"it{step}.f")), rates[1])
+        assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_f"]), rel=5e-4)
+        assert rates[1] == pytest.approx(float(golden[f"it{step}.lr_f"]), rel=1e-12)
+
+    for key, engine in (("phi", student), ("f", score_net)):
+        assert list(engine.names) == list(golden[f"end.{key}.names"])
+        norms = [float(parameter.detach().norm()) for parameter in engine.parameters]
+        averages = [float(value.norm()) for value in engine.ema.state_dict().values()]
+        np.testing.assert_allclose(norms, golden[f"end.{key}.norms"], rtol=1e-3)
+        np.testing.assert_allclose(averages, golden[f"end.{key}.ema_norms"], rtol=1e-3)
+        np.testing.assert_allclose(engine.network.in_conv.weight.detach(), golden[f"end.{key}.in_conv"], atol=2e-4)
+    np.testing.assert_allclose(student.network.log_scaled_gamma.detach(), golden["end.phi.log_gamma"], atol=2e-5)
