@@ -175,3 +175,7 @@ def _fail(message, code):
     with contextlib.suppress(BrokenPipeError):
         click.echo(f"hsivi: {message}", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

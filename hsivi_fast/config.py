@@ -92,7 +92,7 @@ class TrainConfig:
     student_lr: Positive = 1.6e-5
     score_net_lr: Positive = 8.0e-5
     warmup: Natural = 2500
-    lr_rule: Literal["decay", "cosine", "constant"] = "decay"
+    lr_rule: Literal["decay", "cosine", "linear", "constant"] = "decay"
     clip: Positive = 1.0
     ema: Fraction = 0.999
 
@@ -281,11 +281,8 @@ def _check_known(key):
 
 
 def _unknown(key):
-    parent = key.rpartition(".")[0]
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-    siblings = [known for known in known_keys() if known.rpartition(".")[0] == parent]
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings or known_keys())}"
-    return f"{key}: unknown key; {hint}"
+    nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)[0]
+    return f"{key}: unknown key; did you mean {nearest}?"
 
 
 def _listed(value):

@@ -14,7 +14,6 @@ from .nets.checkpoints import load_weights, read_weights
 from .sampler import ddim_sampler, load_sampler
 
 ASSETS = Path(__file__).parent / "assets"
-BATCH = 250  # samples per network call
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
 TITLES = {"frechet_distance": "Frechet distance", "js_divergence": "JS divergence", "sliced_wasserstein": "sliced Wasserstein"}
 
@@ -132,6 +131,7 @@ class ImageMetric:
     """Frechet distance of samples to a data set, on a feature network, after rounding to the data's grey levels."""
 
     columns = ("frechet_distance",)
+    batch_size = 250  # samples per network call
 
     def __init__(self, config, device, reference=None):
         data = load_data(config.data)
@@ -145,7 +145,7 @@ class ImageMetric:
     def statistics(self, images):
         """Feature statistics of images [N, C, H, W] in -1 .. 1."""
         moments = StreamingMoments()
-        for part in images.split(BATCH):
+        for part in images.split(self.batch_size):
             with torch.no_grad():
                 moments.add(self.extractor(to_uint8(part, self.levels))[0])
         return moments.statistics()
@@ -159,6 +159,7 @@ class PlaneMetric:
     """Jensen-Shannon divergence (nats, on a grid with an overflow cell, exact target masses) and sliced Wasserstein-2 distance."""
 
     columns = ("js_divergence", "sliced_wasserstein")
+    batch_size = 5000
 
     def __init__(self, target):
         self.target = target
@@ -200,7 +201,7 @@ def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None):
     measured, seconds = [], 0.0
     for index in range(seed_sets):
         start = time.perf_counter()
-        samples = sampler(range(index * num_samples, (index + 1) * num_samples), BATCH, on_batch)
+        samples = sampler(range(index * num_samples, (index + 1) * num_samples), metric.batch_size, on_batch)
         if samples.is_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
@@ -235,7 +236,7 @@ def final_table(run, config, teacher, metric, progress=False):
                 for name, sampler in samplers]
 
 
-def evaluate(run, num_samples=50000, ref=None, weights="ema", batch_size=None, on_batch=None):
+def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None):
     """Measure a run's sampler on images of the seeds 0 .. num_samples-1.
 
     run: what `train` returned or a folder's path; ref: an npz file of reference statistics instead of the run's data set;

@@ -8,7 +8,8 @@ import torch
 def learning_rate(rule, base, step, warmup, total):
     """The rate of step 1, 2, ...: linear warm-up over `warmup` steps, then by rule.
 
-    `decay`: base 0.9^(step // 3000). `cosine`: from base to base 0.9^(total // 3000) over step / total. `constant`: base.
+    `decay`: base 0.9^(step // 3000). `cosine`: from base to base 0.9^(total // 3000) over step / total. `linear`: to
+    zero at `total`. `constant`: base.
     """
     if step <= warmup:
         return base * step / warmup
@@ -17,9 +18,11 @@ def learning_rate(rule, base, step, warmup, total):
     if rule == "cosine":
         floor = base * 0.9 ** (total // 3000)
         return floor + (base - floor) * (1 + math.cos(math.pi * step / total)) / 2
+    if rule == "linear":
+        return base * (total - step) / max(total - warmup, 1)
     if rule == "constant":
         return base
-    raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine or constant")
+    raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine, linear or constant")
 
 
 def adam(parameters):

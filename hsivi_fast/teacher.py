@@ -1,6 +1,7 @@
 """Small teachers, where no checkpoint can be had: a noise-prediction UNet (the DDPM loss) and the metric's feature network."""
 
 import math
+import sys
 
 import torch
 from torch.nn import functional as F
@@ -130,7 +131,7 @@ def train_feature_network(config, outdir, progress=False):
                     rate.step()
                     bar.update(1)
             accuracy = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean()
-            bar.write(f"accuracy on {HELD_OUT} held-out images: {accuracy:.4f}")
+            bar.write(f"accuracy on {HELD_OUT} held-out images: {accuracy:.4f}", file=sys.stderr)
     file = Path(outdir) / "features.safetensors"
     save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
     return file

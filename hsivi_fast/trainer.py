@@ -1,6 +1,7 @@
 """Distillation: train(config) from a frozen teacher to a few-step student. Read it from `train` down."""
 
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -39,41 +40,43 @@ def train(config, outdir=None, fresh=False, progress=False):
     metric = build_metric(config, teacher) if config.eval.num_samples else None
 
     folder = RunFolder.start(outdir or Path("runs") / config.name, config, fresh)
-    with folder.locked(), StopRequest() as stop, Journal(folder, config, progress) as journal:
-        step = _load_newest(folder, student, score_net)
-        folder.write_json("environment.json", describe_environment(config, backend, device))
-        folder.forget_metrics_after(step)
-        journal.start(step, backend, device)
-        guard = FiniteGuard(device)
-        every, settings = config.train.f_learning_times, config.train
-
-        if step < settings.steps:
-            (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
-            rollout.start_cycle(student.network, step // every)
-        while step < settings.steps:
-            step += 1
-            if step % every == 0:
-                losses, k = update_student(student, score_net, teacher, layer, rollout.student_batch(student.network, step), _rate(config, "student_lr", step))
-                guard.watch(losses, k, step)
-                journal.add("loss_student", losses)
+    settings, every = config.train, config.train.f_learning_times
+    rates = lambda step: [learning_rate(settings.lr_rule, base, step, settings.warmup, settings.steps) for base in (settings.student_lr, settings.score_net_lr)]
+    with folder.locked():
+        with StopRequest() as stop, Journal(folder, config, progress) as journal:
+            step = _load_newest(folder, student, score_net)
+            folder.write_json("environment.json", describe_environment(config, backend, device))
+            journal.start(step, backend, device)
+            guard = FiniteGuard(device)
+            if step < settings.steps:
+                (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
                 rollout.start_cycle(student.network, step // every)
-            losses, k = update_score_net(score_net, layer, student.network.log_scaled_gamma, rollout.score_net_batch(student.network, step), _rate(config, "score_net_lr", step))
-            guard.watch(losses, k, step)
-            journal.add("loss_score_net", losses)
 
-            # The host waits for the device only here.
-            measure = metric is not None and config.eval.every > 0 and step % config.eval.every == 0
-            distance = None
-            save = step % config.save_every == 0 or step == settings.steps or measure or stop.requested
-            if save or step % config.log_every == 0:
-                guard.check(folder)
-                distance = _distance(config, student, layer, metric) if measure else None
-                journal.log(step, _rate(config, "student_lr", step), _rate(config, "score_net_lr", step), distance)
-            if save:
-                _save(folder, step, student, score_net, distance)
-            journal.advance(step)
-            if stop.requested:
-                raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stop.requested)
+            while step < settings.steps:
+                step += 1
+                student_lr, score_net_lr = rates(step)
+                if step % every == 0:
+                    losses, k = update_student(student, score_net, teacher, layer, rollout.student_batch(student.network, step), student_lr)
+                    guard.watch(losses, k, step)
+                    journal.add("loss_student", losses)
+                    rollout.start_cycle(student.network, step // every)  # with the new student: the score network must never lag behind it
+                losses, k = update_score_net(score_net, layer, student.network.log_scaled_gamma, rollout.score_net_batch(student.network, step), score_net_lr)
+                guard.watch(losses, k, step)
+                journal.add("loss_score_net", losses)
+
+                # The host waits for the device only here.
+                measure = metric is not None and config.eval.every > 0 and step % config.eval.every == 0
+                save = measure or stop.requested or step % config.save_every == 0 or step == settings.steps
+                distance = None
+                if save or step % config.log_every == 0:
+                    guard.check(folder)
+                    distance = _distance(config, student, layer, metric) if measure else None
+                    journal.log(step, student_lr, score_net_lr, distance)
+                if save:
+                    _save(folder, step, student, score_net, distance)
+                journal.advance(step)
+                if stop.requested:
+                    raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stop.requested)
 
         if metric is not None and folder.read_json("results.json") is None:
             folder.write_json("results.json", final_table(folder, config, teacher, metric, progress))
@@ -144,18 +147,18 @@ class Journal:
         return self
 
     def start(self, step, backend, device):
-        """Open the bar and the writers at a step."""
+        """Take up the records at a step, and open the bar and the writers there."""
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
+        self.folder.forget_metrics_after(step)
+        self.seconds = max((record["seconds"] for record in self.folder.metrics()), default=0.0)
         total = self.config.train.steps
-        self.logged_step, self.logged_time = step, time.perf_counter()
-        self.seconds = self.folder.metrics()[-1]["seconds"] if self.folder.metrics() else 0.0
+        if self.progress:
+            tqdm.write(f"backend {backend}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
         self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
-        if step:
-            self.bar.write(f"going on from step {step} of {total}")
-        self.bar.write(f"backend {backend}, device {device}, run folder {self.folder.path}")
         self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
+        self.logged_step, self.logged_time = step, time.perf_counter()
 
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
@@ -191,11 +194,6 @@ class Journal:
         if hasattr(self, "bar"):
             self.bar.close()
             self.tensorboard.close()
-
-
-def _rate(config, name, step):
-    settings = config.train
-    return learning_rate(settings.lr_rule, getattr(settings, name), step, settings.warmup, settings.steps)
 
 
 def _distance(config, student, layer, metric):

@@ -1,0 +1,113 @@
+"""The house: which room may import which, and what an installed package holds."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hsivi_fast"
+FLOORS = [
+    {"kernels"},
+    {"ops"},
+    {"method", "nets"},
+    {"frozen", "rollout", "sampler", "config", "engine", "optim", "data", "targets", "evaluation", "telemetry", "report", "models", "run_folder", "interrupt"},
+    {"trainer", "teacher", "export", "diffusers"},
+    {"cli", "launch", "bench"},
+]
+NEVER = {("method", "nets"), ("nets", "method")}
+
+
+def _floor(room):
+    return next(index for index, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def _room(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def _imports(path):
+    """Rooms of ours that a file imports, wherever in the file the import stands."""
+    package = ("hsivi_fast", *path.relative_to(PACKAGE).parent.parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module or "").split(".")) if node.module else base
+            names = [(*module, alias.name) for alias in node.names] if len(module) == 1 else [module]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        rooms |= {name[1] for name in names if len(name) > 1 and name[0] == "hsivi_fast"}
+    return rooms
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_from_its_floor_or_below(path):
+    room = _room(path)
+    for other in _imports(path) - {room}:
+        assert _floor(other) <= _floor(room), f"{room} imports {other}"
+        assert (room, other) not in NEVER, f"{room} imports {other}"
+
+
+def test_no_circles():
+    graph = {}
+    for path in FILES:
+        graph.setdefault(_room(path), set()).update(_imports(path) - {_room(path)})
+    finished = set()
+
+    def visit(room, trail):
+        assert room not in trail, f"circle: {' -> '.join((*trail, room))}"
+        if room not in finished:
+            for other in graph.get(room, ()):
+                visit(other, (*trail, room))
+            finished.add(room)
+
+    for room in graph:
+        visit(room, ())
+
+
+def test_config_imports_nothing_of_ours_and_only_ops_imports_kernels():
+    assert _imports(PACKAGE / "config.py") == set()
+    for path in FILES:
+        assert "kernels" not in _imports(path) or _room(path) in ("ops", "kernels")
+
+
+def test_kernels_is_a_link_without_init():
+    link = PACKAGE / "kernels"
+    assert link.is_symlink() and link.resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_a_public_function_has_no_module_s_name():
+    modules = {path.stem for path in PACKAGE.rglob("*.py")}
+    for path in PACKAGE.rglob("*.py"):
+        functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+        functions -= {"teacher", "report"} if path.name == "cli.py" else set()  # there, names of commands
+        assert not functions & modules, f"{path.name}: {functions & modules}"
+
+
+def test_an_install_has_configs_assets_and_kernels(tmp_path):
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib"),
+                    "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    for path in [*ROOT.glob("configs/*.yaml"), *PACKAGE.glob("assets/*"), *ROOT.glob("kernels/*.py"), *ROOT.glob("kernels/*.md")]:
+        folder = "assets" if path.parent.name == "assets" else path.parent.name
+        assert f"hsivi_fast/{folder}/{path.name}" in built
+    assert {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} <= built
+
+
+def test_no_large_files():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            assert (ROOT / name).stat().st_size < 5_000_000, name
