@@ -1,7 +1,6 @@
 """The command `hsivi`. Imports stay inside the commands, so that --help answers at once."""
 
 import contextlib
-import os
 import re
 import sys
 
@@ -35,7 +34,7 @@ def hsivi():
 def train(config, overrides, outdir, fresh):
     """Distil a teacher into a few-step sampler, and end with its table and report.
 
-    CONFIG is a name in configs/ (digits, digits_long, toy2d, smoke) or a YAML file.
+    CONFIG is a name in configs/ (digits, digits_long, toy2d) or a YAML file.
     """
     from .config import load_config
     from .evaluation import format_table
@@ -160,12 +159,10 @@ def main():
     try:
         hsivi.main(standalone_mode=False)
     except click.exceptions.Abort:
-        _fail("aborted", 130)
+        _fail("interrupted; a run that was training goes on from its newest checkpoint with the same command", 130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("HSIVI_TRACEBACK"):
-            raise
         _fail(" ".join(str(error).split()), 2)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal_number)

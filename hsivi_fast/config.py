@@ -78,7 +78,7 @@ class RolloutConfig:
     """How training states are made: `fresh` for every update, or `pooled`, one rollout for all updates of a cycle."""
 
     mode: Literal["pooled", "fresh"] = "pooled"
-    redraw: Count = 1  # pooled: how often each stored mean is used, each time with new noise
+    redraw: Count = 1  # pooled only: how often each stored mean is used, each time with new noise
     chunk: Count = 4096  # the largest batch of one rollout call, for memory
 
 
@@ -104,7 +104,7 @@ class EvalConfig:
     every: Natural = 0
     num_samples: Natural = 500
     seeds: Count = 3
-    metric: Optional[Literal["digits", "plane"]] = None
+    metric: Optional[Literal["digits"]] = None  # the feature network; by default the data set's own
     ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import load_data, to_uint8
-from .models import load_teacher
+from .models import device_of, load_teacher
 from .nets.checkpoints import load_weights, read_weights
 from .sampler import ddim_sampler, load_sampler
 
@@ -193,11 +193,15 @@ def build_metric(config, teacher, reference=None):
         return PlaneMetric(teacher)
     if config.data is None:
         raise ValueError("data: missing; without reference images there is nothing to measure against (eval.num_samples=0 switches measuring off)")
-    return ImageMetric(config, next(teacher.parameters()).device, reference)
+    return ImageMetric(config, device_of(teacher), reference)
 
 
-def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None):
-    """One row of a table: the metric's columns (mean) and *_std over seed sets, images per second, and what was sampled."""
+def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None, nfe=None):
+    """One row of a table: the metric's columns (mean) and *_std over seed sets, images per second, and what was sampled.
+
+    `nfe`: the evaluations that were asked for. Where the sampler needs fewer (DDIM drops timesteps that its spacing
+    repeats), the row says so under `evaluations`.
+    """
     measured, seconds = [], 0.0
     for index in range(seed_sets):
         start = time.perf_counter()
@@ -206,7 +210,9 @@ def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None):
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
         measured.append(metric.measure(samples))
-    row = {"sampler": name, "nfe": sampler.nfe}
+    row = {"sampler": name, "nfe": nfe or sampler.nfe}
+    if row["nfe"] != sampler.nfe:
+        row["evaluations"] = sampler.nfe
     for column in metric.columns:
         values = [values[column] for values in measured]
         row[column] = float(np.mean(values))
@@ -226,14 +232,14 @@ def final_table(run, config, teacher, metric, progress=False):
     """
     from tqdm import tqdm
 
-    samplers = [("ddim", ddim_sampler(config, teacher, nfe, 0.0)) for nfe in config.eval.ddim_nfe]
-    samplers.append(("ddim_eta", ddim_sampler(config, teacher, config.nfe, config.eta)))
-    samplers += [(f"hsivi_{weights}", load_sampler(run, weights)[0]) for weights in ("ema", "raw")]
     settings = config.eval
-    calls = sum(sampler.nfe for _, sampler in samplers) * settings.seeds * settings.num_samples
-    with tqdm(total=calls, desc="final table", unit="network evaluation", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
-        return [measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, nfe=sampler.nfe: bar.update(n * nfe))
-                for name, sampler in samplers]
+    samplers = [("ddim", nfe, ddim_sampler(config, teacher, nfe, 0.0)) for nfe in settings.ddim_nfe]
+    samplers.append(("ddim_eta", config.nfe, ddim_sampler(config, teacher, config.nfe, config.eta)))
+    samplers += [(f"hsivi_{weights}", config.nfe, load_sampler(run, weights)[0]) for weights in ("ema", "raw")]
+    total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples
+    with tqdm(total=total, desc="final table", unit="evaluation", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
+        return [measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, each=sampler.nfe: bar.update(n * each), nfe)
+                for name, nfe, sampler in samplers]
 
 
 def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None):
@@ -262,7 +268,8 @@ def table_lines(rows):
         for column in columns:
             spread, digits = row[_std_key(column)], 2 if column == "frechet_distance" else 4
             cells.append(f"{row[column]:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else ""))
-        lines.append([sampler_title(row["sampler"]), str(row["nfe"]), *cells, f"{row['images_per_second']:.0f}"])
+        nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if "evaluations" in row else str(row["nfe"])
+        lines.append([sampler_title(row["sampler"]), nfe, *cells, f"{row['images_per_second']:.0f}"])
     return lines
 
 

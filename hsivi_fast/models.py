@@ -1,7 +1,5 @@
 """From a configuration to its layer, teacher, student and score network."""
 
-import copy
-
 import torch
 
 from .method.layer import Layer, attach_log_gamma
@@ -21,6 +19,11 @@ def choose_device(name):
     return device
 
 
+def device_of(network):
+    """The device of a network's parameters or, where it has none, of its buffers."""
+    return next(network.parameters(), next(network.buffers(), None)).device
+
+
 def build_layer(config, device):
     """The semi-implicit layers of a run."""
     return Layer(_schedule(config, config.nfe), config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
@@ -38,27 +41,38 @@ def _schedule(config, nfe, drop_doubles=False):
 def load_teacher(config, device):
     """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`."""
     if config.teacher.target is not None:
-        teacher = MixtureTeacher(config.teacher.target, signal_levels(config.teacher.betas, config.teacher.steps))
+        teacher = _mixture_teacher(config)
     else:
         teacher = build_unet(config.network)
         load_weights(teacher, read_weights(config.teacher.checkpoint), config.teacher.checkpoint)
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def build_network(config, device):
+    """A trainable network of the run's kind, with weights that depend on the run's seed alone.
+
+    For a 2-D target it is the exact teacher plus a correction that starts at zero.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_unet(config.network)
+    if config.teacher.target is not None:
+        network = CorrectedTeacher(_mixture_teacher(config), network)
+    return network.to(device)
+
+
 def build_student(config, teacher, layer):
-    """The student: a trainable network that starts as the teacher, with `log_scaled_gamma` = 0."""
-    return attach_log_gamma(_trainable(config, teacher), layer).to(layer.tau.device)
+    """The student: a network that starts as the teacher, with `log_scaled_gamma` = 0."""
+    return attach_log_gamma(build_score_net(config, teacher), layer).to(layer.tau.device)
 
 
 def build_score_net(config, teacher):
     """The score network f, which starts as the teacher."""
-    return _trainable(config, teacher)
+    network = build_network(config, device_of(teacher))
+    if config.teacher.target is None:
+        network.load_state_dict(teacher.state_dict())
+    return network
 
 
-def _trainable(config, teacher):
-    if isinstance(teacher, MixtureTeacher):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            correction = build_unet(config.network)
-        return CorrectedTeacher(teacher, correction.to(teacher.means.device))
-    return copy.deepcopy(teacher).requires_grad_(True)
+def _mixture_teacher(config):
+    return MixtureTeacher(config.teacher.target, signal_levels(config.teacher.betas, config.teacher.steps))

@@ -52,35 +52,34 @@ def write_report(folder, teacher=None):
         f"HSIVI, {config.nfe} evaluations": student,
     }
     if config.teacher.target is not None:
-        pictures = {"samples": _densities(teacher, samplers, config)}
+        pictures = {"density": _densities(teacher, samplers)}
     else:
-        pictures = {title: image_grid(to_uint8(sampler(range(GRID**2))).cpu().numpy()) for title, sampler in samplers.items()}
-
-    for (title, image), stem in zip(pictures.items(), ("teacher", "ddim", "hsivi") if len(pictures) > 1 else ("density",)):
-        (folder.path / "samples" / f"{stem}.png").write_bytes(image)
-    sections = ["<h2>Samples</h2>" + ("<p>The same seeds in all three.</p>" if len(pictures) > 1 else "") + _figures(pictures)]
+        images = {title: to_uint8(sampler(range(GRID**2))).cpu().numpy() for title, sampler in samplers.items()}
+        pictures = dict(zip(("teacher", "ddim", "hsivi"), map(image_grid, images.values())))
+        folder.write("samples/comparison.png", _comparison(images))
+    titles = samplers if len(pictures) > 1 else ["density of the target and of each sampler"]
+    sections = ["<h2>Samples</h2><p>The same seeds for every sampler.</p>" + _figures(dict(zip(titles, pictures.values())))]
     if results:
+        pictures["distance_vs_nfe"] = _distance_against_nfe(results)
         sections.append(f"<h2>Table</h2>{_html_table(results)}")
-        curve = _distance_against_nfe(results)
-        (folder.path / "samples" / "distance_vs_nfe.png").write_bytes(curve)
-        sections.append(f"<h2>Distance against network evaluations</h2>{_image(curve, 'distance against NFE')}")
+        sections.append(f"<h2>Distance against network evaluations</h2>{_image(pictures['distance_vs_nfe'], 'distance against NFE')}")
     if metrics:
-        curves = _loss_curves(metrics)
-        (folder.path / "samples" / "losses.png").write_bytes(curves)
-        sections.append(f"<h2>Training</h2>{_image(curves, 'loss curves')}")
+        pictures["losses"] = _loss_curves(metrics)
+        sections.append(f"<h2>Training</h2>{_image(pictures['losses'], 'loss curves')}")
+    for stem, png in pictures.items():
+        folder.write(f"samples/{stem}.png", png)
     sections.append(f"<h2>Configuration</h2><pre>{html.escape((folder.path / 'config.yaml').read_text())}</pre>")
     summary = f"{config.nfe} network evaluations per sample; {step} updates of the score network, {step // config.train.f_learning_times} of the student."
-    page = folder.path / "report.html"
-    page.write_text(PAGE.format(title=html.escape(f"hsivi_fast: {config.name}"), summary=summary, sections="\n".join(sections)))
-    return page
+    folder.write("report.html", PAGE.format(title=html.escape(f"hsivi_fast: {config.name}"), summary=summary, sections="\n".join(sections)).encode())
+    return folder.path / "report.html"
 
 
-def image_grid(images, columns=GRID, scale=None):
-    """PNG bytes of uint8 images [N, C, H, W] in a grid, each pixel enlarged so that a picture is at least 32 wide."""
+def image_grid(images, columns=GRID):
+    """PNG bytes of uint8 images [N, C, H, W] in a grid, pixels enlarged so that an image is at least 48 wide."""
     from PIL import Image
 
     count, channels, height, width = images.shape
-    scale = scale or max(1, 32 // width)
+    scale = max(1, 48 // width)
     rows = -(-count // columns)
     canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 96, dtype=np.uint8)
     for index, image in enumerate(images):
@@ -91,7 +90,20 @@ def image_grid(images, columns=GRID, scale=None):
     return _png(lambda file: picture.save(file, format="PNG"))
 
 
-def _densities(target, samplers, config):
+def _comparison(images):
+    """The first images of every sampler beside each other, with titles: one picture to show."""
+    figure, axes = _figure(1, len(images), width=3.4 * len(images), height=3.7)
+    for axis, (title, values) in zip(axes.flat, images.items()):
+        grid = np.pad(values, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=96)  # a line between neighbours
+        count, channels, height, width = grid.shape
+        rows = grid.reshape(count // GRID, GRID, channels, height, width).transpose(0, 3, 1, 4, 2).reshape(count // GRID * height, GRID * width, channels)
+        axis.imshow(rows.squeeze(2) if channels == 1 else rows, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    return _png(lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
+
+
+def _densities(target, samplers):
     """Density of the exact target and of every sampler, side by side."""
     plots = {"target": target.samples(PLANE_POINTS)}
     plots.update({title: sampler(range(PLANE_POINTS), PLANE_POINTS).cpu() for title, sampler in samplers.items()})
@@ -113,7 +125,7 @@ def _distance_against_nfe(rows):
     for row, marker, color in zip((row for row in rows if row["sampler"] != "ddim"), "sD^", ("tab:blue", "tab:red", "tab:orange")):
         axis.plot(row["nfe"], row[column], marker, color=color, markersize=9, label=sampler_title(row["sampler"]))
     axis.set_xscale("log")
-    axis.set_yscale("log")
+    axis.set_ylim(bottom=0)
     ticks = sorted({row["nfe"] for row in rows})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()

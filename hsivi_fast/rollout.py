@@ -149,9 +149,5 @@ class PooledRollout:
 
 
 def build_rollout(config, layer, event_shape):
-    """The rollout that the configuration names. Raises ValueError for a setting that its mode does not have."""
-    if config.rollout.mode == "pooled":
-        return PooledRollout(config, layer, event_shape)
-    if config.rollout.redraw != 1:
-        raise ValueError(f"rollout.redraw: {config.rollout.redraw} needs rollout.mode=pooled; fresh states are used once")
-    return FreshRollout(config, layer, event_shape)
+    """The rollout that the configuration names. `rollout.redraw` belongs to the pool: fresh states are used once."""
+    return (PooledRollout if config.rollout.mode == "pooled" else FreshRollout)(config, layer, event_shape)

@@ -54,7 +54,7 @@ class RunFolder(os.PathLike):
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved_dict(config))))
+        _write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved_dict(config))).encode())
         (path / "checkpoints").mkdir(exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
         return cls(path)
@@ -88,9 +88,13 @@ class RunFolder(os.PathLike):
 
     # Small files
 
+    def write(self, name, data):
+        """Write the bytes of a picture or a page, atomically. Raises OSError that names the file where the disk is full."""
+        _write_atomically(self.path / name, data)
+
     def write_json(self, name, value):
         """Write results.json and the like, atomically."""
-        _write_atomically(self.path / name, json.dumps(value, indent=1) + "\n")
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def read_json(self, name, default=None):
         """Read a JSON file of the folder, or `default` where there is none."""
@@ -104,8 +108,11 @@ class RunFolder(os.PathLike):
 
     def append_metrics(self, record):
         """Add one record to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror or error}") from None
 
     def metrics(self):
         """All records of metrics.jsonl; a last line that a killed process left half written is skipped."""
@@ -119,7 +126,7 @@ class RunFolder(os.PathLike):
     def forget_metrics_after(self, step):
         """Drop the records of steps that will be trained again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
-        _write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     # Checkpoints
 
@@ -202,10 +209,10 @@ class RunFolder(os.PathLike):
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
 
 
-def _write_atomically(file, text):
+def _write_atomically(file, data):
     beside = file.with_name(f".{file.name}.unfinished")
     try:
-        beside.write_text(text)
+        beside.write_bytes(data)
         _sync(beside)
         beside.replace(file)
     except OSError as error:

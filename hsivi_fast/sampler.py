@@ -6,11 +6,16 @@ import torch
 
 from . import ops
 from .data import to_uint8
-from .models import build_ddim_layer, build_layer, build_student, choose_device, load_teacher
+from .method.layer import attach_log_gamma
+from .models import build_ddim_layer, build_layer, build_network, choose_device, device_of
 from .nets.checkpoints import load_weights
 from .run_folder import RunFolder
 
 WEIGHTS = ("ema", "raw")
+
+# Below this batch the CPU's convolutions and matrix products take other kernels, which round otherwise, and a sampler
+# amplifies that 25-fold on its way down. Smaller batches are filled up, so that an image does not depend on its batch.
+SMALLEST_CPU_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Sampler:
         seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
         parts = []
         for chunk in seeds.split(batch_size):
+            wanted = len(chunk)
+            if device.type == "cpu" and wanted < SMALLEST_CPU_BATCH:
+                chunk = torch.cat([chunk, chunk[-1:].expand(SMALLEST_CPU_BATCH - wanted)])
             x = ops.draw_noise(chunk, 0, self.network.event_shape)
             for current in range(self.layer.nfe, 0, -1):
                 k = torch.full_like(chunk, current)
@@ -43,9 +51,9 @@ class Sampler:
                 # The last layer gives its mean: noise there would only be seen as noise.
                 noise = torch.zeros_like(x) if current == 1 else None
                 x = self.layer.step(x, eps_hat, k, self.log_gamma, chunk, noise=noise)
-            parts.append(x)
+            parts.append(x[:wanted])
             if on_batch:
-                on_batch(len(chunk))
+                on_batch(wanted)
         return torch.cat(parts)
 
     @property
@@ -56,7 +64,7 @@ class Sampler:
 
 def ddim_sampler(config, teacher, nfe, eta):
     """DDIM with `nfe` evaluations of the teacher, at the run's betas and spacing."""
-    device = next(teacher.buffers(), next(teacher.parameters(), torch.empty(0))).device
+    device = device_of(teacher)
     return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device))
 
 
@@ -75,7 +83,7 @@ def load_sampler(run, weights="ema", step=None):
     config = folder.config()
     device = choose_device(config.device)
     layer = build_layer(config, device)
-    student = build_student(config, load_teacher(config, device), layer).eval().requires_grad_(False)
+    student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
     stem = "student_ema" if weights == "ema" else "student"
     load_weights(student, folder.load_tensors(step, stem), folder.checkpoint_path(step) / f"{stem}.safetensors")
     return Sampler(student, layer, student.log_scaled_gamma), config, step

@@ -1,6 +1,7 @@
 """Distillation: train(config) from a frozen teacher to a few-step student. Read it from `train` down."""
 
 import copy
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ def train(config, outdir=None, fresh=False, progress=False):
     Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being finite,
     OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; this version trains in one, start it without a launcher")
     backend = ops.choose_backend(config.backend)
     device = choose_device(config.device)
     layer = build_layer(config, device)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the subprocesses of some tests run beside this one: spinning threads would starve them
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

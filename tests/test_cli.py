@@ -46,7 +46,7 @@ def test_train_prints_the_table_and_fills_the_folder(run):
     assert records[0]["loss_student"] is None and records[1]["loss_student"] is not None and records[1]["metric"] > 0
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["backend"] == "torch" and environment["world_size"] == 1 and environment["samples_per_rank"] == 8
-    assert {path.name for path in (folder / "samples").iterdir()} >= {"teacher.png", "ddim.png", "hsivi.png", "distance_vs_nfe.png", "losses.png"}
+    assert {path.name for path in (folder / "samples").iterdir()} >= {"teacher.png", "ddim.png", "hsivi.png", "comparison.png", "distance_vs_nfe.png", "losses.png"}
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "HSIVI (EMA)" in page and "src=\"http" not in page
 

@@ -124,12 +124,6 @@ def test_two_runs_share_no_trajectory():
     assert not set(seeds) & set(second.seeds.tolist()) and not set(seeds) & set(first.seeds.tolist())
 
 
-def test_fresh_does_not_redraw():
-    config = load_config("toy2d", ["rollout.redraw=2", "rollout.mode=fresh"])
-    with pytest.raises(ValueError, match="rollout.redraw: 2 needs rollout.mode=pooled"):
-        build_rollout(config, build_layer(config, "cpu"), (2,))
-
-
 def test_one_layer_on_keeps_the_address():
     _, layer, student, _ = _setting()
     batch = Batch(torch.randn(3, 2), torch.tensor([1, 4, 2]), torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]))
