@@ -91,3 +91,6 @@ def test_a_row_measures_each_set_of_seeds():
     assert sampler.seen == [range(0, 4), range(4, 8), range(8, 12)]
     assert row["frechet_distance"] == 2.0 and row["frechet_std"] == 1.0 and row["nfe"] == 3 and row["num_samples"] == 4
     assert "2.00 +- 1.00" in format_table([row]) and "DDIM" in format_table([row])
+    dropped = measure_row("ddim", sampler, Mean(), 4, 1, nfe=4)  # asked for 4, three distinct timesteps
+    assert dropped["nfe"] == 4 and dropped["evaluations"] == 3 and "evaluations" not in row
+    assert "4 (3 distinct)" in format_table([dropped]) and dropped["frechet_std"] is None
