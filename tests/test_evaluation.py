@@ -94,3 +94,14 @@ def test_a_row_measures_each_set_of_seeds():
     dropped = measure_row("ddim", sampler, Mean(), 4, 1, nfe=4)  # asked for 4, three distinct timesteps
     assert dropped["nfe"] == 4 and dropped["evaluations"] == 3 and "evaluations" not in row
     assert "4 (3 distinct)" in format_table([dropped]) and dropped["frechet_std"] is None
+
+
+def test_the_floor_of_the_digits_distance_is_what_the_readme_says():
+    """500 real digits against all of them: what a perfect sampler of 500 images would score, about."""
+    metric = ImageMetric(load_config("digits"), torch.device("cpu"))
+    images = torch.from_numpy(load_data("digits").images)
+    distances = []
+    for seed in range(5):
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:500]
+        distances.append(metric.measure(images[chosen])["frechet_distance"])
+    assert np.mean(distances) == pytest.approx(0.61, abs=0.03), distances
