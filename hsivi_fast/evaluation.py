@@ -1,19 +1,18 @@
 """How good samples are: Frechet distance from streaming statistics for images, two distances for 2-D targets."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .config import ASSETS
 from .data import load_data, to_uint8
 from .models import device_of, load_teacher
 from .nets.checkpoints import load_weights, read_weights
 from .sampler import ddim_sampler, load_sampler
 
-ASSETS = Path(__file__).parent / "assets"
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
 TITLES = {"frechet_distance": "Frechet distance", "js_divergence": "JS divergence", "sliced_wasserstein": "sliced Wasserstein"}
 

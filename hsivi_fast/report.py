@@ -78,26 +78,30 @@ def image_grid(images, columns=GRID):
     """PNG bytes of uint8 images [N, C, H, W] in a grid, pixels enlarged so that an image is at least 48 wide."""
     from PIL import Image
 
+    canvas = _tiled(images, columns)
+    scale = max(1, 48 // images.shape[3])
+    picture = Image.fromarray(canvas[:, :, 0] if canvas.shape[2] == 1 else canvas)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return _png(lambda file: picture.save(file, format="PNG"))
+
+
+def _tiled(images, columns):
+    """uint8 images [N, C, H, W] on one canvas [rows (H + 1) + 1, columns (W + 1) + 1, C], grey lines between them."""
     count, channels, height, width = images.shape
-    scale = max(1, 48 // width)
     rows = -(-count // columns)
     canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 96, dtype=np.uint8)
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         canvas[top:top + height, left:left + width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    return _png(lambda file: picture.save(file, format="PNG"))
+    return canvas
 
 
 def _comparison(images):
     """The first images of every sampler beside each other, with titles: one picture to show."""
     figure, axes = _figure(1, len(images), width=3.4 * len(images), height=3.7)
     for axis, (title, values) in zip(axes.flat, images.items()):
-        grid = np.pad(values, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=96)  # a line between neighbours
-        count, channels, height, width = grid.shape
-        rows = grid.reshape(count // GRID, GRID, channels, height, width).transpose(0, 3, 1, 4, 2).reshape(count // GRID * height, GRID * width, channels)
-        axis.imshow(rows.squeeze(2) if channels == 1 else rows, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        canvas = _tiled(values, GRID)
+        axis.imshow(canvas[:, :, 0] if canvas.shape[2] == 1 else canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     return _png(lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))

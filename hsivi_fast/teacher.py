@@ -58,7 +58,8 @@ def train_teacher(config, outdir, progress=False):
             engine.backward([eps_hat], [gradient])
             engine.step(_rate(settings, step))
             total, count = total + loss, count + 1
-            save = step % config.save_every == 0 or step == settings.steps or stop.requested
+            stopping = stop.requested  # read once, as in trainer.py
+            save = step % config.save_every == 0 or step == settings.steps or stopping
             if save or step % config.log_every == 0:
                 mean = float(total) / count
                 total, count = torch.zeros_like(total), 0
@@ -70,8 +71,8 @@ def train_teacher(config, outdir, progress=False):
                 tensors, numbers = engine.state("teacher")
                 folder.save_checkpoint(step, tensors, {"metric": None, **numbers})
             bar.update(1)
-            if stop.requested:
-                raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stop.requested)
+            if stopping:
+                raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
     file = folder.path / "teacher.safetensors"
     save_file({name: value.cpu().contiguous() for name, value in engine.ema.state_dict().items()}, file)
     return file

@@ -68,8 +68,9 @@ def train(config, outdir=None, fresh=False, progress=False):
                 journal.add("loss_score_net", losses)
 
                 # The host waits for the device only here.
+                stopping = stop.requested  # read once: a signal that comes later in this step waits for the next one's save
                 measure = metric is not None and config.eval.every > 0 and step % config.eval.every == 0
-                save = measure or stop.requested or step % config.save_every == 0 or step == settings.steps
+                save = measure or stopping or step % config.save_every == 0 or step == settings.steps
                 distance = None
                 if save or step % config.log_every == 0:
                     guard.check(folder)
@@ -78,8 +79,8 @@ def train(config, outdir=None, fresh=False, progress=False):
                 if save:
                     _save(folder, step, student, score_net, distance)
                 journal.advance(step)
-                if stop.requested:
-                    raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stop.requested)
+                if stopping:
+                    raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
 
         if metric is not None and folder.read_json("results.json") is None:
             folder.write_json("results.json", final_table(folder, config, teacher, metric, progress))
