@@ -34,7 +34,7 @@ def hsivi():
 def train(config, overrides, outdir, fresh):
     """Distil a teacher into a few-step sampler, and end with its table and report.
 
-    CONFIG is a name in configs/ (digits, digits_long, toy2d) or a YAML file.
+    CONFIG is a name in configs/ (digits, digits_long, toy2d, smoke) or a YAML file.
     """
     from .config import load_config
     from .evaluation import format_table
@@ -53,7 +53,8 @@ def train(config, overrides, outdir, fresh):
 @click.option("--outdir", help="Where images go; samples/seeds in the run's folder by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 @click.option("--batch", default=250, show_default=True, help="Images per network call.")
-def sample(run, seeds, outdir, weights, batch):
+@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
+def sample(run, seeds, outdir, weights, batch, backend):
     """Draw images from a run: one PNG a seed and grid.png; for a 2-D target, points.npz.
 
     A seed always gives the same image.
@@ -70,7 +71,7 @@ def sample(run, seeds, outdir, weights, batch):
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
     with tqdm(total=len(numbers), unit="image", desc="sample", dynamic_ncols=True) as bar:
-        images = sample(folder, numbers, weights, batch, on_batch=bar.update).numpy()
+        images = sample(folder, numbers, weights, batch, on_batch=bar.update, backend=backend).numpy()
     if images.ndim == 2:
         np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
         click.echo(f"{len(images)} points: {target / 'points.npz'}")
@@ -86,7 +87,8 @@ def sample(run, seeds, outdir, weights, batch):
 @click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
-def evaluate(run, num_samples, ref, weights):
+@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
+def evaluate(run, num_samples, ref, weights, backend):
     """Measure the Frechet distance of a run's sampler."""
     from tqdm import tqdm
 
@@ -95,7 +97,7 @@ def evaluate(run, num_samples, ref, weights):
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     with tqdm(total=num_samples, unit="image", desc="eval", dynamic_ncols=True) as bar:
-        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update)
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend)
     click.echo(format_table([row]))
 
 
@@ -120,12 +122,13 @@ def teacher(config, overrides, outdir, feature_network):
 
 @hsivi.command(cls=Command, epilog="hsivi report runs/digits")
 @click.argument("run")
-def report(run):
+@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
+def report(run, backend):
     """Draw a run's pictures and report.html again."""
     from .report import write_report
     from .run_folder import RunFolder
 
-    click.echo(f"report: {write_report(RunFolder(run))}")
+    click.echo(f"report: {write_report(RunFolder(run), backend=backend)}")
 
 
 def parse_seeds(text):

@@ -45,8 +45,9 @@ class NetworkConfig:
     image_size: Optional[Count] = None
     channels: Optional[Count] = None
     multipliers: Optional[tuple[Count, ...]] = None
-    res_blocks: Optional[Count] = None
+    res_blocks: Optional[Natural] = None
     attention: Optional[tuple[Union[StrictBool, Count], ...]] = None  # ddpm: true or false a level; adm: downsampling factors
+    middle: Optional[StrictBool] = None  # ddpm
     heads: Optional[Count] = None  # adm
     out_channels: Optional[Count] = None  # adm
     norm_groups: Optional[Count] = None

@@ -241,17 +241,17 @@ def final_table(run, config, teacher, metric, progress=False):
                 for name, nfe, sampler in samplers]
 
 
-def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None):
+def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, backend=None):
     """Measure a run's sampler on images of the seeds 0 .. num_samples-1.
 
     run: what `train` returned or a folder's path; ref: an npz file of reference statistics instead of the run's data set;
-    weights: "ema" or "raw"; on_batch(n): called after every batch. Returns a row as in results.json.
+    weights: "ema" or "raw"; on_batch(n): called after every batch; backend: as of `load_sampler`. Returns a row as in results.json.
     Raises ValueError for less than 2 samples, statistics of another feature size, or a folder that holds no run.
     """
     if num_samples < 2:
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     reference = load_statistics(ref) if ref is not None else None
-    sampler, config, step = load_sampler(run, weights)
+    sampler, config, step = load_sampler(run, weights, backend=backend)
     if reference is not None and config.teacher.target is not None:
         raise ValueError("ref: a 2-D run is measured against its exact target; statistics do not apply")
     metric = build_metric(config, load_teacher(config, sampler.layer.tau.device), reference)

@@ -13,7 +13,6 @@ from .sampler import ddim_sampler, load_sampler
 
 GRID = 8  # rows and columns of a sample grid
 PLANE_POINTS = 20000
-TEACHER_NFE = 50  # what "teacher" means beside a few-step sampler: DDIM with many evaluations
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -37,17 +36,18 @@ figcaption {{ font-size: .9rem; }} pre {{ background: var(--card); padding: .8re
 """
 
 
-def write_report(folder, teacher=None):
+def write_report(folder, teacher=None, backend=None):
     """Draw a run's pictures into its samples/ folder and write report.html. Returns the page's path.
 
-    The run needs a checkpoint; the table and its picture are left out where it was not measured.
+    backend: as of `load_sampler`. The run needs a checkpoint; the table and its picture are left out where it was not measured.
     """
     config = folder.config()
-    student, _, step = load_sampler(folder, "ema")
+    student, _, step = load_sampler(folder, "ema", backend=backend)
     teacher = teacher or load_teacher(config, student.layer.tau.device)
     results, metrics = folder.read_json("results.json", []), folder.metrics()
+    teacher_nfe = max(config.eval.ddim_nfe)  # what "teacher" means beside a few-step sampler: DDIM with the most evaluations of the table
     samplers = {
-        f"teacher (DDIM, {TEACHER_NFE} evaluations)": ddim_sampler(config, teacher, TEACHER_NFE, 0.0),
+        f"teacher (DDIM, {teacher_nfe} evaluations)": ddim_sampler(config, teacher, teacher_nfe, 0.0),
         f"DDIM, {config.nfe} evaluations": ddim_sampler(config, teacher, config.nfe, 0.0),
         f"HSIVI, {config.nfe} evaluations": student,
     }

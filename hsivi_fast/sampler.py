@@ -48,9 +48,11 @@ class Sampler:
             for current in range(self.layer.nfe, 0, -1):
                 k = torch.full_like(chunk, current)
                 eps_hat = self.network(x, self.layer.tau[k])
-                # The last layer gives its mean: noise there would only be seen as noise.
-                noise = torch.zeros_like(x) if current == 1 else None
-                x = self.layer.step(x, eps_hat, k, self.log_gamma, chunk, noise=noise)
+                # The last layer gives its mean, since noise there would only be seen as noise; DDIM with eta 0 has none anywhere.
+                if current == 1 or self.layer.eta == 0:
+                    x = self.layer.mean(x, eps_hat, k)
+                else:
+                    x = self.layer.step(x, eps_hat, k, self.log_gamma, chunk)
             parts.append(x[:wanted])
             if on_batch:
                 on_batch(wanted)
@@ -68,10 +70,11 @@ def ddim_sampler(config, teacher, nfe, eta):
     return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device))
 
 
-def load_sampler(run, weights="ema", step=None):
+def load_sampler(run, weights="ema", step=None, backend=None):
     """The sampler of a run's newest checkpoint, or of that of a step: `weights` are the "ema" or the "raw" ones.
 
-    Returns (Sampler, config, step). Raises ValueError where the run has no checkpoint or the weights are unknown.
+    backend: "auto", "torch" or "triton" in the place of the run's. Returns (Sampler, config, step). Raises ValueError where the
+    run has no checkpoint, the weights are unknown, or the backend cannot run here.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {weights!r} is unknown; choose ema or raw")
@@ -82,6 +85,7 @@ def load_sampler(run, weights="ema", step=None):
     step = steps[-1] if step is None else step
     config = folder.config()
     device = choose_device(config.device)
+    ops.choose_backend(backend or config.backend, device)
     layer = build_layer(config, device)
     student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
     stem = "student_ema" if weights == "ema" else "student"
@@ -89,12 +93,12 @@ def load_sampler(run, weights="ema", step=None):
     return Sampler(student, layer, student.log_scaled_gamma), config, step
 
 
-def sample(run, seeds, weights="ema", batch_size=250, on_batch=None):
+def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=None):
     """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints.
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
     image, whatever the batch. Raises ValueError for a path that holds no run, and as `load_sampler`.
     """
-    sampler, config, _ = load_sampler(run, weights)
+    sampler, config, _ = load_sampler(run, weights, backend=backend)
     x = sampler(seeds, batch_size, on_batch)
     return to_uint8(x).cpu() if config.data else x.cpu()

@@ -35,6 +35,7 @@ def train_teacher(config, outdir, progress=False):
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
     settings, device = config.teacher_train, choose_device(config.device)
+    ops.choose_backend(config.backend, device)
     images = torch.from_numpy(load_data(config.data).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
     with torch.random.fork_rng(devices=[]):

@@ -5,9 +5,11 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from . import ops
+
 
 def describe_environment(config, backend, device):
-    """Versions, device, commit, backend, precision and processes, as environment.json holds them."""
+    """Versions, device, commit, the backend that runs, precision and processes, as environment.json holds them."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -19,7 +21,7 @@ def describe_environment(config, backend, device):
             versions[package] = None
     return {
         "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": _commit(),
-        "backend": backend, "precision": config.precision, "world_size": 1, "samples_per_rank": config.train.batch_size,
+        "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, "world_size": 1, "samples_per_rank": config.train.batch_size,
     }
 
 

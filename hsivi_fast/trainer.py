@@ -33,8 +33,8 @@ def train(config, outdir=None, fresh=False, progress=False):
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; this version trains in one, start it without a launcher")
-    backend = ops.choose_backend(config.backend)
     device = choose_device(config.device)
+    backend = ops.choose_backend(config.backend, device)
     layer = build_layer(config, device)
     teacher = load_teacher(config, device)
     student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema)
@@ -159,7 +159,7 @@ class Journal:
         self.seconds = max((record["seconds"] for record in self.folder.metrics()), default=0.0)
         total = self.config.train.steps
         if self.progress:
-            tqdm.write(f"backend {backend}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
+            tqdm.write(f"backend {backend}{' (interpreted)' if backend == 'triton' and ops.triton_is_interpreted() else ''}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
         self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
         self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
         self.logged_step, self.logged_time = step, time.perf_counter()

@@ -37,6 +37,7 @@ class Layer(nn.Module):
             tables["scale"] = table(np.sqrt(low) / c1)  # z / gamma = z scale exp(-log_gamma)
         for name, values in tables.items():
             self.register_buffer(name, values, persistent=False)
+        self.register_buffer("one", torch.ones(schedule.nfe + 1), persistent=False)
         self.register_buffer("tau", torch.from_numpy(schedule.timesteps), persistent=False)
 
     def log_gamma_shape(self, event_shape):
@@ -54,17 +55,15 @@ class Layer(nn.Module):
 
         seeds [B] int64 address the noise at stream k; `noise` [B, *event] replaces it.
         """
-        return ops.affine_noise_step(x, eps_hat, self.a[k], self.b[k], self.c1[k], self.rows(log_gamma), seeds, k, redraw, noise)
+        return ops.affine_noise_step(x, eps_hat, self.a, self.b, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
 
     def mean(self, x, eps_hat, k):
         """A_k x_k + B_k eps_hat, the mean of x_{k-1}: [B, *event]."""
-        a, b = (table[k].reshape(-1, *[1] * (x.ndim - 1)) for table in (self.a, self.b))
-        return a * x + b * eps_hat
+        return ops.affine_step(x, eps_hat, self.a, self.b, k)
 
     def redraw(self, mean, k, log_gamma, seeds, redraw, noise=None):
         """x_{k-1} from its stored mean with the noise of draw number `redraw`, [B, *event]."""
-        one, zero = torch.ones_like(self.a[k]), torch.zeros_like(self.a[k])
-        return ops.affine_noise_step(mean, mean, one, zero, self.c1[k], self.rows(log_gamma), seeds, k, redraw, noise)
+        return ops.affine_noise_step(mean, None, self.one, None, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
 
     def gamma(self, k, log_gamma, event_shape):
         """gamma_k = exp(log_gamma) c1_k / sigma_{k-1} of layers k [B], [B, *event]."""

@@ -14,7 +14,7 @@ def score_net_loss_and_grads(f, layer, k, log_gamma, seeds, redraw=0, noise=None
 
     The noise is the one that made x_{k-1}: addressed by (seeds, k, redraw), or given.
     """
-    return ops.denoising_loss_and_grads(f, layer.weight[k], layer.scale[k], layer.rows(log_gamma), seeds, k, redraw, noise)
+    return ops.denoising_loss_and_grads(f, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise)
 
 
 def student_loss_and_grads(f, e, layer, k, log_gamma, seeds, redraw=0, noise=None):
@@ -24,5 +24,5 @@ def student_loss_and_grads(f, e, layer, k, log_gamma, seeds, redraw=0, noise=Non
     the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the networks.
     """
     losses, grad_f, grad_e, grad_rows = ops.fisher_loss_and_grads(
-        f, e, layer.weight[k], layer.scale[k], layer.rows(log_gamma), seeds, k, redraw, noise)
+        f, e, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise)
     return losses, grad_f, grad_e, grad_rows.reshape(log_gamma.shape)

@@ -17,6 +17,7 @@ NETWORKS = {
     "cifar10": dict(family="ddpm", image_channels=3, image_size=32, channels=128, multipliers=(1, 2, 2, 2), res_blocks=2, attention=(False, True, False, False)),
     "celeba64": dict(family="ddpm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 2, 2, 4), res_blocks=2, attention=(False, False, True, False, False)),
     "imagenet64": dict(family="adm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 3, 4), res_blocks=3, attention=(4, 8), heads=4, out_channels=6),
+    "smoke": dict(family="ddpm", image_channels=1, image_size=8, channels=8, multipliers=(1,), res_blocks=0, attention=(False,), middle=False, norm_groups=4),
     "toy2d": dict(family="mlp", channels=64, layers=3),
 }
 

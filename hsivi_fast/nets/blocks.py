@@ -10,14 +10,14 @@ from .. import ops
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, optionally followed by a per-sample scale and shift and by SiLU, as one call of `ops`.
+    """Group normalisation with what stands around it in a UNet, as one call of `ops`: an addition before it, a per-sample scale and shift and SiLU after it.
 
     It holds exactly the parameters of `torch.nn.GroupNorm` (`weight` [C], `bias` [C]), so checkpoints keep their layout.
     """
 
-    def forward(self, x, silu=False, scale=None, shift=None):
-        """Normalise x [B, C, H, W]; scale and shift are [B, C] or None (y = norm(x) (1 + scale) + shift, before SiLU)."""
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift)
+    def forward(self, x, silu=False, scale=None, shift=None, add=None):
+        """y = norm(x + add) (1 + scale) + shift, then SiLU where asked; x [B, C, H, W], scale, shift and add [B, C] or None."""
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add)
 
 
 def attention(q, k, v):

@@ -24,8 +24,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, embedding):
         h = self.conv1(self.norm1(x, silu=True))  # [B, out_channels, H, W]
-        h = h + self.fc(embedding)[:, :, None, None]
-        h = self.conv2(self.norm2(h, silu=True))
+        h = self.conv2(self.norm2(h, silu=True, add=self.fc(embedding)))
         return h + self.skip(x)
 
 
@@ -48,10 +47,11 @@ class DDPMUNet(nn.Module):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
     `attention` lists, per level, whether each residual block is followed by self-attention. Every width must be a
-    multiple of `norm_groups`, and the image size of 2^(levels - 1).
+    multiple of `norm_groups`, and the image size of 2^(levels - 1). Without `middle` and with `res_blocks` 0 (the way up always has one more)
+    there is a network small enough for checks.
     """
 
-    def __init__(self, image_channels, image_size, channels, multipliers, res_blocks, attention, norm_groups=32, norm_eps=1e-5):
+    def __init__(self, image_channels, image_size, channels, multipliers, res_blocks, attention, middle=True, norm_groups=32, norm_eps=1e-5):
         super().__init__()
         levels = len(multipliers)
         if len(attention) != levels:
@@ -92,7 +92,7 @@ class DDPMUNet(nn.Module):
             ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
             AttentionBlock(width, norm_groups, norm_eps),
             ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
-        ])
+        ] if middle else [])
 
         upsamples = {}
         for level in reversed(range(levels)):

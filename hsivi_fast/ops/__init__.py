@@ -1,69 +1,189 @@
 """The operations that everything above calls, and the one switch that says which backend runs them.
 
-`torch` is the plain version in `reference.py`. `triton` names the fused kernels in `kernels/`; this version has none, so
-asking for it is an error and `auto` is torch everywhere. The functions below are the interface that the kernels join.
+`torch` is the plain version in `reference.py`; `triton` the fused kernels in `kernels/`, on a CUDA device or, with
+TRITON_INTERPRET=1 in the environment, interpreted on any (slow, for checks). `auto` is triton for CUDA tensors and torch for others. The
+choice is made once in a process by `choose_backend`: from its argument (the configuration's key `backend`) or, where that is auto, from the
+environment variable HSIVI_BACKEND; every function below also takes `backend` for one call.
+
+Conventions of shapes and tables are on top of `reference.py`; `library.py` holds the operators behind these functions.
 """
 
-from . import reference
+import functools
+import os
+
+import torch
+
+from . import library, reference
 from .philox import integers
 
 BACKENDS = ("auto", "torch", "triton")
+VARIABLE = "HSIVI_BACKEND"
+OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPUs and newer ones
 
-__all__ = ["affine_noise_step", "choose_backend", "denoising_loss_and_grads", "draw_noise", "fisher_loss_and_grads", "group_norm_silu", "integers"]
+__all__ = ["affine_noise_step", "affine_step", "choose_backend", "denoising_loss_and_grads", "draw_noise", "fisher_loss_and_grads", "group_norm_silu",
+           "integers", "triton_is_interpreted"]
+
+_chosen = None  # by `choose_backend`
 
 
-def choose_backend(backend):
-    """The backend that will run for the requested one, "torch". Raises ValueError where the request cannot be met."""
+def choose_backend(backend="auto", device="cpu"):
+    """Choose the backend of this process, and return the one that will run on `device`: "torch" or "triton".
+
+    Raises ValueError for an unknown name, and where "triton" cannot run, saying why.
+    """
+    global _chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise ValueError("backend: 'triton' cannot run, this version of hsivi_fast has no Triton kernels; choose auto or torch")
-    return "torch"
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get(VARIABLE, "auto"), VARIABLE
+        if backend not in BACKENDS:
+            raise ValueError(f"{VARIABLE}: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    if backend == "triton" and (reason := _obstacle(device)):
+        raise ValueError(f"{source}: 'triton' cannot run, {reason}; choose auto or torch")
+    _chosen = backend
+    return _resolve(None, device)
 
 
-def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=None):
-    """y = a x + b e + s exp(log_gamma) n, differentiable in x, e and log_gamma; see `reference.py` for shapes.
+def triton_is_interpreted():
+    """Whether Triton kernels run in Triton's interpreter in this process."""
+    return _triton_is_installed() and library.kernels("memory").INTERPRETED
 
+
+def _resolve(backend, device):
+    """The backend of one call: its argument, else the process's choice, else (for a library's user) the environment's."""
+    if backend is None:
+        if _chosen is None:
+            return choose_backend("auto", device)
+        backend = _chosen
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and not _obstacle(device) else "torch"
+    if backend == "triton" and device.type != "cuda" and (reason := _obstacle(device)):
+        raise ValueError(f"backend: 'triton' cannot run, {reason}; choose auto or torch")
+    return backend
+
+
+@functools.cache
+def _obstacle(device):
+    """Why Triton cannot run on a device, or None."""
+    if not _triton_is_installed():
+        return "the package triton is not installed"
+    if triton_is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the device is {device} and Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for a slow check"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]} and the kernels are made for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} and newer"
+    return None
+
+
+def _triton_is_installed():
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
+    """y = a x + b e + s exp(log_gamma) n, differentiable in x, e and log_gamma; like x.
+
+    x, e [B, *event], e None for no such term; a, b, s [K + 1]; log_gamma [1 or K, 1 or size of an event]; seeds [B] int64; stream [B] int in
+    1 .. K; redraw an int or [B]; noise None or [B, *event] in the place of the addressed one.
     Raises ValueError for tensors that do not fit each other.
     """
-    _check(x, e, log_gamma, seeds, stream, noise)
-    return reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise)
+    _check(x, e, (a, b, s), stream)
+    _check_noise(x, len(a) - 1, log_gamma, seeds, noise)
+    return library.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, _redraw(redraw, x), noise, _resolve(backend, x.device))
 
 
-def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None):
-    """(losses [B], grad_f) of mean over the batch of weight |f - n scale exp(-log_gamma)|^2; see `reference.py`."""
-    _check(f, f, log_gamma, seeds, stream, noise)
-    return reference.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
+def affine_step(x, e, a, b, stream, backend=None):
+    """y = a x + b e, without noise, differentiable in x and e; arguments and errors as of `affine_noise_step`."""
+    _check(x, e, (a, b), stream)
+    return library.affine_noise_step(x, e, a, b, None, None, None, stream, None, None, _resolve(backend, x.device))
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None):
-    """(losses [B], grad_f, grad_e, direct grad_log_gamma) of the minimax Fisher divergence; see `reference.py`."""
-    _check(f, e, log_gamma, seeds, stream, noise)
-    return reference.fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise)
+def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
+    """(losses [B], d loss / d f) of the mean over the batch of weight |f - t|^2, t = n scale exp(-log_gamma).
+
+    f [B, *event]; weight, scale [K + 1]; the rest as of `affine_noise_step`. The losses are not differentiable again.
+    """
+    _check(f, None, (weight, scale), stream)
+    _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
+    return library.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device))
 
 
-def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None):
-    """GroupNorm, an optional per-sample scale and shift, and SiLU where asked; x [B, C, ...] -> the same shape."""
-    return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift)
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
+    """(losses [B], d loss / d f, d loss / d e, direct d loss / d log_gamma) of the mean over the batch of weight (2 g (t - e) - g^2), g = f - e.
+
+    f, e [B, *event]; the rest as of `denoising_loss_and_grads`.
+    """
+    _check(f, e, (weight, scale), stream)
+    _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
+    return library.fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device))
 
 
-def draw_noise(seeds, stream, shape, redraw=0):
-    """Standard normal noise by address: seeds [B] int64, stream an int or [B] -> float32 [B, *shape]."""
-    return reference.draw_noise(seeds, stream, shape, redraw)
+def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None, backend=None):
+    """GroupNorm of x + add, then y (1 + scale) + shift, then SiLU where `silu`; differentiable in all tensors; like x.
+
+    x [B, C, *spatial]; weight, bias [C] or None; scale, shift, add [B, C] or None. Raises ValueError for what does not fit.
+    """
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has nothing to normalise")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"ops: {channels} channels cannot be cut into {groups} groups")
+    if (weight is None) != (bias is None) or (scale is None) != (shift is None):
+        raise ValueError("ops: weight and bias, and scale and shift, come in pairs")
+    for name, tensor, shape in (("weight", weight, (channels,)), ("bias", bias, (channels,)), ("scale", scale, (len(x), channels)),
+                                ("shift", shift, (len(x), channels)), ("add", add, (len(x), channels))):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.device != x.device:
+            raise ValueError(f"ops: {name} of shape {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}")
+    if _resolve(backend, x.device) == "torch":
+        return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
+    scale, shift, add = (None if tensor is None else tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (scale, shift, add))
+    return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
 
 
-def _check(x, e, log_gamma, seeds, stream, noise):
-    """The shapes that a caller can get wrong; values on a device are not read, which would make the host wait."""
-    if len(x) == 0:
-        raise ValueError("ops: a batch of 0 samples")
-    if e.shape != x.shape or e.dtype != x.dtype or e.device != x.device:
+def draw_noise(seeds, stream, shape, redraw=0, backend=None):
+    """Standard normal noise by address: seeds [B] int64, stream and redraw an int or [B] -> float32 [B, *shape]."""
+    if len(seeds) == 0 or 0 in shape:
+        raise ValueError(f"ops: noise of shape {(len(seeds), *shape)} has no elements")
+    if not isinstance(stream, torch.Tensor):
+        stream = torch.full_like(seeds, stream)
+    return library.draw_noise(seeds, stream, _redraw(redraw, seeds), list(shape), _resolve(backend, seeds.device))
+
+
+def _redraw(redraw, like):
+    """A redraw number as the operators take it: [B], or None for 0."""
+    if isinstance(redraw, torch.Tensor):
+        return redraw
+    return torch.full((len(like),), redraw, dtype=torch.int64, device=like.device) if redraw else None
+
+
+def _check(x, e, tables, stream):
+    """What a caller can get wrong, as far as shapes, types and devices tell; values on a device are not read, which would make the host wait."""
+    if 0 in x.shape:
+        raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has no elements")
+    if e is not None and (e.shape != x.shape or e.dtype != x.dtype or e.device != x.device):
         raise ValueError(f"ops: tensors differ, {tuple(x.shape)} {x.dtype} {x.device} and {tuple(e.shape)} {e.dtype} {e.device}")
+    for table in tables:
+        if table is not None and (table.ndim != 1 or table.shape != tables[0].shape or table.device != x.device):
+            raise ValueError(f"ops: a table of shape {tuple(table.shape)} on {table.device}; expected {tuple(tables[0].shape)} on {x.device}")
+    if stream.shape != (len(x),) or stream.device != x.device:
+        raise ValueError(f"ops: stream of shape {tuple(stream.shape)} on {stream.device} for {len(x)} samples on {x.device}")
+
+
+def _check_noise(x, layers, log_gamma, seeds, noise):
+    """The same for what a step or loss with noise has on top."""
     size = x[0].numel()
-    if log_gamma.ndim != 2 or log_gamma.shape[1] not in (1, size):
-        raise ValueError(f"ops: log_gamma of shape {tuple(log_gamma.shape)}; expected [1 or layers, 1 or {size}]")
-    if stream.shape != (len(x),):
-        raise ValueError(f"ops: stream of shape {tuple(stream.shape)} for {len(x)} samples")
-    if noise is None and seeds.shape != (len(x),):
-        raise ValueError(f"ops: seeds of shape {tuple(seeds.shape)} for {len(x)} samples")
-    if noise is not None and noise.shape != x.shape:
-        raise ValueError(f"ops: noise of shape {tuple(noise.shape)} for samples of shape {tuple(x.shape)}")
+    if noise is None and (seeds.shape != (len(x),) or seeds.dtype != torch.int64 or seeds.device != x.device):
+        raise ValueError(f"ops: seeds of shape {tuple(seeds.shape)} {seeds.dtype} on {seeds.device} for {len(x)} samples on {x.device}; they are int64")
+    if noise is not None and (noise.shape != x.shape or noise.device != x.device):
+        raise ValueError(f"ops: noise of shape {tuple(noise.shape)} on {noise.device} for samples of shape {tuple(x.shape)} on {x.device}")
+    if log_gamma.ndim != 2 or log_gamma.shape[0] not in (1, layers) or log_gamma.shape[1] not in (1, size) or log_gamma.device != x.device:
+        raise ValueError(f"ops: log_gamma of shape {tuple(log_gamma.shape)} on {log_gamma.device}; expected [1 or {layers}, 1 or {size}] on {x.device}")

@@ -1,9 +1,9 @@
 """The operations in plain torch: the CPU backend, and what every kernel is tested against.
 
-Conventions shared by all of them. Tensors are [B, *event]; a, b, s, weight and scale are per sample, [B]. `log_gamma` is
-[rows, columns] with rows 1 or the number of layers and columns 1 or the size of an event: sample i uses row
-stream[i] - 1 (or the only one), broadcast over its event. Noise n is addressed by (seeds[i], stream[i], redraw, element),
-or given as a tensor `noise` [B, *event] in its place. Arithmetic is in float32 at least, results in the inputs' dtype.
+Conventions shared by all of them. Tensors are [B, *event]. Sample i has a stream k_i in 1 .. K; a, b, s, weight and scale
+are tables [K + 1] of which it takes entry k_i. `log_gamma` is [1 or K, 1 or size of an event]: a sample uses row k_i - 1, or
+the only one, broadcast over its event. Noise n is addressed by (seeds[i], k_i, redraw, element), or given as a tensor `noise` [B, *event] in its place.
+Arithmetic is in float32 at least, results in the inputs' dtype.
 """
 
 import torch
@@ -17,35 +17,48 @@ def draw_noise(seeds, stream, shape, redraw=0):
     return philox.normal(seeds, stream, shape, redraw)
 
 
-def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=None):
-    """y = a x + b e + s exp(log_gamma) n, differentiable in x, e and log_gamma; [B, *event]."""
+def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=None, noise=None):
+    """y = a x + b e + s exp(log_gamma) n, [B, *event]; no e: no such term; no s: no noise."""
     compute = _compute_dtype(x)
-    n = _noise(x, seeds, stream, redraw, noise)
-    scale = _per_sample(s, x, compute) * _rows(log_gamma, stream, x, compute).exp()
-    y = _per_sample(a, x, compute) * x.to(compute) + _per_sample(b, x, compute) * e.to(compute) + scale * n.to(compute)
+    y = _entries(a, stream, x, compute) * x.to(compute)
+    if e is not None:
+        y = y + _entries(b, stream, x, compute) * e.to(compute)
+    if s is not None:
+        scale = _entries(s, stream, x, compute) * _rows(log_gamma, stream, x, compute).exp()
+        y = y + scale * _noise(x, seeds, stream, redraw, noise).to(compute)
     return y.to(x.dtype)
 
 
-def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None):
+def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw=None, noise=None):
+    """(dL/de, dL/dlog_gamma) of `affine_noise_step` from dy = dL/dy; e is not read."""
+    compute = _compute_dtype(dy)
+    dy = dy.to(compute)
+    de = _entries(b, stream, dy, compute) * dy
+    scale = _entries(s, stream, dy, compute) * _rows(log_gamma, stream, dy, compute).exp()
+    dlog_gamma = _sum_to_rows(scale * _noise(dy, seeds, stream, redraw, noise).to(compute) * dy, log_gamma, stream)
+    return de.to(e.dtype), dlog_gamma.to(log_gamma.dtype)
+
+
+def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=None, noise=None):
     """weight |f - target|^2 with target = n scale exp(-log_gamma), summed over each event and averaged over the batch.
 
     Returns (loss per sample [B], whose mean is the loss; d loss / d f [B, *event]).
     """
     compute = _compute_dtype(f)
-    w = _per_sample(weight, f, compute)
+    w = _entries(weight, stream, f, compute)
     residual = f.to(compute) - _target(f, scale, log_gamma, seeds, stream, redraw, noise, compute)
     losses = (w * residual.square()).flatten(1).sum(1)
     return losses, (2.0 * w * residual / len(f)).to(f.dtype)
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None):
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=None, noise=None):
     """weight (2 g (target - e) - g^2), g = f - e, target = n scale exp(-log_gamma), summed over each event, averaged over the batch.
 
     Returns (loss per sample [B], whose mean is the loss; d loss / d f; d loss / d e, both [B, *event]; the direct
     d loss / d log_gamma, in log_gamma's shape).
     """
     compute = _compute_dtype(f)
-    w = _per_sample(weight, f, compute)
+    w = _entries(weight, stream, f, compute)
     target = _target(f, scale, log_gamma, seeds, stream, redraw, noise, compute)
     f_, e_ = f.to(compute), e.to(compute)
     g = f_ - e_
@@ -56,11 +69,13 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=
     return losses, grad_f.to(f.dtype), grad_e.to(e.dtype), grad_log_gamma.to(log_gamma.dtype)
 
 
-def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None):
-    """GroupNorm of x [B, C, ...], then y (1 + scale) + shift with scale, shift [B, C] where given, then SiLU where asked."""
+def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None):
+    """GroupNorm of x + add, x [B, C, ...], then y (1 + scale) + shift, then SiLU where asked; scale, shift, add [B, C] or None."""
+    broadcast = (*x.shape[:2], *[1] * (x.ndim - 2))
+    if add is not None:
+        x = x + add.reshape(broadcast)
     y = F.group_norm(x, groups, weight, bias, eps)
     if scale is not None:
-        broadcast = (*scale.shape, *[1] * (x.ndim - 2))
         y = y * (1.0 + scale.reshape(broadcast)) + shift.reshape(broadcast)
     return F.silu(y) if silu else y
 
@@ -69,13 +84,13 @@ def _compute_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _per_sample(values, x, dtype):
-    """[B] -> [B, 1, ..., 1] beside x."""
-    return values.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
+def _entries(table, stream, x, dtype):
+    """Each sample's entry of a table [K + 1], [B, 1, ..., 1] beside x."""
+    return table[stream].to(dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _noise(x, seeds, stream, redraw, noise):
-    return draw_noise(seeds, stream, x.shape[1:], redraw) if noise is None else noise
+    return draw_noise(seeds, stream, x.shape[1:], 0 if redraw is None else redraw) if noise is None else noise
 
 
 def _rows(log_gamma, stream, x, dtype):
@@ -88,7 +103,7 @@ def _rows(log_gamma, stream, x, dtype):
 def _target(f, scale, log_gamma, seeds, stream, redraw, noise, dtype):
     """n scale exp(-log_gamma): the noise over its relative size, z / gamma."""
     n = _noise(f, seeds, stream, redraw, noise).to(dtype)
-    return n * _per_sample(scale, f, dtype) * (-_rows(log_gamma, stream, f, dtype)).exp()
+    return n * _entries(scale, stream, f, dtype) * (-_rows(log_gamma, stream, f, dtype)).exp()
 
 
 def _sum_to_rows(values, log_gamma, stream):
@@ -98,4 +113,6 @@ def _sum_to_rows(values, log_gamma, stream):
         values = values.sum(1, keepdim=True)
     if len(log_gamma) == 1:
         return values.sum(0, keepdim=True)
-    return values.new_zeros(log_gamma.shape).index_add_(0, stream - 1, values)
+    # As a product with the membership of samples in rows, because index_add_ adds in any order on a GPU.
+    member = (torch.arange(1, len(log_gamma) + 1, device=stream.device)[:, None] == stream).to(values.dtype)  # [rows, B]
+    return member @ values

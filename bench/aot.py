@@ -1,0 +1,253 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, stack, shared memory, access widths, instructions.
+
+    python -m bench.aot                              the whole matrix, a table on the terminal
+    python -m bench.aot --json bench/results/aot.jsonl --markdown bench/results/aot.md
+    python -m bench.aot --subset                     what the tests check
+
+The launchers run on tensors without memory, their launches are recorded instead of executed, and each distinct one is compiled for
+sm_80, sm_90 and sm_100. Exit code 1 if any kernel spills, has a stack, or accesses memory in narrower pieces than it should.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are defined
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hsivi_fast.kernels import affine_noise_step as step
+from hsivi_fast.kernels import group_norm_silu as norm
+from hsivi_fast.kernels import philox, score_losses
+from hsivi_fast.nets import NETWORKS
+
+from .shapes import network_norms
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVENTS = {"cifar10": (3, 32, 32), "celeba64": (3, 64, 64), "digits": (1, 8, 8), "odd": (3, 17, 5)}
+LAYERS = 10
+TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
+
+
+# ---- what is launched -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Inside, kernels are not run: the list that is yielded receives (kernel, {argument: value}, num_warps) of every launch."""
+    launches = []
+    run = triton.runtime.jit.JITFunction.run
+
+    def record(kernel, *arguments, grid, warmup, num_warps=4, **keywords):
+        launches.append((kernel, {**dict(zip(kernel.arg_names, arguments)), **keywords}, num_warps))
+
+    triton.runtime.jit.JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+
+
+def method_cases(full):
+    """(case, tensor bytes that a block moves per element, whether 16-byte accesses are due, launch) of the four method kernels and the draw."""
+    gammas = {"[1]": (1, 1), "[K]": (LAYERS, 1), "[event]": (1, None), "[K, event]": (LAYERS, None)}
+    for event_name, event in EVENTS.items() if full else [("cifar10", EVENTS["cifar10"]), ("odd", EVENTS["odd"])]:
+        size = torch.Size(event).numel()
+        for dtype_name, dtype in DTYPES.items() if full else [("fp32", torch.float32), ("bf16", torch.bfloat16)]:
+            for layout in ("row-major", "channels_last"):
+                if layout == "channels_last" and (event[0] == 1 or not full and event_name == "odd"):
+                    continue
+                for gamma_name, (rows, columns) in gammas.items():
+                    if not full and (event_name == "odd" or layout == "channels_last") and gamma_name != "[event]":
+                        continue
+                    empty = lambda *shape, kind=torch.float32: torch.empty(*shape, dtype=kind, device="meta")
+                    batch = 16
+                    x = empty(batch, *event, kind=dtype)
+                    e = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+                    table, log_gamma = empty(LAYERS + 1), empty(rows, columns or size)
+                    seeds, stream = empty(batch, kind=torch.int64), empty(batch, kind=torch.int64)
+                    address = (log_gamma, seeds, stream, None, None)
+                    width, due = x.element_size(), size % 16 == 0 and layout == "row-major"
+                    case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": gamma_name}
+                    yield case, 3 * width, due, lambda: step.affine_noise_step(x, e, table, table, table, *address)
+                    yield case, 2 * width, due, lambda: step.affine_noise_step_backward(x, e, table, table, *address)
+                    yield case, 2 * width, due, lambda: score_losses.denoising_loss_and_grads(e, table, table, *address)
+                    yield case, 4 * width, due, lambda: score_losses.fisher_loss_and_grads(e, e, table, table, *address)
+                if layout == "row-major" and dtype_name == "fp32":
+                    case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": "-"}
+                    yield case, 4, size % 16 == 0, lambda: philox.draw_noise(seeds, stream, None, event)
+                if layout == "row-major":
+                    case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": "none"}
+                    yield case, 3 * width, size % 16 == 0, lambda: step.affine_noise_step(x, x, table, table, None, None, None, stream, None, None)
+
+
+def norm_cases(full):
+    """(case, None, False, launch) of group normalisation at every shape of the published networks."""
+    norms = network_norms(NETWORKS)
+    for use in norms if full else [use for use in norms if (use.channels, use.size) in SUBSET_NORMS]:
+        for dtype_name, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
+            for layout, memory_format in (("row-major", torch.contiguous_format), ("channels_last", torch.channels_last)):
+                x = torch.empty(16, use.channels, use.size, use.size, dtype=dtype, device="meta").to(memory_format=memory_format)
+                vector, rows = torch.empty(use.channels, dtype=dtype, device="meta"), torch.empty(16, 2 * use.channels, dtype=dtype, device="meta")
+                scale, shift = rows.chunk(2, dim=1) if use.modulated else (None, None)
+                add = torch.empty(16, use.channels, dtype=dtype, device="meta") if use.added else None
+                statistics = torch.empty(16, use.groups, device="meta")
+                case = {"event": f"{use.size}x{use.size}x{use.channels}/{use.groups}", "dtype": dtype_name, "layout": layout,
+                        "log_gamma": "silu" * use.silu + " modulated" * use.modulated + " added" * use.added or "plain"}
+                yield case, None, False, lambda: norm.group_norm_silu(x, use.groups, vector, vector, 1e-5, use.silu, scale, shift, add)
+                yield case, None, False, lambda: norm.group_norm_silu_backward(x, x, use.groups, vector, vector, use.silu, scale, shift, add, statistics, statistics)
+
+
+# One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest.
+SUBSET_NORMS = {(128, 32), (256, 16), (512, 8), (384, 64), (640, 32), (896, 8)}
+
+
+# ---- compilation ------------------------------------------------------------------------------------------------------
+
+
+def source_of(kernel, arguments):
+    """The ASTSource of one launch, specialised as the runtime does: None, constexprs and the integer 1 are constants, multiples of 16 are marked."""
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants or value is None or value is not True and value is not False and isinstance(value, int) and value == 1:
+            signature[name], constexprs[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = TRITON_TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def measure(source, warps, architecture):
+    """Figures of one compiled kernel: registers, stack and spill bytes, shared bytes, instructions, and 16-byte accesses a thread."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    # What stands behind the final branch to itself is padding.
+    instructions = [name for name in instructions if name != "NOP"]
+    number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])
+    accesses = [name for name in instructions if name.split(".")[0] in ("LDG", "STG")]
+    return {"registers": number("REG"), "stack": number("STACK"), "local": sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
+            "shared": compiled.metadata.shared, "instructions": len(instructions), "wide_accesses": sum("128" in name for name in accesses),
+            "accesses": len(accesses)}
+
+
+def _measure_in_process(arguments):
+    index, architecture = arguments
+    torch.set_num_threads(1)
+    kernel, values, warps = WORK[index]["launch"]
+    return index, architecture, measure(source_of(kernel, values), warps, architecture)
+
+
+WORK = []
+
+
+def collect(full):
+    """The distinct launches of all cases: dicts of case, kernel name, launch, tensor bytes per element, whether wide accesses are due."""
+    seen, work = set(), []
+    with recorded_launches() as launches:
+        for case, moved, due, launch in itertools.chain(method_cases(full), norm_cases(full)):
+            launches.clear()
+            launch()
+            for kernel, values, warps in launches:
+                source = source_of(kernel, values)
+                key = (kernel.fn.__module__, kernel.fn.__name__, str(source.signature), str(source.constants), str(source.attrs), warps)
+                if key in seen:
+                    continue
+                seen.add(key)
+                name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
+                stage_two = kernel is step._sum_groups_kernel
+                work.append({"case": case, "kernel": name, "launch": (kernel, values, warps), "moved": None if stage_two else moved, "due": due and not stage_two})
+    return work
+
+
+def row_of(item, architecture, figures):
+    """One line of the table, with its verdict."""
+    kernel, values, warps = item["launch"]
+    tile = values["BLOCK"] if "BLOCK" in values else values["PIXEL_TILE"] * values["GROUPS_HERE"] * values["CHANNEL_TILE"]
+    row = {"kernel": item["kernel"], **item["case"], "sm": architecture, "tile": tile, "warps": warps, **figures,
+           "instructions_per_element": round(figures["instructions"] * 32 * warps / tile, 1)}
+    problems = []
+    if figures["stack"] or figures["local"]:
+        problems.append(f"{figures['stack']} bytes of stack and {figures['local']} accesses to local memory")
+    if figures["registers"] * 32 * warps > 65536:
+        problems.append("more registers than a multiprocessor has")
+    if item["due"] and figures["wide_accesses"] * 16 * 32 * warps < item["moved"] * tile:
+        problems.append(f"{figures['wide_accesses']} accesses of 16 bytes do not move {item['moved']} bytes for each of {tile} elements")
+    row["problems"] = problems
+    return row
+
+
+def run(full, architectures, processes):
+    """All rows, in a fixed order."""
+    WORK[:] = collect(full)
+    tasks = [(index, architecture) for index in range(len(WORK)) for architecture in architectures]
+    rows = {}
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=__import__("multiprocessing").get_context("fork")) as pool:
+        for index, architecture, figures in pool.map(_measure_in_process, tasks, chunksize=4):
+            rows[index, architecture] = row_of(WORK[index], architecture, figures)
+            if sys.stderr.isatty():
+                print(f"\r{len(rows)} of {len(tasks)}", end="", file=sys.stderr)
+    return [rows[task] for task in tasks]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("kernel", "event", "dtype", "layout", "log_gamma", "sm", "tile", "warps", "registers", "stack", "shared", "wide_accesses", "accesses", "instructions_per_element")
+TITLES = ("kernel", "event", "dtype", "layout", "variant", "sm", "tile", "warps", "registers", "stack", "shared", "16-byte", "accesses", "instr/element")
+
+
+def markdown(rows):
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
+    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subset", action="store_true", help="what the tests check")
+    parser.add_argument("--sm", type=int, action="append", help="one architecture; may be repeated; all three by default")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write one JSON object a line")
+    parser.add_argument("--markdown", type=Path, help="write the table")
+    arguments = parser.parse_args()
+    rows = run(not arguments.subset, arguments.sm or ARCHITECTURES, arguments.processes)
+    table = markdown(rows)
+    print(table)
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps({**row, "triton": triton.__version__}) + "\n" for row in rows))
+    if arguments.markdown:
+        arguments.markdown.write_text(table + "\n")
+    bad = [row for row in rows if row["problems"]]
+    for row in bad:
+        print(f"PROBLEM {row['kernel']} {row['event']} {row['dtype']} {row['layout']} {row['log_gamma']} sm_{row['sm']}: {'; '.join(row['problems'])}", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled with Triton {triton.__version__}, {len(bad)} with problems", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The operations as operators of torch (`torch.ops.hsivi_fast.*`): each with both backends, its output shapes, and its gradient.
+
+An operator is opaque to torch.compile, which is the point: Inductor fuses neither into a Triton kernel nor into the integers of the plain Philox
+(which it miscompiles in some forms). The backend is an argument, so that one graph holds one choice. `kernels` is imported when a
+Triton backend runs, and by nothing else than this room.
+"""
+
+import contextlib
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def kernels(name):
+    """A module of `kernels/`, imported at its first use."""
+    import importlib
+
+    return importlib.import_module(f"hsivi_fast.kernels.{name}")
+
+
+def _check_stream(stream, layers):
+    """ValueError for a stream outside 1 .. layers, where looking does not make the host wait; on a GPU the kernels give NaN for it."""
+    if stream.device.type == "cpu" and len(stream):
+        low, high = int(stream.min()), int(stream.max())
+        if low < 1 or high > layers:
+            raise ValueError(f"ops: stream {low if low < 1 else high} is outside 1 .. {layers}")
+
+
+def _device_of(x):
+    """Triton launches on the current device; make that the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hsivi_fast::draw_noise", mutates_args=())
+def draw_noise(seeds: Tensor, stream: Tensor, redraw: Optional[Tensor], shape: list[int], backend: str) -> Tensor:
+    if backend == "triton":
+        with _device_of(seeds):
+            return kernels("philox").draw_noise(seeds, stream, redraw, shape)
+    return reference.draw_noise(seeds, stream, shape, 0 if redraw is None else redraw).contiguous()
+
+
+@draw_noise.register_fake
+def _(seeds, stream, redraw, shape, backend):
+    return seeds.new_empty(len(seeds), *shape, dtype=torch.float32)
+
+
+# ---- the affine step --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hsivi_fast::affine_noise_step", mutates_args=())
+def affine_noise_step(x: Tensor, e: Optional[Tensor], a: Tensor, b: Optional[Tensor], s: Optional[Tensor], log_gamma: Optional[Tensor],
+                      seeds: Optional[Tensor], stream: Tensor, redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> Tensor:
+    _check_stream(stream, len(a) - 1)
+    if backend == "triton":
+        with _device_of(x):
+            return kernels("affine_noise_step").affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise)
+    return _laid_out_like(reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise), x)
+
+
+@affine_noise_step.register_fake
+def _(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, backend):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("hsivi_fast::affine_noise_step_backward", mutates_args=())
+def affine_noise_step_backward(dy: Tensor, e: Tensor, b: Tensor, s: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
+                               redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        with _device_of(dy):
+            return kernels("affine_noise_step").affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, noise)
+    de, dlog_gamma = reference.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, noise)
+    return _laid_out_like(de, e), dlog_gamma
+
+
+@affine_noise_step_backward.register_fake
+def _(dy, e, b, s, log_gamma, seeds, stream, redraw, noise, backend):
+    return torch.empty_like(e), torch.empty_like(log_gamma)
+
+
+def _save_step(ctx, inputs, output):
+    x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, backend = inputs
+    # e is kept for its layout alone; the noise is not kept, unless it was given.
+    ctx.save_for_backward(e, a, b, s, log_gamma, seeds, stream, redraw, noise)
+    ctx.backend = backend
+
+
+def _step_gradients(ctx, dy):
+    e, a, b, s, log_gamma, seeds, stream, redraw, noise = ctx.saved_tensors
+    dx = de = dlog_gamma = None
+    if not (dy.is_contiguous() or dy.ndim == 4 and dy.is_contiguous(memory_format=torch.channels_last)):
+        dy = dy.contiguous()  # as the one of a sum, which repeats one number
+    if ctx.needs_input_grad[0]:
+        dx = affine_noise_step(dy, None, a, None, None, None, None, stream, None, None, ctx.backend)
+    if log_gamma is not None and ctx.needs_input_grad[5]:
+        de, dlog_gamma = affine_noise_step_backward(dy, dy if e is None else e, a if e is None else b, s, log_gamma, seeds, stream, redraw, noise, ctx.backend)
+    elif ctx.needs_input_grad[1]:
+        de = affine_noise_step(dy, None, b, None, None, None, None, stream, None, None, ctx.backend)
+    return dx, None if e is None else de, None, None, None, dlog_gamma, None, None, None, None, None
+
+
+affine_noise_step.register_autograd(_step_gradients, setup_context=_save_step)
+
+
+# ---- the losses -------------------------------------------------------------------------------------------------------
+# Their gradients are outputs, for L = the mean of the losses. They have no autograd formula on purpose: scaling saved gradients by a
+# cotangent would read and write all of them once more.
+
+
+@torch.library.custom_op("hsivi_fast::denoising_loss_and_grads", mutates_args=())
+def denoising_loss_and_grads(f: Tensor, weight: Tensor, scale: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
+                             redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    _check_stream(stream, len(weight) - 1)
+    if backend == "triton":
+        with _device_of(f):
+            return kernels("score_losses").denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
+    losses, df = reference.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
+    return losses, _laid_out_like(df, f)
+
+
+@denoising_loss_and_grads.register_fake
+def _(f, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
+    return f.new_empty(len(f), dtype=torch.promote_types(f.dtype, torch.float32)), torch.empty_like(f)
+
+
+@torch.library.custom_op("hsivi_fast::fisher_loss_and_grads", mutates_args=())
+def fisher_loss_and_grads(f: Tensor, e: Tensor, weight: Tensor, scale: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
+                          redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_stream(stream, len(weight) - 1)
+    if backend == "triton":
+        with _device_of(f):
+            return kernels("score_losses").fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise)
+    losses, df, de, dlog_gamma = reference.fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise)
+    return losses, _laid_out_like(df, f), _laid_out_like(de, e), dlog_gamma
+
+
+@fisher_loss_and_grads.register_fake
+def _(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
+    losses = f.new_empty(len(f), dtype=torch.promote_types(f.dtype, torch.float32))
+    return losses, torch.empty_like(f), torch.empty_like(e), torch.empty_like(log_gamma)
+
+
+# ---- group normalisation ----------------------------------------------------------------------------------------------
+# Triton only: the plain version is transparent to Inductor, which fuses it with its neighbours.
+
+
+@torch.library.custom_op("hsivi_fast::group_norm_silu", mutates_args=())
+def group_norm_silu(x: Tensor, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, silu: bool,
+                    scale: Optional[Tensor], shift: Optional[Tensor], add: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    with _device_of(x):
+        return kernels("group_norm_silu").group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
+
+
+@group_norm_silu.register_fake
+def _(x, groups, weight, bias, eps, silu, scale, shift, add):
+    mean = x.new_empty(len(x), groups, dtype=torch.float32)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("hsivi_fast::group_norm_silu_backward", mutates_args=())
+def group_norm_silu_backward(dy: Tensor, x: Tensor, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], silu: bool, scale: Optional[Tensor],
+                             shift: Optional[Tensor], add: Optional[Tensor], mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _device_of(x):
+        dx, p, q, s = kernels("group_norm_silu").group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
+    return dx, p, q, q.new_empty(0) if s is None else s
+
+
+@group_norm_silu_backward.register_fake
+def _(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
+    p = x.new_empty(*x.shape[:2], dtype=torch.float32)
+    return torch.empty_like(x), p, torch.empty_like(p), p.new_empty(0) if add is None else torch.empty_like(p)
+
+
+def _save_norm(ctx, inputs, output):
+    x, groups, weight, bias, eps, silu, scale, shift, add = inputs
+    y, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, scale, shift, add, mean, rstd)
+    ctx.groups, ctx.silu = groups, silu
+
+
+def _norm_gradients(ctx, dy, _mean, _rstd):
+    x, weight, bias, scale, shift, add, mean, rstd = ctx.saved_tensors
+    dx, p, q, s = group_norm_silu_backward(_laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd)
+    others = (None,) * 5
+    if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7, 8)):  # not in a pull-back to the input alone
+        others = kernels("group_norm_silu").parameter_grads(p, q, s, x, ctx.groups, weight, bias, scale, add, rstd)
+    dweight, dbias, dscale, dshift, dadd = others
+    return dx, None, dweight, dbias, None, None, dscale, dshift, dadd
+
+
+group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+def _laid_out_like(value, tensor):
+    """`value` with the strides that `torch.empty_like(tensor)` has, copied only where they differ."""
+    target = torch.empty_like(tensor, device="meta")
+    if value.stride() == target.stride():
+        return value
+    return torch.empty_like(tensor, dtype=value.dtype).copy_(value)

@@ -1,0 +1,376 @@
+"""GroupNorm with what stands around it in a UNet, in one kernel: y = act(((x + add) normalised) (w (1 + scale)) + b (1 + scale) + shift).
+
+x is [B, C, *spatial], row-major or channels_last, in G groups of C / G channels; w, b [C] are the affine parameters, scale and shift [B, C]
+the per-sample modulation of the ADM network, add [B, C] the time embedding that the DDPM network adds before the normalisation, and act is SiLU or
+nothing. Statistics are float32. With xh = (x + add - mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument of act:
+
+    forward     y = act(u),  u = xh w' + b (1 + scale) + shift
+    backward    du = dy act'(u)                     P = sum over pixels of du xh,  Q = of du,  S = of xh     (each [B, C])
+                dx = rstd (du w' - mean_group(w' Q / pixels) - xh mean_group(w' P / pixels))
+                dw = sum_B P (1 + scale)   db = sum_B Q (1 + scale)   dscale = w P + b Q   dshift = Q   dadd = sum over pixels of dx
+
+Two forms. Where a group fits into the registers of one program, it is read once: forward 2 tensor passes, backward 3.
+Larger ones are split over programs of a few pixels each: one kernel makes partial sums, a second finishes
+and applies them, which reads the input twice (3 and 5 passes, some of them from the cache). Sums have a fixed order and no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .memory import DTYPES, load_float, store_rounded
+
+# A program holds at most this many elements of its groups, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
+ONE_PASS_ELEMENTS = 16384
+SPLIT_ELEMENTS = 4096
+ELEMENTS_A_THREAD = 32
+SECTOR_BYTES = 32
+
+# ---- jitted functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _offset(pixel, channel, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offset of (pixel, channel) within a sample."""
+    if CHANNELS_LAST:
+        offset = pixel * CHANNELS + channel
+    else:
+        offset = channel * PIXELS + pixel
+    return offset
+
+
+@triton.jit
+def _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, mask, scale_stride, shift_stride):
+    """(w', b (1 + scale) + shift) at a block of channels, float32."""
+    if w_ptr is None:
+        w = tl.where(mask, 1.0, 0.0)
+        b = tl.where(mask, 0.0, 0.0)
+    else:
+        w = load_float(w_ptr + channel, mask)
+        b = load_float(b_ptr + channel, mask)
+    if scale_ptr is not None:
+        factor = 1.0 + load_float(scale_ptr + sample * scale_stride + channel, mask)
+        w = w * factor
+        b = b * factor + load_float(shift_ptr + sample * shift_stride + channel, mask)
+    return w, b
+
+
+@triton.jit
+def _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride):
+    """x + add of a tile, 0 where masked."""
+    x = load_float(x_ptr + offset, mask)
+    if add_ptr is not None:
+        x = tl.where(mask, x + load_float(add_ptr + sample * add_stride + channel, channel_mask), 0.0)
+    return x
+
+
+@triton.jit
+def _activate(u, SILU: tl.constexpr):
+    if SILU:
+        u = u / (1.0 + tl.exp(-u))
+    return u
+
+
+@triton.jit
+def _pull_back(dy, u, SILU: tl.constexpr):
+    """dy act'(u)."""
+    if SILU:
+        gate = 1.0 / (1.0 + tl.exp(-u))
+        dy = dy * gate * (1.0 + u * (1.0 - gate))
+    return dy
+
+
+@triton.jit
+def _forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
+                    add_stride, scale_stride, shift_stride, eps,
+                    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+                    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """One program: GROUPS_HERE whole groups of one sample, in a tile [pixels, groups, channels of a group]."""
+    program = tl.program_id(0)
+    sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
+    first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
+    pixel = tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    count = PIXELS * GROUP_CHANNELS
+    mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
+    centred = tl.where(mask, x - mean[None, :, None], 0.0)
+    variance = tl.sum(tl.sum(centred * centred, axis=0), axis=1) / count
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    store_rounded(y_ptr + offset, _activate(centred * rstd[None, :, None] * w + b, SILU), mask)
+    statistics = sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)
+    tl.store(mean_ptr + statistics, mean)
+    tl.store(rstd_ptr + statistics, rstd)
+
+
+@triton.jit
+def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dx_ptr, p_ptr, q_ptr, s_ptr,
+                     add_stride, scale_stride, shift_stride,
+                     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+                     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """One program: as `_forward_kernel`; writes dx and the sums P, Q and, with add, S."""
+    program = tl.program_id(0)
+    sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
+    first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
+    pixel = tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    mean = tl.load(mean_ptr + sample * GROUPS + group)
+    rstd = tl.load(rstd_ptr + sample * GROUPS + group)
+    normed = tl.where(mask, (x - mean) * rstd, 0.0)
+    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
+    p = tl.sum(du * normed, axis=0)  # [GROUPS_HERE, CHANNEL_TILE]
+    q = tl.sum(du, axis=0)
+    flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
+    flat = sample * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
+    flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
+    tl.store(p_ptr + flat, p, mask=flat_mask)
+    tl.store(q_ptr + flat, q, mask=flat_mask)
+    if s_ptr is not None:
+        tl.store(s_ptr + flat, tl.sum(normed, axis=0), mask=flat_mask)
+    # Indexing with None, not tl.reshape, which gave the compiler a replicated layout and a 38 KB stack here (Triton 3.8.0).
+    count = PIXELS * GROUP_CHANNELS
+    along = tl.sum(p[None, :, :] * w, axis=2)[:, :, None] / count
+    across = tl.sum(q[None, :, :] * w, axis=2)[:, :, None] / count
+    store_rounded(dx_ptr + offset, rstd * (du * w - across - normed * along), mask)
+
+
+@triton.jit
+def _split_statistics_kernel(x_ptr, add_ptr, mean_ptr, deviation_ptr, add_stride, chunks,
+                             PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+                             CHANNELS_LAST: tl.constexpr):
+    """One program: a chunk of pixels of some groups of one sample -> their mean and sum of squared deviations, [B, G, chunks]."""
+    program = tl.program_id(0)
+    chunk = program % chunks
+    rest = program // chunks
+    sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
+    first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
+    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    count = tl.minimum(PIXELS - chunk * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS
+    mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
+    centred = tl.where(mask, x - mean[None, :, None], 0.0)
+    target = (sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)) * chunks + chunk
+    tl.store(mean_ptr + target, mean)
+    tl.store(deviation_ptr + target, tl.sum(tl.sum(centred * centred, axis=0), axis=1))
+
+
+@triton.jit
+def _split_forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, chunk_mean_ptr, chunk_deviation_ptr, y_ptr, mean_ptr, rstd_ptr,
+                          add_stride, scale_stride, shift_stride, eps, chunks,
+                          PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+                          CHUNK_TILE: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """One program: joins the chunks' statistics (Chan et al. 1979) and applies them to its chunk; the first chunk's program keeps them."""
+    program = tl.program_id(0)
+    chunk = program % chunks
+    rest = program // chunks
+    sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
+    first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
+    group_row = sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)
+    part = tl.arange(0, CHUNK_TILE)[None, :]
+    part_mask = (part < chunks) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
+    part_count = tl.where(part < chunks, tl.minimum(PIXELS - part * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS, 0).to(tl.float32)  # [1, CHUNK_TILE]
+    part_mean = tl.load(chunk_mean_ptr + group_row[:, None] * chunks + part, mask=part_mask, other=0.0)
+    deviation = tl.load(chunk_deviation_ptr + group_row[:, None] * chunks + part, mask=part_mask, other=0.0)
+    count = PIXELS * GROUP_CHANNELS
+    mean = tl.sum(part_mean * part_count, axis=1) / count  # [GROUPS_HERE]
+    between = part_mean - mean[:, None]
+    variance = tl.sum(deviation + between * between * part_count, axis=1) / count
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    tl.store(mean_ptr + group_row, mean, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
+    tl.store(rstd_ptr + group_row, rstd, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
+
+    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    normed = (x - mean[None, :, None]) * rstd[None, :, None]
+    store_rounded(y_ptr + offset, _activate(normed * w + b, SILU), mask)
+
+
+@triton.jit
+def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, along_ptr, across_ptr, dx_ptr, p_ptr, q_ptr, s_ptr,
+                           add_stride, scale_stride, shift_stride, chunks,
+                           PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+                           SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """One program: a chunk of pixels of some groups. Without dx_ptr it writes its part of P, Q and S, [B, chunks, C]; with it dx, from the groups' sums."""
+    program = tl.program_id(0)
+    chunk = program % chunks
+    rest = program // chunks
+    sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
+    first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
+    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    mean = tl.load(mean_ptr + sample * GROUPS + group)
+    rstd = tl.load(rstd_ptr + sample * GROUPS + group)
+    normed = tl.where(mask, (x - mean) * rstd, 0.0)
+    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
+    if dx_ptr is None:
+        flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
+        flat = (sample * chunks + chunk) * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
+        flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
+        tl.store(p_ptr + flat, tl.sum(du * normed, axis=0), mask=flat_mask)
+        tl.store(q_ptr + flat, tl.sum(du, axis=0), mask=flat_mask)
+        if s_ptr is not None:
+            tl.store(s_ptr + flat, tl.sum(normed, axis=0), mask=flat_mask)
+    else:
+        along = tl.load(along_ptr + sample * GROUPS + group)
+        across = tl.load(across_ptr + sample * GROUPS + group)
+        store_rounded(dx_ptr + offset, rstd * (du * w - across - normed * along), mask)
+
+
+# ---- launchers --------------------------------------------------------------------------------------------------------
+
+
+def plan(channels, groups, pixels, element_size, channels_last):
+    """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, `num_warps`, and `chunks`, 1 for the form of one pass.
+
+    A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one group are a few bytes in each
+    pixel's row, so it takes several until it uses whole sectors of 32 bytes, as far as its registers go.
+    """
+    group_channels = channels // groups
+    channel_tile = triton.next_power_of_2(group_channels)
+    pixel_tile = triton.next_power_of_2(pixels)
+    split = pixel_tile * channel_tile > ONE_PASS_ELEMENTS
+    limit = max(SPLIT_ELEMENTS, channel_tile) if split else ONE_PASS_ELEMENTS
+    wanted = (4 * SECTOR_BYTES if split else SECTOR_BYTES) if channels_last else 0
+    column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
+    least = 0 if split else 32 * ELEMENTS_A_THREAD
+    groups_here = 1
+    while groups % (2 * groups_here) == 0 and 2 * groups_here * column <= limit and (
+            groups_here * column < least or groups_here * group_channels * element_size < wanted):
+        groups_here *= 2
+    if split:
+        pixel_tile = max(1, limit // (groups_here * channel_tile))
+    elements = pixel_tile * groups_here * channel_tile
+    warps = min(16, max(1, elements // (32 * ELEMENTS_A_THREAD)))
+    return {"PIXELS": pixels, "GROUPS": groups, "GROUP_CHANNELS": group_channels, "GROUPS_HERE": groups_here, "PIXEL_TILE": pixel_tile, "CHANNEL_TILE": channel_tile,
+            "chunks": triton.cdiv(pixels, pixel_tile), "num_warps": warps}
+
+
+def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
+    """(y like x, mean [B, groups], rstd [B, groups], both float32); see the top of the file.
+
+    x [B, C, *spatial], row-major or channels_last; weight, bias [C] or both None; scale, shift [B, C] or both None; add [B, C] or
+    None; of these the rows must be contiguous. Raises ValueError for a layout or type that no kernel has.
+    """
+    sizes, channels_last = _arrange(x, groups)
+    y = torch.empty_like(x)
+    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    inputs = (x, add, weight, bias, scale, shift)
+    chunks, tile, grid = _launch(x, sizes)
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift), eps)
+    if chunks == 1:
+        _forward_kernel[grid](*inputs, y, mean, rstd, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+    else:
+        chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
+        deviation = torch.empty_like(chunk_mean)
+        _split_statistics_kernel[grid](x, add, chunk_mean, deviation, _row_stride(add), chunks, **tile, CHANNELS_LAST=channels_last)
+        _split_forward_kernel[grid](*inputs, chunk_mean, deviation, y, mean, rstd, *strides, chunks, **tile,
+                                    CHUNK_TILE=triton.next_power_of_2(chunks), SILU=silu, CHANNELS_LAST=channels_last)
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
+    """(dx like x, P, Q, S), the sums [B, C] float32, S None without add; see the top of the file. dy is laid out like x."""
+    sizes, channels_last = _arrange(x, groups)
+    batch, channels = x.shape[:2]
+    dx = torch.empty_like(x)
+    chunks, tile, grid = _launch(x, sizes)
+    inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
+    p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
+    q, s = torch.empty_like(p), None if add is None else torch.empty_like(p)
+    if chunks == 1:
+        _backward_kernel[grid](*inputs, dx, p, q, s, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+        p, q, s = (None if part is None else part[:, 0] for part in (p, q, s))
+    else:
+        _split_backward_kernel[grid](*inputs, None, None, None, p, q, s, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+        p, q, s = (None if part is None else part.sum(1) for part in (p, q, s))
+        count = x[0].numel() // groups
+        factor = effective_weight(weight, scale, p)
+        along, across = ((factor * part).reshape(batch, groups, -1).sum(2) / count for part in (p, q))
+        _split_backward_kernel[grid](*inputs, along, across, dx, None, None, None, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+    return dx, p, q, s
+
+
+def parameter_grads(p, q, s, x, groups, weight, bias, scale, add, rstd):
+    """(dweight, dbias, dscale, dshift, dadd) from the sums of `group_norm_silu_backward`, None where there is no such input."""
+    one_more = 1.0 if scale is None else 1.0 + scale.to(torch.float32)
+    dweight = dbias = dscale = dshift = dadd = None
+    if weight is not None:
+        dweight, dbias = ((part * one_more).sum(0).to(weight.dtype) for part in (p, q))
+    if scale is not None:
+        dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
+        dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
+    if add is not None:
+        batch, channels = p.shape
+        pixels = x[0, 0].numel()
+        factor = effective_weight(weight, scale, p)
+        grouped = (batch, groups, channels // groups)
+        along, across = ((factor * part).reshape(grouped).sum(2, keepdim=True) / (pixels * channels // groups) for part in (p, q))
+        inner = (factor * q).reshape(grouped) - pixels * across - s.reshape(grouped) * along
+        dadd = (rstd[:, :, None] * inner).reshape(batch, channels).to(add.dtype)
+    return dweight, dbias, dscale, dshift, dadd
+
+
+def effective_weight(weight, scale, like):
+    """w (1 + scale), float32, broadcastable to `like` [B, C]."""
+    factor = torch.ones_like(like) if weight is None else weight.to(torch.float32)
+    return factor if scale is None else factor * (1.0 + scale.to(torch.float32))
+
+
+def _arrange(x, groups):
+    """(plan, whether x is channels_last); ValueError for what no kernel has."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)")
+    pixels = x[0, 0].numel()
+    if x.is_contiguous():
+        channels_last = False
+    elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        channels_last = True
+    else:
+        raise ValueError(f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} is neither contiguous nor channels_last; call .contiguous()")
+    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last), channels_last
+
+
+def _launch(x, sizes):
+    """(chunks, tile arguments, grid) of a plan for x."""
+    tile = dict(sizes)
+    chunks = tile.pop("chunks")
+    return chunks, tile, (len(x) * (sizes["GROUPS"] // sizes["GROUPS_HERE"]) * chunks,)
+
+
+def _row_stride(tensor):
+    return 0 if tensor is None else tensor.stride(0)

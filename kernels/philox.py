@@ -1,0 +1,144 @@
+"""Standard normal noise by address, made in registers: Philox4x32-10 and Box-Muller.
+
+Element i of a sample's noise is a function of (seed, stream, redraw, i) alone:
+
+    key = seed (low word, high word);  counter = (i // 4, stream, redraw, 0)
+    words w0..w3 = Philox4x32-10(key, counter);  u = folded to [0, 1), clamped at 1e-7 under the logarithm
+    n = sqrt(-2 ln u0) (cos 2 pi u1, sin 2 pi u1), sqrt(-2 ln u2) (cos 2 pi u3, sin 2 pi u3)   for i = 4j .. 4j + 3
+
+These are the numbers of `tl.randn4x(seed, (stream << 32) | j)`. Two things are done otherwise than there, for speed: a half-round
+is one 32 x 32 -> 64 bit multiplication, and sine and cosine are polynomials on an eighth of a turn, because the
+library's carry a slow path with a stack for huge angles. There is no backward: noise has no inputs to differentiate.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .memory import LARGEST_SAMPLE
+
+# ---- jitted functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox4x32(key0, key1, c0, c1, c2, c3):
+    """Ten rounds of Philox4x32; uint32 blocks of one shape in and out."""
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(word):
+    """uint32 -> float32 in [0, 1), as Triton's `uint_to_uniform_float`: the sign bit folds instead of being dropped."""
+    signed = word.to(tl.int32, bitcast=True)
+    signed = tl.where(signed < 0, -signed - 1, signed)
+    return signed.to(tl.float32) * 4.6566127342e-10
+
+
+@triton.jit
+def _box_muller(u0, u1):
+    """Two independent normals from two uniforms."""
+    radius = tl.sqrt(-2.0 * tl.log(tl.maximum(1.0e-7, u0)))
+    quarter = tl.floor(4.0 * u1 + 0.5)  # the nearest quarter turn; the rest is within an eighth
+    x = (u1 - 0.25 * quarter) * 6.283185307179586
+    x2 = x * x
+    sine = x + x * x2 * (-1.6666654611e-1 + x2 * (8.3321608736e-3 + x2 * -1.9515295891e-4))
+    cosine = 1.0 - 0.5 * x2 + x2 * x2 * (4.166664568298827e-2 + x2 * (-1.388731625493765e-3 + x2 * 2.443315711809948e-5))
+    turns = quarter.to(tl.int32)
+    swapped = (turns & 1) != 0
+    c = tl.where(swapped, sine, cosine)
+    s = tl.where(swapped, cosine, sine)
+    c = tl.where(((turns + 1) & 2) != 0, -c, c)
+    s = tl.where((turns & 2) != 0, -s, s)
+    return radius * c, radius * s
+
+
+@triton.jit
+def _normal4(seed, stream, redraw, j):
+    """The normals of elements 4j .. 4j + 3; j is a block of int32."""
+    key = seed.to(tl.uint64, bitcast=True)
+    c0 = j.to(tl.uint32)
+    zero = c0 * 0
+    w0, w1, w2, w3 = philox4x32((key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32),
+                                c0, zero + stream.to(tl.uint32), zero + redraw.to(tl.uint32), zero)
+    n0, n1 = _box_muller(_uniform(w0), _uniform(w1))
+    n2, n3 = _box_muller(_uniform(w2), _uniform(w3))
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def normal_block(seed, stream, redraw, block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Noise of elements block * BLOCK + [0, BLOCK) of one sample, float32 [BLOCK]. seed: int64, stream and redraw: integers, all scalars.
+
+    WIDE gives every lane 8 consecutive elements, so that 16-bit tensors are accessed 16 bytes at a time.
+    """
+    if WIDE:
+        j = block * (BLOCK // 4) + 2 * tl.arange(0, BLOCK // 8)
+        a0, a1, a2, a3 = _normal4(seed, stream, redraw, j)
+        b0, b1, b2, b3 = _normal4(seed, stream, redraw, j + 1)
+        n0 = tl.join(a0, b0)
+        n1 = tl.join(a1, b1)
+        n2 = tl.join(a2, b2)
+        n3 = tl.join(a3, b3)
+    else:
+        j = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        n0, n1, n2, n3 = _normal4(seed, stream, redraw, j)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
+
+
+@triton.jit
+def load_redraw(redraw_ptr, sample):
+    """The redraw number of a sample; 0 where there is no tensor of them."""
+    if redraw_ptr is None:
+        redraw = tl.program_id(0) * 0
+    else:
+        redraw = tl.load(redraw_ptr + sample)
+    return redraw
+
+
+@triton.jit
+def _draw_kernel(noise_ptr, seed_ptr, stream_ptr, redraw_ptr, size, blocks, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    sample = program // blocks
+    block = program % blocks
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    noise = normal_block(tl.load(seed_ptr + sample), tl.load(stream_ptr + sample), load_redraw(redraw_ptr, sample), block, BLOCK, False)
+    tl.store(noise_ptr + sample.to(tl.int64) * size + i, noise, mask=i < size)
+
+
+# ---- launcher ---------------------------------------------------------------------------------------------------------
+
+
+def choose_block(size):
+    """(BLOCK, num_warps) for samples of this many elements: 16 elements a thread, and as few as may be beyond the end."""
+    block = min(2048, max(128, triton.next_power_of_2(size)))
+    if block == 2048 and -(-size // 2048) * 2048 > -(-size // 1024) * 1024:
+        block = 1024
+    return block, max(1, block // 512)
+
+
+def draw_noise(seeds, stream, redraw, shape, block=None):
+    """Standard normal noise, float32 [B, *shape].
+
+    seeds [B] int64; stream [B] int; redraw [B] int or None for 0; block: elements a program, for tests.
+    Raises ValueError for a shape with too many elements.
+    """
+    noise = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
+    size = noise[0].numel()
+    if size > LARGEST_SAMPLE:
+        raise ValueError(f"kernels: a sample of {size} elements is too large; at most {LARGEST_SAMPLE}")
+    chosen, warps = choose_block(size)
+    block = block or chosen
+    blocks = triton.cdiv(size, block)
+    _draw_kernel[(len(seeds) * blocks,)](noise, seeds, stream, redraw, size, blocks, BLOCK=block, num_warps=warps)
+    return noise
