@@ -1,4 +1,4 @@
-"""Settings that every test shares."""
+"""Settings that every test shares, and the backend as a parameter."""
 
 import os
 
@@ -7,13 +7,31 @@ import torch
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the subprocesses of some tests run beside this one: spinning threads would starve them
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
 torch.set_num_threads(1)
+
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: for real, or interpreted
 
 
 @pytest.fixture(autouse=True)
-def no_processes_from_outside(monkeypatch):
-    """A launcher's variables around the test run must not look like our own."""
+def no_choices_from_outside(monkeypatch):
+    """A launcher's variables around the test run must not look like our own, nor a backend chosen in another test."""
+    from hsivi_fast import ops
+
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.setattr(ops, "_chosen", None)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend_device(request):
+    """The device to use while each backend in turn is the process's choice."""
+    from hsivi_fast import ops
+
+    device = "cpu" if request.param == "torch" else KERNEL_DEVICE
+    ops.choose_backend(request.param, device)
+    return device
 
 
 def pytest_collection_modifyitems(items):

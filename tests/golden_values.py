@@ -31,5 +31,5 @@ def fill_by_name(network):
 
 def relative_error(value, expected):
     """Norm of the difference over the norm of the expected value."""
-    value = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))

@@ -1,10 +1,13 @@
 """Six whole training iterations of the published implementation, replayed with its noise and its layers."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from golden_values import fill_by_name, load_golden
 
+from hsivi_fast import ops
 from hsivi_fast.engine import PlainEngine
 from hsivi_fast.method.layer import Layer, attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
@@ -29,13 +32,17 @@ def _network(factor=1.0):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_six_iterations_agree_with_the_published_code(name):
+def test_six_iterations_agree_with_the_published_code(name, backend_device, monkeypatch):
+    """With both backends; in the interpreter, whose group normalisation would take minutes here, that one is torch's (test_nets.py has its own golden values)."""
+    device = backend_device
+    if ops.triton_is_interpreted():
+        monkeypatch.setattr(ops, "group_norm_silu", functools.partial(ops.group_norm_silu, backend="torch"))
     golden = load_golden(name)
-    tensor = lambda key: torch.from_numpy(golden[key])
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), **CASES[name])
-    teacher = _network().requires_grad_(False)
-    student = PlainEngine(attach_log_gamma(_network(0.95), layer), clip=1.0, ema=0.999)
-    score_net = PlainEngine(_network(1.05), clip=1.0, ema=0.999)
+    tensor = lambda key: torch.from_numpy(golden[key]).to(device)
+    layer = Layer(make_schedule("linear", 1000, "quad", 5), **CASES[name]).to(device)
+    teacher = _network().to(device).requires_grad_(False)
+    student = PlainEngine(attach_log_gamma(_network(0.95), layer).to(device), clip=1.0, ema=0.999)
+    score_net = PlainEngine(_network(1.05).to(device), clip=1.0, ema=0.999)
 
     def batch(key):
         k = tensor(f"{key}.k")
@@ -58,5 +65,5 @@ def test_six_iterations_agree_with_the_published_code(name):
         averages = [float(value.norm()) for value in engine.ema.state_dict().values()]
         np.testing.assert_allclose(norms, golden[f"end.{key}.norms"], rtol=1e-3)
         np.testing.assert_allclose(averages, golden[f"end.{key}.ema_norms"], rtol=1e-3)
-        np.testing.assert_allclose(engine.network.in_conv.weight.detach(), golden[f"end.{key}.in_conv"], atol=2e-4)
-    np.testing.assert_allclose(student.network.log_scaled_gamma.detach(), golden["end.phi.log_gamma"], atol=2e-5)
+        np.testing.assert_allclose(engine.network.in_conv.weight.detach().cpu(), golden[f"end.{key}.in_conv"], atol=2e-4)
+    np.testing.assert_allclose(student.network.log_scaled_gamma.detach().cpu(), golden["end.phi.log_gamma"], atol=2e-5)

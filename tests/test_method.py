@@ -40,19 +40,19 @@ def test_bad_schedules_are_named(call, message):
 @pytest.mark.parametrize("eta", ["0.2", "1.0"])
 @pytest.mark.parametrize("per_pixel", [0, 1])
 @pytest.mark.parametrize("per_step", [0, 1])
-def test_layer_is_the_published_one(per_step, per_pixel, eta):
+def test_layer_is_the_published_one(per_step, per_pixel, eta, backend_device):
     golden = load_golden("layer")
-    value = lambda name: torch.from_numpy(golden[f"per_step_{per_step}.per_pixel_{per_pixel}.eta{eta}.{name}"])
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel))
+    value = lambda name: torch.from_numpy(golden[f"per_step_{per_step}.per_pixel_{per_pixel}.eta{eta}.{name}"]).to(backend_device)
+    layer = Layer(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel)).to(backend_device)
     log_gamma, eps_hat, k = value("log_gamma").requires_grad_(), value("eps_hat").requires_grad_(), value("k")
     assert layer.log_gamma_shape(eps_hat.shape[1:]) == tuple(log_gamma.shape)
     x_prev = layer.step(value("x"), eps_hat, k, log_gamma, None, noise=value("noise"))
     gamma = layer.gamma(k, log_gamma, eps_hat.shape[1:])
     ((value("w") * x_prev).sum() + (value("h") * value("noise") / gamma).sum()).backward()
-    assert relative_error(x_prev, value("x_prev").numpy()) < 1e-5
-    assert relative_error(gamma, np.broadcast_to(value("gamma").numpy(), gamma.shape)) < 1e-5
-    assert relative_error(eps_hat.grad, value("grad_eps_hat").numpy()) < 1e-5
-    assert relative_error(log_gamma.grad, value("grad_log_gamma").numpy()) < 1e-5
+    assert relative_error(x_prev, value("x_prev").cpu().numpy()) < 1e-5
+    assert relative_error(gamma, np.broadcast_to(value("gamma").cpu().numpy(), gamma.shape)) < 1e-5
+    assert relative_error(eps_hat.grad, value("grad_eps_hat").cpu().numpy()) < 1e-5
+    assert relative_error(log_gamma.grad, value("grad_log_gamma").cpu().numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])

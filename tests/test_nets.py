@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import KERNEL_DEVICE
 from golden_values import fill_by_name, load_golden, relative_error
 from safetensors.torch import save_file
 
+from hsivi_fast import ops
 from hsivi_fast.nets import NETWORKS, build_unet
 from hsivi_fast.nets.checkpoints import load_weights, read_weights
 
@@ -18,16 +20,24 @@ GOLDEN = {
 TINY = dict(family="ddpm", image_channels=1, image_size=8, channels=8, multipliers=[1, 2], res_blocks=1, attention=[False, True], norm_groups=4)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_unet_is_the_published_one(name):
+# In the interpreter the full network would take minutes; the tiny ones stand for it there.
+CASES = [(name, "torch") for name in GOLDEN] + [(name, "triton") for name in GOLDEN if name != "unet_cifar10_full"]
+CASES.append(pytest.param("unet_cifar10_full", "triton", marks=pytest.mark.gpu))
+
+
+@pytest.mark.parametrize("name, backend", CASES)
+def test_unet_is_the_published_one(name, backend):
+    """With the kernels too: they change neither the numbers nor the layout of the checkpoint."""
+    device = KERNEL_DEVICE if backend == "triton" else "cpu"
+    ops.choose_backend(backend, device)
     golden = load_golden(name)
     network = build_unet(GOLDEN[name])
     assert [key for key, _ in network.named_parameters()] == list(golden["names"])
     assert [",".join(map(str, parameter.shape)) for parameter in network.parameters()] == list(golden["shapes"])
-    fill_by_name(network)
-    x = torch.from_numpy(golden["x"]).requires_grad_()
-    y = network(x, torch.from_numpy(golden["t"]))
-    (y * torch.from_numpy(golden["w"])).sum().backward()
+    fill_by_name(network).to(device)
+    x = torch.from_numpy(golden["x"]).to(device).requires_grad_()
+    y = network(x, torch.from_numpy(golden["t"]).to(device))
+    (y * torch.from_numpy(golden["w"]).to(device)).sum().backward()
     assert relative_error(y, golden["y"]) < 1e-4
     assert relative_error(x.grad, golden["grad_x"]) < 1e-4
     norms = np.array([float(parameter.grad.norm()) for parameter in network.parameters()])
@@ -44,7 +54,7 @@ def test_parameter_counts(name, millions):
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "imagenet64"])
 def test_a_network_maps_its_event_to_its_event(name):
-    network = build_unet(name if name in ("digits", "toy2d") else dict(name=name, channels=32))
+    network = build_unet(name if name in ("digits", "smoke", "toy2d") else dict(name=name, channels=32))
     x = torch.randn(2, *network.event_shape)
     assert network(x, torch.tensor([3, 900])).shape == x.shape
 

@@ -13,18 +13,18 @@ SHAPES = [(1, 1), (LAYERS, 1), (1, SIZE), (LAYERS, SIZE)]
 def _inputs(shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     randn = lambda *size: torch.randn(*size, generator=generator, dtype=dtype)
-    return dict(x=randn(B, *EVENT), e=randn(B, *EVENT), a=randn(B), b=randn(B), s=randn(B).abs() + 0.1, log_gamma=0.3 * randn(*shape),
-                noise=randn(B, *EVENT), k=torch.tensor([1, 3, 2, 3, 1]), w=randn(B).abs(), cotangent=randn(B, *EVENT))
+    return dict(x=randn(B, *EVENT), e=randn(B, *EVENT), a=randn(LAYERS + 1), b=randn(LAYERS + 1), s=randn(LAYERS + 1).abs() + 0.1, log_gamma=0.3 * randn(*shape),
+                noise=randn(B, *EVENT), k=torch.tensor([1, 3, 2, 3, 1]), w=randn(LAYERS + 1).abs(), cotangent=randn(B, *EVENT))
 
 
 def _expanded(log_gamma, k):
     """log_gamma of each sample, [B, *EVENT], by plain indexing."""
-    rows = log_gamma.expand(LAYERS, SIZE) if log_gamma.shape[0] == 1 else log_gamma.expand(LAYERS, SIZE)
-    return rows[k - 1].reshape(B, *EVENT)
+    return log_gamma.expand(LAYERS, SIZE)[k - 1].reshape(B, *EVENT)
 
 
-def _column(values):
-    return values.reshape(-1, 1, 1, 1)
+def _entries(i, name):
+    """Each sample's entry of a table, [B, 1, 1, 1]."""
+    return i[name][i["k"]].reshape(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,12 +32,12 @@ def test_affine_noise_step_is_its_equation(shape):
     i = _inputs(shape)
     x, e, log_gamma = (i[name].clone().requires_grad_() for name in ("x", "e", "log_gamma"))
     y = ops.affine_noise_step(x, e, i["a"], i["b"], i["s"], log_gamma, None, i["k"], noise=i["noise"])
-    expected = _column(i["a"]) * i["x"] + _column(i["b"]) * i["e"] + _column(i["s"]) * _expanded(i["log_gamma"], i["k"]).exp() * i["noise"]
+    expected = _entries(i, "a") * i["x"] + _entries(i, "b") * i["e"] + _entries(i, "s") * _expanded(i["log_gamma"], i["k"]).exp() * i["noise"]
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
     (y * i["cotangent"]).sum().backward()
-    torch.testing.assert_close(x.grad, _column(i["a"]) * i["cotangent"])
-    torch.testing.assert_close(e.grad, _column(i["b"]) * i["cotangent"])
-    direct = (i["cotangent"] * (expected - _column(i["a"]) * i["x"] - _column(i["b"]) * i["e"])).flatten(1)
+    torch.testing.assert_close(x.grad, _entries(i, "a") * i["cotangent"])
+    torch.testing.assert_close(e.grad, _entries(i, "b") * i["cotangent"])
+    direct = (i["cotangent"] * (expected - _entries(i, "a") * i["x"] - _entries(i, "b") * i["e"])).flatten(1)
     by_layer = torch.stack([direct[i["k"] == k].sum(0) for k in range(1, LAYERS + 1)])  # [LAYERS, SIZE]
     by_layer = by_layer if shape[0] > 1 else by_layer.sum(0, keepdim=True)
     torch.testing.assert_close(log_gamma.grad, by_layer if shape[1] > 1 else by_layer.sum(1, keepdim=True))
@@ -47,8 +47,8 @@ def test_affine_noise_step_is_its_equation(shape):
 def test_denoising_loss_gradient_is_autograds(shape):
     i = _inputs(shape)
     f = i["x"].clone().requires_grad_()
-    target = i["noise"] * _column(i["s"]) / _expanded(i["log_gamma"], i["k"]).exp()
-    loss = (_column(i["w"]) * (f - target).square()).sum() / B
+    target = i["noise"] * _entries(i, "s") / _expanded(i["log_gamma"], i["k"]).exp()
+    loss = (_entries(i, "w") * (f - target).square()).sum() / B
     loss.backward()
     losses, grad = ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
     torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
@@ -59,9 +59,9 @@ def test_denoising_loss_gradient_is_autograds(shape):
 def test_fisher_loss_gradients_are_autograds(shape):
     i = _inputs(shape)
     f, e, log_gamma = i["x"].clone().requires_grad_(), i["e"].clone().requires_grad_(), i["log_gamma"].clone().requires_grad_()
-    target = i["noise"] * _column(i["s"]) / _expanded(log_gamma, i["k"]).exp()
+    target = i["noise"] * _entries(i, "s") / _expanded(log_gamma, i["k"]).exp()
     g = f - e
-    loss = (_column(i["w"]) * (2 * g * (target - e) - g.square())).sum() / B
+    loss = (_entries(i, "w") * (2 * g * (target - e) - g.square())).sum() / B
     loss.backward()
     losses, grad_f, grad_e, grad_log_gamma = ops.fisher_loss_and_grads(i["x"], i["e"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
     torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
@@ -107,25 +107,36 @@ def test_bfloat16_is_computed_in_float32():
     assert y.dtype == torch.bfloat16 and torch.equal(y, high.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("change, message", [
     (dict(e=torch.zeros(B, 2, 3, 5)), "tensors differ"),
     (dict(e=torch.zeros(B, *EVENT, dtype=torch.bfloat16)), "tensors differ"),
     (dict(log_gamma=torch.zeros(SIZE)), r"log_gamma of shape \(24,\)"),
     (dict(log_gamma=torch.zeros(1, 7)), r"log_gamma of shape \(1, 7\)"),
+    (dict(log_gamma=torch.zeros(2, 1)), r"log_gamma of shape \(2, 1\)"),
+    (dict(log_gamma=torch.zeros(1, 1, device="meta")), "on meta"),
+    (dict(e=torch.zeros(B, *EVENT, device="meta")), "tensors differ"),
+    (dict(s=torch.zeros(2)), "a table of shape"),
+    (dict(k=torch.tensor([1, 3, 4, 3, 1])), "stream 4 is outside 1 .. 3"),
+    (dict(k=torch.tensor([1, 3, 0, 3, 1])), "stream 0 is outside 1 .. 3"),
     (dict(k=torch.tensor([1, 2])), "stream of shape"),
     (dict(noise=torch.zeros(B, 3)), "noise of shape"),
     (dict(noise=None, seeds=torch.zeros(2)), "seeds of shape"),
-    (dict(x=torch.zeros(0, *EVENT), e=torch.zeros(0, *EVENT)), "batch of 0"),
+    (dict(noise=None, seeds=torch.zeros(B)), "they are int64"),
+    (dict(x=torch.zeros(0, *EVENT), e=torch.zeros(0, *EVENT)), "has no elements"),
 ])
-def test_what_does_not_fit_is_named(change, message):
+def test_what_does_not_fit_is_named(change, message, backend):
     i = {**_inputs((1, 1), torch.float32), "seeds": None, **change}
     with pytest.raises(ValueError, match=message):
-        ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], noise=i["noise"])
+        ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], noise=i["noise"], backend=backend)
 
 
-def test_a_backend_that_cannot_run_is_an_error():
-    assert ops.choose_backend("auto") == ops.choose_backend("torch") == "torch"
-    with pytest.raises(ValueError, match="triton"):
-        ops.choose_backend("triton")
-    with pytest.raises(ValueError, match="cuda"):
-        ops.choose_backend("cuda")
+@pytest.mark.parametrize("change, message", [
+    (dict(groups=4), "6 channels cannot be cut into 4 groups"), (dict(weight=torch.ones(5)), r"weight of shape \(5,\)"),
+    (dict(bias=None), "come in pairs"), (dict(scale=torch.ones(2, 6)), "come in pairs"), (dict(add=torch.ones(2, 5)), r"add of shape \(2, 5\)"),
+    (dict(x=torch.ones(0, 6, 4, 4)), "nothing to normalise"), (dict(add=torch.ones(2, 6, device="meta")), "on meta"),
+])
+def test_what_cannot_be_normalised_is_named(change, message):
+    arguments = {**dict(x=torch.ones(2, 6, 4, 4), groups=2, weight=torch.ones(6), bias=torch.ones(6), eps=1e-5), **change}
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(**arguments)

@@ -51,6 +51,7 @@ def triton_is_interpreted():
     return _triton_is_installed() and library.kernels("memory").INTERPRETED
 
 
+@torch.compiler.assume_constant_result  # a compiled graph holds one choice
 def _resolve(backend, device):
     """The backend of one call: its argument, else the process's choice, else (for a library's user) the environment's."""
     if backend is None:
