@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, stack, shared memory, access widths, instructions.
 
     python -m bench.aot                              the whole matrix, a table on the terminal
-    python -m bench.aot --json bench/results/aot.jsonl --markdown bench/results/aot.md
+    python -m bench.aot --json bench/results/aot.jsonl --summary bench/results/aot.md
     python -m bench.aot --subset                     what the tests check
 
 The launchers run on tensors without memory, their launches are recorded instead of executed, and each distinct one is compiled for
@@ -222,10 +222,27 @@ TITLES = ("kernel", "event", "dtype", "layout", "variant", "sm", "tile", "warps"
 
 
 def markdown(rows):
-    """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
-    lines += ["| " + " | ".join(str(row[column]) for column in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines)
+    """All rows as a Markdown table."""
+    return _markdown(TITLES, [[row[column] for column in COLUMNS] for row in rows])
+
+
+def summary(rows):
+    """The rows of real shapes (no odd event sizes) as a Markdown table of ranges: one line a kernel, type and layout, over all variants, shapes and architectures."""
+    lines = {}
+    for row in rows:
+        if row["event"] != "odd":
+            lines.setdefault((row["kernel"], row["dtype"], row["layout"]), []).append(row)
+    cells = []
+    for (kernel, dtype, layout), group in lines.items():
+        span = lambda column: f"{min(row[column] for row in group)} to {max(row[column] for row in group)}"
+        wide = sum(row["wide_accesses"] for row in group) / sum(row["accesses"] for row in group)
+        cells.append([f"`{kernel}`", dtype, layout, len(group), span("registers"), max(row["stack"] for row in group), max(row["shared"] for row in group), f"{wide:.0%}", span("instructions_per_element")])
+    return _markdown(("kernel", "type", "layout", "compiled", "registers a thread", "stack bytes", "shared bytes, at most", "16-byte share of accesses", "instructions an element"), cells)
+
+
+def _markdown(titles, cells):
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, line)) + " |" for line in cells])
 
 
 def main():
@@ -234,15 +251,15 @@ def main():
     parser.add_argument("--sm", type=int, action="append", help="one architecture; may be repeated; all three by default")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
-    parser.add_argument("--markdown", type=Path, help="write the table")
+    parser.add_argument("--summary", type=Path, help="write a summary as a Markdown table")
     arguments = parser.parse_args()
     rows = run(not arguments.subset, arguments.sm or ARCHITECTURES, arguments.processes)
     table = markdown(rows)
     print(table)
     if arguments.json:
         arguments.json.write_text("".join(json.dumps({**row, "triton": triton.__version__}) + "\n" for row in rows))
-    if arguments.markdown:
-        arguments.markdown.write_text(table + "\n")
+    if arguments.summary:
+        arguments.summary.write_text(summary(rows) + "\n")
     bad = [row for row in rows if row["problems"]]
     for row in bad:
         print(f"PROBLEM {row['kernel']} {row['event']} {row['dtype']} {row['layout']} {row['log_gamma']} sm_{row['sm']}: {'; '.join(row['problems'])}", file=sys.stderr)

@@ -20,12 +20,12 @@ def describe_environment(config, backend, device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": _commit(),
+        "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit(),
         "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, "world_size": 1, "samples_per_rank": config.train.batch_size,
     }
 
 
-def _commit():
+def commit():
     """The checkout's commit, or None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

@@ -200,7 +200,7 @@ def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, bl
     x_stride, *x_layout = sample_layout(x)
     e_stride, *e_layout = (0, 0, 0) if e is None else sample_layout(e)
     y_stride, *y_layout = sample_layout(y)
-    chosen, warps = choose_block(size)
+    chosen, warps = choose_block(size, x.element_size())
     block = block or chosen
     blocks = triton.cdiv(size, block)
     _forward_kernel[(len(x) * blocks,)](
@@ -218,7 +218,7 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, no
     dy_stride, *dy_layout = sample_layout(dy)
     de_stride, *de_layout = (0, 0, 0) if e is None else sample_layout(de)
     per_element = log_gamma.shape[1] > 1
-    chosen, warps = choose_block(size)
+    chosen, warps = choose_block(size, dy.element_size())
     block = block or chosen
     blocks = triton.cdiv(size, block)
     order = first = last = None

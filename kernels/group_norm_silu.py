@@ -5,7 +5,7 @@ the per-sample modulation of the ADM network, add [B, C] the time embedding that
 nothing. Statistics are float32. With xh = (x + add - mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument of act:
 
     forward     y = act(u),  u = xh w' + b (1 + scale) + shift
-    backward    du = dy act'(u)                     P = sum over pixels of du xh,  Q = of du,  S = of xh     (each [B, C])
+    backward    du = dy act'(u)                     P = sum over pixels of du xh,  Q = of du     (each [B, C])
                 dx = rstd (du w' - mean_group(w' Q / pixels) - xh mean_group(w' P / pixels))
                 dw = sum_B P (1 + scale)   db = sum_B Q (1 + scale)   dscale = w P + b Q   dshift = Q   dadd = sum over pixels of dx
 
@@ -21,9 +21,10 @@ import triton.language as tl
 from .memory import DTYPES, load_float, store_rounded
 
 # A program holds at most this many elements of its groups, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
+# The forward of smaller tiles has 16 a thread: with 32 the compiler spilled two variants of it on sm_80.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-ELEMENTS_A_THREAD = 32
+ELEMENTS_A_THREAD, FORWARD_ELEMENTS_A_THREAD = 32, 16
 SECTOR_BYTES = 32
 
 # ---- jitted functions -------------------------------------------------------------------------------------------------
@@ -110,11 +111,11 @@ def _forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, y_ptr, m
 
 
 @triton.jit
-def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dx_ptr, p_ptr, q_ptr, s_ptr,
+def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dx_ptr, p_ptr, q_ptr, dadd_ptr,
                      add_stride, scale_stride, shift_stride,
                      PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
                      SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """One program: as `_forward_kernel`; writes dx and the sums P, Q and, with add, S."""
+    """One program: as `_forward_kernel`; writes dx and the sums P, Q and, where there is an add, dadd."""
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
@@ -138,13 +139,14 @@ def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     tl.store(p_ptr + flat, p, mask=flat_mask)
     tl.store(q_ptr + flat, q, mask=flat_mask)
-    if s_ptr is not None:
-        tl.store(s_ptr + flat, tl.sum(normed, axis=0), mask=flat_mask)
     # Indexing with None, not tl.reshape, which gave the compiler a replicated layout and a 38 KB stack here (Triton 3.8.0).
     count = PIXELS * GROUP_CHANNELS
     along = tl.sum(p[None, :, :] * w, axis=2)[:, :, None] / count
     across = tl.sum(q[None, :, :] * w, axis=2)[:, :, None] / count
-    store_rounded(dx_ptr + offset, rstd * (du * w - across - normed * along), mask)
+    dx = rstd * (du * w - across - normed * along)
+    store_rounded(dx_ptr + offset, dx, mask)
+    if dadd_ptr is not None:
+        tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
 
 
 @triton.jit
@@ -212,11 +214,11 @@ def _split_forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, ch
 
 
 @triton.jit
-def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, along_ptr, across_ptr, dx_ptr, p_ptr, q_ptr, s_ptr,
+def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, along_ptr, across_ptr, dx_ptr, p_ptr, q_ptr, dadd_ptr,
                            add_stride, scale_stride, shift_stride, chunks,
                            PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
                            SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """One program: a chunk of pixels of some groups. Without dx_ptr it writes its part of P, Q and S, [B, chunks, C]; with it dx, from the groups' sums."""
+    """One program: a chunk of pixels of some groups. Without dx_ptr it writes its part of P and Q, [B, chunks, C]; with it dx, from the groups' sums, and its part of dadd."""
     program = tl.program_id(0)
     chunk = program % chunks
     rest = program // chunks
@@ -235,24 +237,25 @@ def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shif
     normed = tl.where(mask, (x - mean) * rstd, 0.0)
     w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
     du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
+    flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
+    flat = (sample * chunks + chunk) * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
+    flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     if dx_ptr is None:
-        flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
-        flat = (sample * chunks + chunk) * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
-        flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
         tl.store(p_ptr + flat, tl.sum(du * normed, axis=0), mask=flat_mask)
         tl.store(q_ptr + flat, tl.sum(du, axis=0), mask=flat_mask)
-        if s_ptr is not None:
-            tl.store(s_ptr + flat, tl.sum(normed, axis=0), mask=flat_mask)
     else:
         along = tl.load(along_ptr + sample * GROUPS + group)
         across = tl.load(across_ptr + sample * GROUPS + group)
-        store_rounded(dx_ptr + offset, rstd * (du * w - across - normed * along), mask)
+        dx = rstd * (du * w - across - normed * along)
+        store_rounded(dx_ptr + offset, dx, mask)
+        if dadd_ptr is not None:
+            tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------
 
 
-def plan(channels, groups, pixels, element_size, channels_last):
+def plan(channels, groups, pixels, element_size, channels_last, elements_a_thread=ELEMENTS_A_THREAD):
     """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, `num_warps`, and `chunks`, 1 for the form of one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one group are a few bytes in each
@@ -273,7 +276,7 @@ def plan(channels, groups, pixels, element_size, channels_last):
     if split:
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
-    warps = min(16, max(1, elements // (32 * ELEMENTS_A_THREAD)))
+    warps = min(16, max(1, elements // (32 * elements_a_thread)))
     return {"PIXELS": pixels, "GROUPS": groups, "GROUP_CHANNELS": group_channels, "GROUPS_HERE": groups_here, "PIXEL_TILE": pixel_tile, "CHANNEL_TILE": channel_tile,
             "chunks": triton.cdiv(pixels, pixel_tile), "num_warps": warps}
 
@@ -284,7 +287,7 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
     x [B, C, *spatial], row-major or channels_last; weight, bias [C] or both None; scale, shift [B, C] or both None; add [B, C] or
     None; of these the rows must be contiguous. Raises ValueError for a layout or type that no kernel has.
     """
-    sizes, channels_last = _arrange(x, groups)
+    sizes, channels_last = _arrange(x, groups, FORWARD_ELEMENTS_A_THREAD)
     y = torch.empty_like(x)
     mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -303,55 +306,47 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
 
 
 def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
-    """(dx like x, P, Q, S), the sums [B, C] float32, S None without add; see the top of the file. dy is laid out like x."""
-    sizes, channels_last = _arrange(x, groups)
+    """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file. dy is laid out like x."""
+    sizes, channels_last = _arrange(x, groups, ELEMENTS_A_THREAD)
     batch, channels = x.shape[:2]
     dx = torch.empty_like(x)
     chunks, tile, grid = _launch(x, sizes)
     inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
-    q, s = torch.empty_like(p), None if add is None else torch.empty_like(p)
+    q, dadd = torch.empty_like(p), None if add is None else torch.empty_like(p)
     if chunks == 1:
-        _backward_kernel[grid](*inputs, dx, p, q, s, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-        p, q, s = (None if part is None else part[:, 0] for part in (p, q, s))
-    else:
-        _split_backward_kernel[grid](*inputs, None, None, None, p, q, s, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-        p, q, s = (None if part is None else part.sum(1) for part in (p, q, s))
-        count = x[0].numel() // groups
-        factor = effective_weight(weight, scale, p)
-        along, across = ((factor * part).reshape(batch, groups, -1).sum(2) / count for part in (p, q))
-        _split_backward_kernel[grid](*inputs, along, across, dx, None, None, None, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-    return dx, p, q, s
+        _backward_kernel[grid](*inputs, dx, p, q, dadd, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+        return dx, p[:, 0], q[:, 0], None if add is None else dadd[:, 0]
+    _split_backward_kernel[grid](*inputs, None, None, None, p, q, None, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+    p, q = p.sum(1), q.sum(1)
+    factor = _effective_weight(weight, scale)
+    along, across = ((part if factor is None else factor * part).reshape(batch, groups, -1).sum(2) / (x[0].numel() // groups) for part in (p, q))
+    _split_backward_kernel[grid](*inputs, along, across, dx, None, None, dadd, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+    return dx, p, q, None if add is None else dadd.sum(1)
 
 
-def parameter_grads(p, q, s, x, groups, weight, bias, scale, add, rstd):
-    """(dweight, dbias, dscale, dshift, dadd) from the sums of `group_norm_silu_backward`, None where there is no such input."""
-    one_more = 1.0 if scale is None else 1.0 + scale.to(torch.float32)
-    dweight = dbias = dscale = dshift = dadd = None
+def parameter_grads(p, q, weight, bias, scale):
+    """(dweight, dbias, dscale, dshift) from P and Q [B, C], None where there is no such input."""
+    dweight = dbias = dscale = dshift = None
     if weight is not None:
-        dweight, dbias = ((part * one_more).sum(0).to(weight.dtype) for part in (p, q))
+        one_more = 1.0 if scale is None else 1.0 + scale.to(torch.float32)
+        dweight, dbias = ((part if scale is None else part * one_more).sum(0).to(weight.dtype) for part in (p, q))
     if scale is not None:
         dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
         dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
-    if add is not None:
-        batch, channels = p.shape
-        pixels = x[0, 0].numel()
-        factor = effective_weight(weight, scale, p)
-        grouped = (batch, groups, channels // groups)
-        along, across = ((factor * part).reshape(grouped).sum(2, keepdim=True) / (pixels * channels // groups) for part in (p, q))
-        inner = (factor * q).reshape(grouped) - pixels * across - s.reshape(grouped) * along
-        dadd = (rstd[:, :, None] * inner).reshape(batch, channels).to(add.dtype)
-    return dweight, dbias, dscale, dshift, dadd
+    return dweight, dbias, dscale, dshift
 
 
-def effective_weight(weight, scale, like):
-    """w (1 + scale), float32, broadcastable to `like` [B, C]."""
-    factor = torch.ones_like(like) if weight is None else weight.to(torch.float32)
-    return factor if scale is None else factor * (1.0 + scale.to(torch.float32))
+def _effective_weight(weight, scale):
+    """w (1 + scale), float32, broadcastable to [B, C]; None for ones."""
+    if scale is None:
+        return None if weight is None else weight.to(torch.float32)
+    factor = 1.0 + scale.to(torch.float32)
+    return factor if weight is None else factor * weight.to(torch.float32)
 
 
-def _arrange(x, groups):
+def _arrange(x, groups, elements_a_thread):
     """(plan, whether x is channels_last); ValueError for what no kernel has."""
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)")
@@ -362,7 +357,7 @@ def _arrange(x, groups):
         channels_last = True
     else:
         raise ValueError(f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} is neither contiguous nor channels_last; call .contiguous()")
-    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last), channels_last
+    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last, elements_a_thread), channels_last
 
 
 def _launch(x, sizes):

@@ -119,9 +119,9 @@ def _draw_kernel(noise_ptr, seed_ptr, stream_ptr, redraw_ptr, size, blocks, BLOC
 # ---- launcher ---------------------------------------------------------------------------------------------------------
 
 
-def choose_block(size):
-    """(BLOCK, num_warps) for samples of this many elements: 16 elements a thread, and as few as may be beyond the end."""
-    block = min(2048, max(128, triton.next_power_of_2(size)))
+def choose_block(size, element_size=4):
+    """(BLOCK, num_warps) for samples of this many elements: 16 elements a thread, at least 16 bytes, and as few as may be beyond the end."""
+    block = min(2048, max(512 // element_size, triton.next_power_of_2(size)))
     if block == 2048 and -(-size // 2048) * 2048 > -(-size // 1024) * 1024:
         block = 1024
     return block, max(1, block // 512)

@@ -124,7 +124,7 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw,
     size = f[0].numel()
     f_stride, *f_layout = sample_layout(f)
     df_stride, *df_layout = sample_layout(df)
-    chosen, warps = choose_block(size)
+    chosen, warps = choose_block(size, f.element_size())
     block = block or chosen
     blocks = triton.cdiv(size, block)
     partial = torch.empty(len(f), blocks, dtype=torch.float32, device=f.device)
@@ -148,7 +148,7 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw,
     df_stride, *df_layout = sample_layout(df)
     de_stride, *de_layout = sample_layout(de)
     per_element = log_gamma.shape[1] > 1
-    chosen, warps = choose_block(size)
+    chosen, warps = choose_block(size, f.element_size())
     block = block or chosen
     blocks = triton.cdiv(size, block)
     order = first = last = None

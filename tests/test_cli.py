@@ -15,8 +15,8 @@ from hsivi_fast.cli import parse_seeds
 QUICK = ["train.steps=8", "train.batch_size=8", "train.f_learning_times=4", "eval.num_samples=20", "eval.seeds=2", "eval.every=4", "eval.ddim_nfe=[5,10]", "log_every=2", "save_every=4"]
 
 
-def hsivi(*arguments, cwd=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def hsivi(*arguments, cwd=None, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **variables}
     return subprocess.run([sys.executable, "-m", "hsivi_fast.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
@@ -38,6 +38,7 @@ def test_train_prints_the_table_and_fills_the_folder(run):
     for line in ("DDIM ", "start (DDIM, run's eta)", "HSIVI (EMA)", "HSIVI (raw)"):
         assert line in done.stdout
     assert "it/s" in done.stderr or "step/s" in done.stderr
+    assert f"backend torch, device cpu, run folder {folder}" in done.stderr
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.yaml", "environment.json", "results.json", "metrics.jsonl", "samples", "checkpoints", "tensorboard", "report.html"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +89,9 @@ def test_eval_and_report(run, tmp_path):
     (["train", "digits", "train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
     (["train", "digits", "nfe=0"], "nfe: input should be greater than or equal to 1, got 0"),
     (["train", "digits", "nfe=60"], "nfe: 60 layers with quad spacing repeat a timestep"),
-    (["train", "digits", "backend=triton"], "backend: 'triton' cannot run"),
+    (["train", "digits", "backend=triton", "device=cpu"], "backend: 'triton' cannot run, the device is cpu and Triton needs a CUDA device, or TRITON_INTERPRET=1"),
+    (["sample", "RUN", "--seeds", "0-3", "--backend", "triton"], "backend: 'triton' cannot run"),
+    (["sample", "RUN", "--seeds", "0-3", "--backend", "cuda"], "'cuda' is not one of 'auto', 'torch', 'triton'"),
     (["train", "digits", "device=cuda:7"], "device: 'cuda:7' is not there"),
     (["train", "digits", "teacher.checkpoint=nowhere.safetensors"], "checkpoint 'nowhere.safetensors': no such file"),
     (["train", "digits", "network.channels=64"], "is of another network, it has another shape for embed.0.weight ([128, 32], expected [256, 64])"),
@@ -131,6 +134,13 @@ def test_a_teacher_is_trained_stopped_and_continued(tmp_path):
     assert (tmp_path / "a" / "teacher.safetensors").read_bytes() == (tmp_path / "b" / "teacher.safetensors").read_bytes()
     done = hsivi("train", "digits", *QUICK, "network.channels=16", f"teacher.checkpoint={tmp_path / 'a' / 'teacher.safetensors'}", "eval.num_samples=0", "--outdir", tmp_path / "c")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_from_the_environment_and_from_the_command(run, tmp_path):
+    done = hsivi("sample", run[0], "--seeds", "0-1", "--outdir", tmp_path / "a", HSIVI_BACKEND="cuda")
+    assert done.returncode == 2 and "HSIVI_BACKEND: 'cuda' is unknown" in done.stderr
+    done = hsivi("sample", run[0], "--seeds", "0-1", "--outdir", tmp_path / "a", HSIVI_BACKEND="torch")
+    assert done.returncode == 0 and (tmp_path / "a" / "000001.png").is_file()
 
 
 def test_help_has_an_example_and_starts_at_once():

@@ -166,8 +166,8 @@ def _(x, groups, weight, bias, eps, silu, scale, shift, add):
 def group_norm_silu_backward(dy: Tensor, x: Tensor, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], silu: bool, scale: Optional[Tensor],
                              shift: Optional[Tensor], add: Optional[Tensor], mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _device_of(x):
-        dx, p, q, s = kernels("group_norm_silu").group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
-    return dx, p, q, q.new_empty(0) if s is None else s
+        dx, p, q, dadd = kernels("group_norm_silu").group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
+    return dx, p, q, q.new_empty(0) if dadd is None else dadd
 
 
 @group_norm_silu_backward.register_fake
@@ -186,12 +186,12 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_gradients(ctx, dy, _mean, _rstd):
     x, weight, bias, scale, shift, add, mean, rstd = ctx.saved_tensors
-    dx, p, q, s = group_norm_silu_backward(_laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd)
-    others = (None,) * 5
-    if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7, 8)):  # not in a pull-back to the input alone
-        others = kernels("group_norm_silu").parameter_grads(p, q, s, x, ctx.groups, weight, bias, scale, add, rstd)
-    dweight, dbias, dscale, dshift, dadd = others
-    return dx, None, dweight, dbias, None, None, dscale, dshift, dadd
+    dx, p, q, dadd = group_norm_silu_backward(_laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd)
+    others = (None,) * 4
+    if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7)):  # not in a pull-back to the input alone
+        others = kernels("group_norm_silu").parameter_grads(p, q, weight, bias, scale)
+    dweight, dbias, dscale, dshift = others
+    return dx, None, dweight, dbias, None, None, dscale, dshift, None if add is None else dadd.to(add.dtype)
 
 
 group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)

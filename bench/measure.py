@@ -1,0 +1,108 @@
+"""What the benchmarks share: interleaved medians, counted memory traffic, tables and the rows that they write."""
+
+import contextlib
+import json
+import platform
+import statistics
+import time
+from importlib import metadata
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hsivi_fast.telemetry import commit
+
+FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
+
+
+def interleaved(sides, device, rounds=30):
+    """Median seconds of every side: {name: function of nothing} -> {name: seconds}. One call of each in turn, `rounds` times, after a few to warm up.
+
+    On a GPU a call is timed by events on the device, behind a write that empties the cache and hides the host's launch.
+    """
+    gpu = device.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if gpu else None
+    for function in sides.values():
+        for _ in range(3):
+            function()
+    taken = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, function in sides.items():
+            if gpu:
+                flush.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function()
+                end.record()
+                taken[name].append((start, end))
+            else:
+                start = time.perf_counter()
+                function()
+                taken[name].append(time.perf_counter() - start)
+    if gpu:
+        torch.cuda.synchronize(device)
+        taken = {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in taken.items()}
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def copy_bandwidth(device, size=512 * 2**20):
+    """Bytes per second, read and written, of a plain copy of half a gigabyte."""
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, rounds=20)["copy"]
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes that every operator reads and writes; views move nothing."""
+
+    VIEWS = ("view", "expand", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "detach", "alias", "as_strided", "t", "split", "unbind")
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        name = function._schema.name.partition("::")[2]
+        if name.rstrip("_") not in self.VIEWS and not name.startswith("_unsafe_view") and name not in ("empty", "empty_like", "new_empty"):
+            tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def counted_bytes(function):
+    """Bytes that the operators of one call read and write, each counted as if nothing stayed in a cache."""
+    with _Traffic() as traffic:
+        function()
+    return traffic.bytes
+
+
+def describe(device):
+    """Commit, device and versions, as every row of a results file has them."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in ("torch", "triton", "hsivi_fast")}}
+    return {"commit": commit(), "device": name, "versions": versions}
+
+
+def _cpu_name():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def table(rows, columns):
+    """Rows (dicts) as aligned text; columns: {title: function of a row}."""
+    cells = [list(columns), *[[str(cell(row)) for cell in columns.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths))) for line in cells)
+
+
+def write_rows(file, rows):
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
