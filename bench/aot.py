@@ -188,8 +188,11 @@ def collect(full):
 def row_of(item, architecture, figures):
     """One line of the table, with its verdict."""
     kernel, values, warps = item["launch"]
-    tile = values["BLOCK"] if "BLOCK" in values else values["PIXEL_TILE"] * values["GROUPS_HERE"] * values["CHANNEL_TILE"]
-    row = {"kernel": item["kernel"], **item["case"], "sm": architecture, "tile": tile, "warps": warps, **figures,
+    if "BLOCK" in values:
+        tile = values["BLOCK"] * values.get("GROUPS", 1)
+    else:
+        tile = values["PIXEL_TILE"] * values["GROUPS_HERE"] * values["CHANNEL_TILE"]
+    row = {"kernel": item["kernel"], **item["case"], "sm": architecture, "due": item["due"], "tile": tile, "warps": warps, **figures,
            "instructions_per_element": round(figures["instructions"] * 32 * warps / tile, 1)}
     problems = []
     if figures["stack"] or figures["local"]:
@@ -235,9 +238,9 @@ def summary(rows):
     cells = []
     for (kernel, dtype, layout), group in lines.items():
         span = lambda column: f"{min(row[column] for row in group)} to {max(row[column] for row in group)}"
-        wide = sum(row["wide_accesses"] for row in group) / sum(row["accesses"] for row in group)
-        cells.append([f"`{kernel}`", dtype, layout, len(group), span("registers"), max(row["stack"] for row in group), max(row["shared"] for row in group), f"{wide:.0%}", span("instructions_per_element")])
-    return _markdown(("kernel", "type", "layout", "compiled", "registers a thread", "stack bytes", "shared bytes, at most", "16-byte share of accesses", "instructions an element"), cells)
+        wide = "all" if all(row["due"] and not row["problems"] for row in group) else f"{sum(row['wide_accesses'] for row in group) / sum(row['accesses'] for row in group):.0%}"
+        cells.append([f"`{kernel}`", dtype, layout, len(group), span("registers"), max(row["stack"] for row in group), max(row["shared"] for row in group), wide, span("instructions_per_element")])
+    return _markdown(("kernel", "type", "layout", "compiled", "registers a thread", "stack bytes", "shared bytes, at most", "16-byte accesses", "instructions an element"), cells)
 
 
 def _markdown(titles, cells):

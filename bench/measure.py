@@ -17,7 +17,8 @@ FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
 def interleaved(sides, device, rounds=30):
-    """Median seconds of every side: {name: function of nothing} -> {name: seconds}. One call of each in turn, `rounds` times, after a few to warm up.
+    """Median seconds of every side: {name: function of nothing} -> {name: seconds}. One call of each in turn, `rounds` times, after a few to warm up;
+    every round begins with the next side, since a call feels what ran before it.
 
     On a GPU a call is timed by events on the device, behind a write that empties the cache and hides the host's launch.
     """
@@ -27,8 +28,10 @@ def interleaved(sides, device, rounds=30):
         for _ in range(3):
             function()
     taken = {name: [] for name in sides}
+    order = list(sides.items())
     for _ in range(rounds):
-        for name, function in sides.items():
+        order = order[1:] + order[:1]
+        for name, function in order:
             if gpu:
                 flush.zero_()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -23,8 +23,8 @@ from .philox import choose_block, load_redraw, normal_block
 # The kinds of noise.
 NONE, ADDRESSED, GIVEN = 0, 1, 2
 
-# Samples that one program of a reduction over the batch adds up, when log_gamma has an entry a pixel.
-SAMPLES_A_GROUP = 8
+# When log_gamma has an entry a pixel, a program adds up a group of samples, as many as leave this many programs: 8 for each of 132 multiprocessors.
+PROGRAMS = 1056
 
 # ---- jitted functions -------------------------------------------------------------------------------------------------
 
@@ -125,34 +125,37 @@ def _backward_kernel(dy_ptr, de_ptr, b_ptr, s_ptr, log_gamma_ptr, seed_ptr, stre
 
 
 @triton.jit
-def _sum_groups_kernel(partial_ptr, first_ptr, log_gamma_ptr, total_ptr, size, blocks, EXPONENTIAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Second stage: row r is the sum of partial[first[r] : first[r + 1]], in that order, times exp(log_gamma) where asked."""
+def _sum_groups_kernel(partial_ptr, first_ptr, log_gamma_ptr, total_ptr, size, blocks, EXPONENTIAL: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Second stage: row r is the sum of partial[first[r] : first[r + 1]], GROUPS of them at a time, times exp(log_gamma) where asked."""
     program = tl.program_id(0)
     row = program // blocks
     i = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
-    total = tl.zeros([BLOCK], tl.float32)
     first = tl.load(first_ptr + row)
-    pointer = partial_ptr + first.to(tl.int64) * size + i
-    for _ in range(first, tl.load(first_ptr + row + 1)):
-        total += tl.load(pointer, mask=mask, other=0.0)
-        pointer += size
+    last = tl.load(first_ptr + row + 1)
+    group = first + tl.arange(0, GROUPS)[:, None]
+    pointer = partial_ptr + group.to(tl.int64) * size + i[None, :]
+    total = tl.zeros([GROUPS, BLOCK], tl.float32)
+    for done in range(0, last - first, GROUPS):
+        total += tl.load(pointer, mask=(group + done < last) & (i[None, :] < size), other=0.0)
+        pointer += tl.full([], GROUPS, tl.int64) * size
+    value = tl.sum(total, axis=0)
     offset = row.to(tl.int64) * size + i
     if EXPONENTIAL:
-        total *= tl.exp(load_float(log_gamma_ptr + offset, mask))
-    store_rounded(total_ptr + offset, total, mask)
+        value *= tl.exp(load_float(log_gamma_ptr + offset, i < size))
+    store_rounded(total_ptr + offset, value, i < size)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------
 
 
-def group_samples(stream, rows, samples_a_group=SAMPLES_A_GROUP):
-    """How the batch is cut for a sum per row of log_gamma: groups of samples that share a row, in a fixed order.
+def group_samples(stream, rows, blocks):
+    """How the batch is cut for a sum per row of log_gamma: groups of samples that share a row, in a fixed order; `blocks` programs work on a group.
 
     Returns int32 (order [B], first [G], last [G], first_group [rows + 1], G): group g holds the samples order[first[g]:last[g]], and row
     r the groups first_group[r] : first_group[r + 1]. G depends on shapes alone, so the host does not wait; groups at the end may be empty.
     """
     batch, device = len(stream), stream.device
+    samples_a_group = max(1, batch * blocks // PROGRAMS)
     if rows == 1:
         bounds = torch.arange(0, batch + samples_a_group, samples_a_group, device=device, dtype=torch.int32).clamp_(max=batch)
         order = torch.arange(batch, device=device, dtype=torch.int32)
@@ -183,8 +186,9 @@ def sum_groups(partial, first_group, log_gamma, exponential):
     """Second stage where log_gamma has an entry a pixel: partial [G, size] -> log_gamma's [rows, size]."""
     total = torch.empty_like(log_gamma)
     size = log_gamma.shape[1]
-    block, blocks = 512, triton.cdiv(size, 512)
-    _sum_groups_kernel[(len(log_gamma) * blocks,)](partial, first_group, log_gamma, total, size, blocks, EXPONENTIAL=exponential, BLOCK=block, num_warps=4)
+    block = 32
+    blocks = triton.cdiv(size, block)
+    _sum_groups_kernel[(len(log_gamma) * blocks,)](partial, first_group, log_gamma, total, size, blocks, EXPONENTIAL=exponential, GROUPS=64, BLOCK=block, num_warps=4)
     return total
 
 
@@ -224,7 +228,7 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, no
     order = first = last = None
     groups = len(dy)
     if per_element:
-        order, first, last, first_group, groups = group_samples(stream, len(log_gamma))
+        order, first, last, first_group, groups = group_samples(stream, len(log_gamma), blocks)
     partial = torch.empty(groups, size if per_element else blocks, dtype=torch.float32, device=dy.device)
     _backward_kernel[(groups * blocks,)](
         dy, de, b, s, log_gamma, seeds, stream, redraw, _row_major(noise), order, first, last, partial,

@@ -20,11 +20,13 @@ import triton.language as tl
 
 from .memory import DTYPES, load_float, store_rounded
 
-# A program holds at most this many elements of its groups, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
-# The forward of smaller tiles has 16 a thread: with 32 the compiler spilled two variants of it on sm_80.
+# A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-ELEMENTS_A_THREAD, FORWARD_ELEMENTS_A_THREAD = 32, 16
+# (elements a thread, elements that a program joins of several groups), as many as the compiler does not spill at (Triton 3.8.0, sm_80 to sm_100, every
+# shape of the networks; 3.6.0 spills 8 bytes in 2 of 600 bfloat16 kernels).
+FORWARD, BACKWARD = (16, 16384), (32, 8192)
+LEAST_ELEMENTS = 1024
 SECTOR_BYTES = 32
 
 # ---- jitted functions -------------------------------------------------------------------------------------------------
@@ -139,14 +141,16 @@ def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     tl.store(p_ptr + flat, p, mask=flat_mask)
     tl.store(q_ptr + flat, q, mask=flat_mask)
-    # Indexing with None, not tl.reshape, which gave the compiler a replicated layout and a 38 KB stack here (Triton 3.8.0).
+    # Indexing with None: tl.reshape gives the compiler a replicated layout and a 38 KB stack here (Triton 3.8.0).
     count = PIXELS * GROUP_CHANNELS
     along = tl.sum(p[None, :, :] * w, axis=2)[:, :, None] / count
     across = tl.sum(q[None, :, :] * w, axis=2)[:, :, None] / count
     dx = rstd * (du * w - across - normed * along)
     store_rounded(dx_ptr + offset, dx, mask)
     if dadd_ptr is not None:
-        tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
+        if PIXEL_TILE * CHANNEL_TILE != PIXELS * GROUP_CHANNELS:
+            dx = tl.where(mask, dx, 0.0)
+        tl.store(dadd_ptr + flat, tl.sum(dx, axis=0), mask=flat_mask)
 
 
 @triton.jit
@@ -255,7 +259,7 @@ def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shif
 # ---- launchers --------------------------------------------------------------------------------------------------------
 
 
-def plan(channels, groups, pixels, element_size, channels_last, elements_a_thread=ELEMENTS_A_THREAD):
+def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
     """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, `num_warps`, and `chunks`, 1 for the form of one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one group are a few bytes in each
@@ -265,10 +269,11 @@ def plan(channels, groups, pixels, element_size, channels_last, elements_a_threa
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
     split = pixel_tile * channel_tile > ONE_PASS_ELEMENTS
-    limit = max(SPLIT_ELEMENTS, channel_tile) if split else ONE_PASS_ELEMENTS
+    elements_a_thread, joined = direction
+    limit = max(SPLIT_ELEMENTS, channel_tile) if split else joined
     wanted = (4 * SECTOR_BYTES if split else SECTOR_BYTES) if channels_last else 0
     column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
-    least = 0 if split else 32 * ELEMENTS_A_THREAD
+    least = 0 if split else LEAST_ELEMENTS
     groups_here = 1
     while groups % (2 * groups_here) == 0 and 2 * groups_here * column <= limit and (
             groups_here * column < least or groups_here * group_channels * element_size < wanted):
@@ -287,7 +292,7 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
     x [B, C, *spatial], row-major or channels_last; weight, bias [C] or both None; scale, shift [B, C] or both None; add [B, C] or
     None; of these the rows must be contiguous. Raises ValueError for a layout or type that no kernel has.
     """
-    sizes, channels_last = _arrange(x, groups, FORWARD_ELEMENTS_A_THREAD)
+    sizes, channels_last = _arrange(x, groups, FORWARD)
     y = torch.empty_like(x)
     mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -307,7 +312,7 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
 
 def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
     """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file. dy is laid out like x."""
-    sizes, channels_last = _arrange(x, groups, ELEMENTS_A_THREAD)
+    sizes, channels_last = _arrange(x, groups, BACKWARD)
     batch, channels = x.shape[:2]
     dx = torch.empty_like(x)
     chunks, tile, grid = _launch(x, sizes)
@@ -346,7 +351,7 @@ def _effective_weight(weight, scale):
     return factor if weight is None else factor * weight.to(torch.float32)
 
 
-def _arrange(x, groups, elements_a_thread):
+def _arrange(x, groups, direction):
     """(plan, whether x is channels_last); ValueError for what no kernel has."""
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)")
@@ -357,7 +362,7 @@ def _arrange(x, groups, elements_a_thread):
         channels_last = True
     else:
         raise ValueError(f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} is neither contiguous nor channels_last; call .contiguous()")
-    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last, elements_a_thread), channels_last
+    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last, direction), channels_last
 
 
 def _launch(x, sizes):

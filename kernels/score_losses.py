@@ -154,7 +154,7 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw,
     order = first = last = None
     groups = len(f)
     if per_element:
-        order, first, last, first_group, groups = group_samples(stream, len(log_gamma))
+        order, first, last, first_group, groups = group_samples(stream, len(log_gamma), blocks)
     losses = torch.empty(len(f), blocks, dtype=torch.float32, device=f.device)
     partial = torch.empty(groups, size if per_element else blocks, dtype=torch.float32, device=f.device)
     _fisher_kernel[(groups * blocks,)](

@@ -130,9 +130,10 @@ def test_channels_last_and_slices_of_channels(sliced, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-def test_several_blocks_several_groups_and_a_batch_of_one(shape):
-    for event, batch in (((3, 12, 10), 20), ((3, 12, 10), 1)):
-        i = _method_inputs(event, torch.float32, shape, batch=batch)
+def test_several_blocks_groups_of_several_samples_and_a_batch_of_one(shape, monkeypatch):
+    for batch, programs in ((20, 4), (70, 1056), (1, 1056)):
+        monkeypatch.setattr(step, "PROGRAMS", programs)
+        i = _method_inputs((3, 12, 10) if batch < 70 else (3, 5, 4), torch.float32, shape, batch=batch)
         _check_step(i, block=128)
         _check_losses(i, block=128)
 

@@ -9,6 +9,7 @@ Conventions of shapes and tables are on top of `reference.py`; `library.py` hold
 """
 
 import functools
+import logging
 import os
 
 import torch
@@ -23,6 +24,7 @@ OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPU
 __all__ = ["affine_noise_step", "affine_step", "choose_backend", "denoising_loss_and_grads", "draw_noise", "fisher_loss_and_grads", "group_norm_silu",
            "integers", "triton_is_interpreted"]
 
+logger = logging.getLogger(__name__)
 _chosen = None  # by `choose_backend`
 
 
@@ -43,7 +45,9 @@ def choose_backend(backend="auto", device="cpu"):
     if backend == "triton" and (reason := _obstacle(device)):
         raise ValueError(f"{source}: 'triton' cannot run, {reason}; choose auto or torch")
     _chosen = backend
-    return _resolve(None, device)
+    running = _resolve(None, device)
+    logger.info("backend %s on %s", running, device)
+    return running
 
 
 def triton_is_interpreted():
