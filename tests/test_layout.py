@@ -86,6 +86,18 @@ def test_kernels_is_a_link_without_init():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_kernels_need_torch_and_triton_alone_and_no_word_of_the_method():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, path.name
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= {"math", "torch", "triton"}, path.name
+        for word in ("student", "teacher", "score_net", "tau", "eta", "hsivi"):
+            assert word not in path.read_text().lower().replace("beta", "").replace("theta", "").split(), f"{path.name} says {word}"
+
+
 def test_a_public_function_has_no_module_s_name():
     modules = {path.stem for path in PACKAGE.rglob("*.py")}
     for path in PACKAGE.rglob("*.py"):

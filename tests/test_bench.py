@@ -1,0 +1,59 @@
+"""The benchmarks count and check what they say; and the README shows the committed figures."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE
+
+from bench import measure, ops as bench_ops
+from hsivi_fast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_counted_bytes():
+    x = torch.zeros(10, 100)
+    assert measure.counted_bytes(lambda: x + x) == 3 * 4000
+    assert measure.counted_bytes(lambda: x.reshape(100, 10).transpose(0, 1)[3:]) == 0
+    assert measure.counted_bytes(lambda: x.sum(1)) == 4000 + 40
+
+
+def test_sides_are_timed_in_turn_and_each_goes_first():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in "abc"}
+    medians = measure.interleaved(sides, torch.device("cpu"), rounds=3)
+    assert medians.keys() == sides.keys() and "".join(calls[9:]) == "bcacababc"
+
+
+@pytest.mark.parametrize("backend, device", [("torch", "cpu"), ("triton", KERNEL_DEVICE)])
+@pytest.mark.parametrize("per_pixel", [True, False])
+def test_both_sides_do_the_same_work(backend, device, per_pixel, monkeypatch):
+    """What the checks and the timings compare: the plain formulas give the operations' results, up to rounding."""
+    monkeypatch.setenv(ops.VARIABLE, backend)
+    for case in bench_ops.method_cases(torch.device(device), (2, 4, 4), 3, torch.float32, per_pixel):
+        case.check()
+        if not case.name.startswith("affine_noise_step 3x"):  # that one draws torch.randn in the plain formula
+            torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
+    for modulated, added in ((True, False), (False, True)):
+        for case in bench_ops.norm_cases(torch.device(device), 4, 8, 2, 3, torch.float32, modulated, added, True):
+            case.check()
+            torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_operation_whose_check_fails_is_not_timed():
+    case = next(bench_ops.method_cases(torch.device("cpu"), (2, 4, 4), 3, torch.float32, True))
+    wrong = case.ours
+    bad = dataclasses.replace(case, check=bench_ops._check(lambda: wrong() + 1e-2, lambda: wrong().double()))
+    row = bench_ops.measure(bad, torch.device("cpu"), None, {})
+    assert "off by" in row["failed"] and "ours" not in row
+
+
+def test_the_readme_shows_the_committed_figures():
+    table = (ROOT / "bench" / "results" / "aot.md").read_text()
+    assert table in (ROOT / "README.md").read_text()
+    rows = [json.loads(line) for line in (ROOT / "bench" / "results" / "aot.jsonl").read_text().splitlines()]
+    assert {row["sm"] for row in rows} == {80, 90, 100} and all(row["stack"] == 0 and row["local"] == 0 and row["problems"] == [] for row in rows)
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
