@@ -240,8 +240,6 @@ def _validated(values):
         raise ValueError(_first_problem(error)) from None
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
-    if config.precision != "fp32":
-        raise ValueError(f"precision: {config.precision!r} is not built yet; this version runs in fp32")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.train.batch_size % processes:
         raise ValueError(f"train.batch_size: {config.train.batch_size} cannot be split over {processes} processes; use a multiple of {processes}")

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import ops
 from .method.layer import Layer, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
 from .nets import build_unet
@@ -17,6 +18,24 @@ def choose_device(name):
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def prepare_device(config, backend=None):
+    """Choose a run's device, its backend (`backend` in the place of the run's, if given) and the device's float32 mode: (device, backend that runs).
+
+    Raises ValueError for a device, backend or precision that cannot run here.
+    """
+    device = choose_device(config.device)
+    _set_float32_mode(config.precision, device)
+    return device, ops.choose_backend(backend or config.backend, device)
+
+
+def _set_float32_mode(precision, device):
+    """TF32 for "tf32", full float32 otherwise: bfloat16 is the networks' own affair (`NoisePredictor`)."""
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: 'tf32' is a mode of CUDA devices, the device is {device}; choose fp32 or bf16")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def device_of(network):
@@ -44,6 +63,7 @@ def load_teacher(config, device):
         teacher = _mixture_teacher(config)
     else:
         teacher = build_unet(config.network)
+        teacher.precision = config.precision
         load_weights(teacher, read_weights(config.teacher.checkpoint), config.teacher.checkpoint)
     return teacher.to(device).eval().requires_grad_(False)
 
@@ -56,6 +76,7 @@ def build_network(config, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_unet(config.network)
+    network.precision = config.precision
     if config.teacher.target is not None:
         network = CorrectedTeacher(_mixture_teacher(config), network)
     return network.to(device)

@@ -7,7 +7,7 @@ import torch
 from . import ops
 from .data import to_uint8
 from .method.layer import attach_log_gamma
-from .models import build_ddim_layer, build_layer, build_network, choose_device, device_of
+from .models import build_ddim_layer, build_layer, build_network, device_of, prepare_device
 from .nets.checkpoints import load_weights
 from .run_folder import RunFolder
 
@@ -84,8 +84,7 @@ def load_sampler(run, weights="ema", step=None, backend=None):
         raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
     step = steps[-1] if step is None else step
     config = folder.config()
-    device = choose_device(config.device)
-    ops.choose_backend(backend or config.backend, device)
+    device, _ = prepare_device(config, backend)
     layer = build_layer(config, device)
     student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
     stem = "student_ema" if weights == "ema" else "student"

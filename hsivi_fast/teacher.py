@@ -12,7 +12,7 @@ from .engine import PlainEngine
 from .evaluation import DigitsClassifier
 from .interrupt import Interrupted, StopRequest
 from .method.schedule import signal_levels
-from .models import choose_device
+from .models import prepare_device
 from .nets import build_unet
 from .run_folder import RunFolder
 
@@ -34,13 +34,13 @@ def train_teacher(config, outdir, progress=False):
 
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
-    settings, device = config.teacher_train, choose_device(config.device)
-    ops.choose_backend(config.backend, device)
+    settings, (device, _) = config.teacher_train, prepare_device(config)
     images = torch.from_numpy(load_data(config.data).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_unet(config.network).to(device)
+    network.precision = config.precision
     if images.shape[1:] != network.event_shape:
         raise ValueError(f"network: makes images {list(network.event_shape)}, the data {config.data!r} has {list(images.shape[1:])}")
     engine = PlainEngine(network, CLIP, settings.ema)

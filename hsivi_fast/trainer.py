@@ -13,7 +13,7 @@ from .engine import PlainEngine
 from .evaluation import build_metric, final_table, measure_row
 from .interrupt import Interrupted, StopRequest
 from .method.losses import score_net_loss_and_grads, student_loss_and_grads
-from .models import build_layer, build_score_net, build_student, choose_device, load_teacher
+from .models import build_layer, build_score_net, build_student, load_teacher, prepare_device
 from .optim import learning_rate
 from .report import write_report
 from .rollout import build_rollout
@@ -33,8 +33,7 @@ def train(config, outdir=None, fresh=False, progress=False):
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; this version trains in one, start it without a launcher")
-    device = choose_device(config.device)
-    backend = ops.choose_backend(config.backend, device)
+    device, backend = prepare_device(config)
     layer = build_layer(config, device)
     teacher = load_teacher(config, device)
     student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema)

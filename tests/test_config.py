@@ -80,7 +80,7 @@ def test_checkpoint_is_looked_for_beside_the_file_then_here_then_in_the_package(
     ("train=3", "train: "),
     ("rollout.mode=cool", "rollout.mode: input should be 'pooled' or 'fresh', got 'cool'"),
     ("device=gpu", "device: "),
-    ("precision=bf16", "precision: 'bf16' is not built yet"),
+    ("precision=fp16", "precision: input should be 'fp32', 'tf32' or 'bf16', got 'fp16'"),
     ("teacher.target=ring", "teacher: give either a checkpoint or a 2-D target"),
     ("train.steps", "override 'train.steps': expected key=value"),
     ("train.steps=[1", "override 'train.steps=[1'"),

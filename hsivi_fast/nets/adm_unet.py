@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
@@ -45,7 +45,7 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h).reshape(batch, channels, height, width)
 
 
-class ADMUNet(nn.Module):
+class ADMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
     `attention` lists the downsampling factors (1, 2, 4, ...) at which each residual block is followed by self-attention.
@@ -106,7 +106,7 @@ class ADMUNet(nn.Module):
 
         self.out = nn.ModuleDict({"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)})
 
-    def forward(self, x, t):
+    def predict(self, x, t):
         half = self.channels // 2
         angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, x.device)  # [B, channels / 2]
         embedding = F.silu(self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1)))  # [B, 4 channels]

@@ -1,4 +1,4 @@
-"""Building blocks that the UNet families share: group normalisation through `ops`, attention, timestep embeddings."""
+"""Building blocks that the networks share: their precision, group normalisation through `ops`, attention, timestep embeddings."""
 
 import math
 
@@ -7,6 +7,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
+
+
+class NoisePredictor(nn.Module):
+    """A noise prediction eps_hat(x, t) of which `predict(x, t)` is the arithmetic; weights, input and result are float32.
+
+    `precision` is "fp32", "tf32" (float32 here too: models.py turns the device's switch) or "bf16": matrix products, convolutions
+    and what lies between them in bfloat16 by autocast, statistics of normalisations in float32. A network computes in it wherever it is called.
+    """
+
+    precision = "fp32"
+
+    def forward(self, x, t):
+        """x [B, *event_shape] float, t [B] integers in 0..999 -> [B, *event_shape]."""
+        if self.precision != "bf16":
+            return self.predict(x, t)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.predict(x, t).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
@@ -43,7 +43,7 @@ class AttentionBlock(nn.Module):
         return x + self.project_out(attention(q, k, v).reshape(batch, channels, height, width))
 
 
-class DDPMUNet(nn.Module):
+class DDPMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
     `attention` lists, per level, whether each residual block is followed by self-attention. Every width must be a
@@ -107,7 +107,7 @@ class DDPMUNet(nn.Module):
 
         self.out_conv = nn.ModuleDict({"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, image_channels, 3, padding=1)})
 
-    def forward(self, x, t):
+    def predict(self, x, t):
         half = self.channels // 2
         angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half - 1, x.device)  # [B, channels / 2]
         embedding = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))  # [B, 4 channels]

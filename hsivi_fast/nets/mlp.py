@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from .blocks import timestep_frequencies
+from .blocks import NoisePredictor, timestep_frequencies
 
 
-class MLP(nn.Module):
+class MLP(NoisePredictor):
     """A correction to a noise prediction in the plane: x [B, 2] float, t [B] integers -> [B, 2].
 
     The last layer starts at zero, so that a network "exact score + MLP" starts as the exact score.
@@ -24,7 +24,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, x, t):
+    def predict(self, x, t):
         half = self.time_channels // 2
         angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, x.device)  # [B, time_channels / 2]
         return self.layers(torch.cat([x, angles.sin(), angles.cos()], dim=1))
