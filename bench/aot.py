@@ -48,12 +48,13 @@ TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: 
 
 @contextlib.contextmanager
 def recorded_launches():
-    """Inside, kernels are not run: the list that is yielded receives (kernel, {argument: value}, num_warps) of every launch."""
+    """Inside, kernels are not run: the list that is yielded receives (kernel, {argument: value}, compiler options) of every launch."""
     launches = []
     run = triton.runtime.jit.JITFunction.run
 
-    def record(kernel, *arguments, grid, warmup, num_warps=4, **keywords):
-        launches.append((kernel, {**dict(zip(kernel.arg_names, arguments)), **keywords}, num_warps))
+    def record(kernel, *arguments, grid, warmup, **keywords):
+        options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
+        launches.append((kernel, {**dict(zip(kernel.arg_names, arguments)), **keywords}, options))
 
     triton.runtime.jit.JITFunction.run = record
     try:
@@ -138,9 +139,9 @@ def source_of(kernel, arguments):
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def measure(source, warps, architecture):
+def measure(source, options, architecture):
     """Figures of one compiled kernel: registers, stack and spill bytes, shared bytes, instructions, and 16-byte accesses a thread."""
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -159,8 +160,8 @@ def measure(source, warps, architecture):
 def _measure_in_process(arguments):
     index, architecture = arguments
     torch.set_num_threads(1)
-    kernel, values, warps = WORK[index]["launch"]
-    return index, architecture, measure(source_of(kernel, values), warps, architecture)
+    kernel, values, options = WORK[index]["launch"]
+    return index, architecture, measure(source_of(kernel, values), options, architecture)
 
 
 WORK = []
@@ -173,21 +174,22 @@ def collect(full):
         for case, moved, due, launch in itertools.chain(method_cases(full), norm_cases(full)):
             launches.clear()
             launch()
-            for kernel, values, warps in launches:
+            for kernel, values, options in launches:
                 source = source_of(kernel, values)
-                key = (kernel.fn.__module__, kernel.fn.__name__, str(source.signature), str(source.constants), str(source.attrs), warps)
+                key = (kernel.fn.__module__, kernel.fn.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
                 if key in seen:
                     continue
                 seen.add(key)
                 name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
                 stage_two = kernel is step._sum_groups_kernel
-                work.append({"case": case, "kernel": name, "launch": (kernel, values, warps), "moved": None if stage_two else moved, "due": due and not stage_two})
+                work.append({"case": case, "kernel": name, "launch": (kernel, values, options), "moved": None if stage_two else moved, "due": due and not stage_two})
     return work
 
 
 def row_of(item, architecture, figures):
     """One line of the table, with its verdict."""
-    kernel, values, warps = item["launch"]
+    kernel, values, options = item["launch"]
+    warps = options["num_warps"]
     if "BLOCK" in values:
         tile = values["BLOCK"] * values.get("GROUPS", 1)
     else:
@@ -230,11 +232,11 @@ def markdown(rows):
 
 
 def summary(rows):
-    """The rows of real shapes (no odd event sizes) as a Markdown table of ranges: one line a kernel, type and layout, over all variants, shapes and architectures."""
+    """The rows of real shapes (no odd event sizes) as a Markdown table of ranges: one line a kernel, size of type and layout, over all variants, shapes and architectures."""
     lines = {}
     for row in rows:
         if row["event"] != "odd":
-            lines.setdefault((row["kernel"], row["dtype"], row["layout"]), []).append(row)
+            lines.setdefault((row["kernel"], "fp32" if row["dtype"] == "fp32" else "bf16, fp16", row["layout"]), []).append(row)
     cells = []
     for (kernel, dtype, layout), group in lines.items():
         span = lambda column: f"{min(row[column] for row in group)} to {max(row[column] for row in group)}"

@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from hsivi_fast.telemetry import commit
 
@@ -79,6 +80,27 @@ def counted_bytes(function):
     with _Traffic() as traffic:
         function()
     return traffic.bytes
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up the operations of products and convolutions by torch's own formulas; `FlopCounterMode` does not take torch.autograd.grad of a leaf."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.flops += formula(*arguments, **(keywords or {}), out_val=result)
+        return result
+
+
+def counted_flops(function):
+    """Floating-point operations of the matrix products and convolutions of one call, forward and backward."""
+    with _Flops() as counter:
+        function()
+    return counter.flops
 
 
 def describe(device):

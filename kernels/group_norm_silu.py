@@ -23,9 +23,10 @@ from .memory import DTYPES, load_float, store_rounded
 # A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-# (elements a thread, elements that a program joins of several groups), as many as the compiler does not spill at (Triton 3.8.0, sm_80 to sm_100, every
-# shape of the networks; 3.6.0 spills 8 bytes in 2 of 600 bfloat16 kernels).
-FORWARD, BACKWARD = (16, 16384), (32, 8192)
+# (elements a thread, elements that a program joins of several groups, most warps). Left to itself the assembler squeezes some variants to the next step of
+# occupancy, and spills 8 bytes for it; a program may have all registers that its warps can have.
+FORWARD, BACKWARD = (16, 16384, 8), (16, 8192, 16)
+REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, and of a thread
 LEAST_ELEMENTS = 1024
 SECTOR_BYTES = 32
 
@@ -260,7 +261,7 @@ def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shif
 
 
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
-    """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, `num_warps`, and `chunks`, 1 for the form of one pass.
+    """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, compiler options, and `chunks`, 1 for the form of one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one group are a few bytes in each
     pixel's row, so it takes several until it uses whole sectors of 32 bytes, as far as its registers go.
@@ -269,7 +270,7 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
     split = pixel_tile * channel_tile > ONE_PASS_ELEMENTS
-    elements_a_thread, joined = direction
+    elements_a_thread, joined, most_warps = direction
     limit = max(SPLIT_ELEMENTS, channel_tile) if split else joined
     wanted = (4 * SECTOR_BYTES if split else SECTOR_BYTES) if channels_last else 0
     column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
@@ -281,9 +282,9 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     if split:
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
-    warps = min(16, max(1, elements // (32 * elements_a_thread)))
+    warps = min(most_warps, max(1, elements // (32 * elements_a_thread)))
     return {"PIXELS": pixels, "GROUPS": groups, "GROUP_CHANNELS": group_channels, "GROUPS_HERE": groups_here, "PIXEL_TILE": pixel_tile, "CHANNEL_TILE": channel_tile,
-            "chunks": triton.cdiv(pixels, pixel_tile), "num_warps": warps}
+            "chunks": triton.cdiv(pixels, pixel_tile), "num_warps": warps, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * warps))}
 
 
 def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):

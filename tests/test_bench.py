@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import KERNEL_DEVICE
 
-from bench import measure, ops as bench_ops
+from bench import measure, ops as bench_ops, train_step
+from bench.published import cycle_work
 from hsivi_fast import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,24 @@ def test_an_operation_whose_check_fails_is_not_timed():
     bad = dataclasses.replace(case, check=bench_ops._check(lambda: wrong() + 1e-2, lambda: wrong().double()))
     row = bench_ops.measure(bad, torch.device("cpu"), None, {})
     assert "off by" in row["failed"] and "ours" not in row
+
+
+TINY = dict(family="ddpm", image_channels=3, image_size=8, channels=8, multipliers=[1, 2], res_blocks=1, attention=[False, True], norm_groups=4)
+
+
+@pytest.mark.parametrize("case", train_step.CASES)
+def test_a_training_cycle_is_checked_counted_and_timed(case, monkeypatch):
+    """Work by hand, K = 3 and 4 score-network updates a cycle: ours rolls ceil(16 / (3 redraw)) trajectories through 3 layers, then 4 x 3 and 7 forwards."""
+    row = train_step.measure(case, TINY, batch=4, nfe=3, f_updates=4, rounds=2, facts={})
+    redraw = 4 if "redraw4" in case else 1
+    trajectories = -(-16 // (3 * redraw))
+    ours = 3 * trajectories / 4 + 4 * 3 + 7
+    assert row["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / ours, rel=0.02)
+    assert row["ratio"] == pytest.approx(row["published"] / row["ours"]) and row["ours_quartiles"][0] <= row["ours_quartiles"][1] and row["unit"] == "s a cycle"
+    assert row["parts"].keys() == {"published student", "published score_net", "ours rollout", "ours student", "ours score_net"}
+    monkeypatch.setitem(train_step.EQUAL, "bf16" if "bf16" in case else "fp32", -1.0)
+    failed = train_step.measure(case, TINY, batch=4, nfe=3, f_updates=4, rounds=2, facts={})
+    assert "losses differ" in failed["failed"] and "ratio" not in failed
 
 
 def test_the_readme_shows_the_committed_figures():

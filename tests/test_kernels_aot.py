@@ -57,9 +57,9 @@ def wave(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.sin(tl.load(x_ptr + i)))
 
 x = torch.empty(1024, device="meta")
-figures = aot.measure(aot.source_of(wave, {"x_ptr": x, "y_ptr": x, "BLOCK": 1024}), 4, 90)
+figures = aot.measure(aot.source_of(wave, {"x_ptr": x, "y_ptr": x, "BLOCK": 1024}), {"num_warps": 4}, 90)
 for moved in (8, 16):
-    item = {"kernel": "wave", "case": {}, "launch": (wave, {"BLOCK": 1024}, 4), "moved": moved, "due": True}
+    item = {"kernel": "wave", "case": {}, "launch": (wave, {"BLOCK": 1024}, {"num_warps": 4}), "moved": moved, "due": True}
     print(aot.row_of(item, 90, figures)["problems"])
 """
 
