@@ -50,6 +50,33 @@ def interleaved(sides, device, rounds=30):
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
+def synchronized_seconds(function, device):
+    """Seconds of one call, with the device's work done before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def use_torch_defaults():
+    """PyTorch's own float32 mode, which the published code keeps: full products, and TF32 in cuDNN's convolutions."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def has_fast_bfloat16():
+    """Whether this machine computes in bfloat16: a GPU, or a CPU with avx512_bf16 or amx_bf16."""
+    if torch.cuda.is_available():
+        return True
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        flags = file.read()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
 def copy_bandwidth(device, size=512 * 2**20):
     """Bytes per second, read and written, of a plain copy of half a gigabyte."""
     source = torch.empty(size, dtype=torch.int8, device=device)

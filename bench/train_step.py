@@ -11,7 +11,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from hsivi_fast.nets import build_unet
 from hsivi_fast.rollout import Batch, build_rollout, one_layer_on, roll_down
 from hsivi_fast.trainer import update_score_net, update_student
 
-from .measure import counted_flops, describe, table, write_rows
+from .measure import counted_flops, describe, has_fast_bfloat16, synchronized_seconds, table, use_torch_defaults, write_rows
 from .published import PublishedTraining, cycle_work
 
 RATE = 1e-5  # of both networks; how fast they learn is not what is timed
@@ -66,7 +65,7 @@ class Sides:
 
     def check(self):
         """One update of each kind from the same states and noise: losses as equal as the precision allows. Raises AssertionError."""
-        _use_published_precision()
+        use_torch_defaults()
         k, x, noise = self.published.draw(self.batch)
         rolled = torch.randn(self.layer.nfe - int(k.min()), *x.shape, device=self.device)
         expected = [self.published.update_student(1, k, x, noise, rolled), self.published.update_score_net(1, k, x, noise, rolled)]
@@ -81,7 +80,7 @@ class Sides:
         """{(side, part): function of nothing}: what a cycle is made of."""
         def published(function):
             def run():
-                _use_published_precision()
+                use_torch_defaults()
                 function(1, *self.published.draw(self.batch))
             return run
 
@@ -103,12 +102,6 @@ class Sides:
                 ("ours", "rollout"): start_cycle, ("ours", "student"): student_update, ("ours", "score_net"): score_net_update}
 
 
-def _use_published_precision():
-    """PyTorch's defaults: float32 products, and TF32 in cuDNN's convolutions."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
-
-
 def measure(case, network, batch, nfe, f_updates, rounds, facts):
     """The row of one case."""
     sides = Sides(case, network, batch, nfe, f_updates)
@@ -127,7 +120,7 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts):
     for _ in range(rounds):
         for key, function in parts.items():
             for _ in range(repeats[key]):
-                seconds[key].append(_time(function, sides.device))
+                seconds[key].append(synchronized_seconds(function, sides.device))
     cycle = lambda values, side: sum(values(key) * (f_updates if key[1] == "score_net" else 1) for key in parts if key[0] == side)
     median = lambda side: cycle(lambda key: statistics.median(seconds[key]), side)
     quartile = lambda side, index: cycle(lambda key: statistics.quantiles(seconds[key], n=4)[index], side)
@@ -145,16 +138,6 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts):
     return row
 
 
-def _time(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=CASES, help="one case; may be repeated; all by default")
@@ -169,7 +152,7 @@ def main():
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     for case in arguments.case or CASES:
-        if CASES[case].get("precision") == "bf16" and not _has_fast_bfloat16():
+        if CASES[case].get("precision") == "bf16" and not has_fast_bfloat16():
             print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
         rows.append(measure(case, network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, facts))
         print(f"{case}: " + rows[-1].get("failed", f"x{rows[-1].get('ratio', 0):.2f}"), file=sys.stderr, flush=True)
@@ -184,16 +167,6 @@ def main():
         if "failed" in row:
             print(f"{row['case']}: NOT TIMED, its check failed: {row['failed']}")
     return 1 if len(good) < len(rows) else 0
-
-
-def _has_fast_bfloat16():
-    """Whether the device computes in bfloat16: a GPU, or a CPU with avx512_bf16 or amx_bf16."""
-    if torch.cuda.is_available():
-        return True
-    try:
-        return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import KERNEL_DEVICE
 
-from bench import measure, ops as bench_ops, train_step
+from bench import measure, ops as bench_ops, sampling, train_step
 from bench.published import cycle_work
 from hsivi_fast import ops
 
@@ -68,6 +68,15 @@ def test_a_training_cycle_is_checked_counted_and_timed(case, monkeypatch):
     monkeypatch.setitem(train_step.EQUAL, "bf16" if "bf16" in case else "fp32", -1.0)
     failed = train_step.measure(case, TINY, batch=4, nfe=3, f_updates=4, rounds=2, facts={})
     assert "losses differ" in failed["failed"] and "ratio" not in failed
+
+
+@pytest.mark.parametrize("case", sampling.CASES)
+def test_sampling_is_checked_counted_and_timed(case, monkeypatch):
+    row = sampling.measure(case, TINY, images=16, nfe=3, rounds=2, facts={})
+    assert row["counted_ratio"] == pytest.approx(1, abs=1e-9) and row["ratio"] == pytest.approx(row["published"] / row["ours"])
+    assert row["difference"] < (1e-5 if case == "sampling_fp32" else 0.1)
+    monkeypatch.setitem(sampling.EQUAL, "bf16" if "bf16" in case else "fp32", -1.0)
+    assert "images differ" in sampling.measure(case, TINY, images=16, nfe=3, rounds=2, facts={})["failed"]
 
 
 def test_the_readme_shows_the_committed_figures():
