@@ -36,6 +36,7 @@ class Case:
     plain: Callable
     bytes: int
     elements: int
+    element_size: int
     check: Callable  # raises AssertionError
 
 
@@ -86,7 +87,7 @@ def method_cases(device, event, batch, dtype, per_pixel):
     }
     shape = f"{'x'.join(map(str, (batch, *event)))} {_name(dtype)}{' per pixel' if per_pixel else ''}"
     for name, (ours, plain, passes, exact) in calls.items():
-        yield Case(f"{name} {shape}", ours, plain, passes * x.numel() * x.element_size(), x.numel(), _check(ours, exact))
+        yield Case(f"{name} {shape}", ours, plain, passes * x.numel() * x.element_size(), x.numel(), x.element_size(), _check(ours, exact))
 
 
 def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, channels_last):
@@ -112,7 +113,7 @@ def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, c
     exact = lambda: forward(*map(_exact, inputs))
     name = f"{'x'.join(map(str, (batch, channels, size, size)))} {_name(dtype)} {'channels_last' if channels_last else 'row-major'}{' modulated' * modulated}{' added' * added}"
     moved = x.numel() * x.element_size()
-    yield Case(f"group_norm_silu {name}", ours, plain, 2 * moved, x.numel(), _check(ours, exact))
+    yield Case(f"group_norm_silu {name}", ours, plain, 2 * moved, x.numel(), x.element_size(), _check(ours, exact))
 
     def both(function):
         def run():
@@ -125,7 +126,7 @@ def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, c
         return torch.autograd.grad(forward(*doubles), [t for t in doubles if t is not None], dy.double())
 
     ours = both(lambda x, weight, bias, scale, shift, add: ops.group_norm_silu(x, groups, weight, bias, 1e-5, True, scale, shift, add))
-    yield Case(f"group_norm_silu forward+backward {name}", ours, both(forward), 5 * moved, x.numel(), _check(ours, exact_grads))
+    yield Case(f"group_norm_silu forward+backward {name}", ours, both(forward), 5 * moved, x.numel(), x.element_size(), _check(ours, exact_grads))
 
 
 def noise_cases(device, event, batch):
@@ -135,10 +136,10 @@ def noise_cases(device, event, batch):
     elements = torch.Size(shape).numel()
     ours = lambda: ops.draw_noise(seeds, k, event)
     check = _check(ours, lambda: philox.normal(seeds, k, event).double())
-    yield Case(f"draw_noise {'x'.join(map(str, shape))}", ours, lambda: torch.randn(shape, device=device), 4 * elements, elements, check)
+    yield Case(f"draw_noise {'x'.join(map(str, shape))}", ours, lambda: torch.randn(shape, device=device), 4 * elements, elements, 4, check)
     if device.type == "cpu":
         compiled = torch.compile(lambda: philox.normal(seeds, k, event), dynamic=False)
-        yield Case(f"draw_noise, plain Philox compiled {'x'.join(map(str, shape))}", compiled, lambda: torch.randn(shape, device=device), 4 * elements, elements,
+        yield Case(f"draw_noise, plain Philox compiled {'x'.join(map(str, shape))}", compiled, lambda: torch.randn(shape, device=device), 4 * elements, elements, 4,
                    _check(compiled, lambda: philox.normal(seeds, k, event).double()))
 
 
@@ -209,7 +210,8 @@ def measure(case, device, bandwidth, facts):
     rate = case.bytes / seconds["ours"]
     return {"case": case.name, "ours": seconds["ours"] * 1e6, "published": seconds["eager"] * 1e6, "compiled": seconds["compiled"] * 1e6, "unit": "us",
             "ratio": seconds["eager"] / seconds["ours"], "ratio_compiled": seconds["compiled"] / seconds["ours"], "counted_ratio": plain_bytes / case.bytes,
-            "bytes": case.bytes, "bytes_per_element": case.bytes / case.elements, "plain_bytes_per_element": plain_bytes / case.elements,
+            "bytes": case.bytes, "plain_bytes": plain_bytes, "transfers_per_element": case.bytes / case.elements / case.element_size,
+            "plain_transfers_per_element": plain_bytes / case.elements / case.element_size,
             "gigabytes_per_second": rate / 1e9, "share_of_copy": rate / bandwidth if bandwidth else None, **facts}
 
 
@@ -243,7 +245,8 @@ def main():
                "x eager": lambda r: f"{r['ratio']:.2f}", "x compiled": lambda r: f"{r['ratio_compiled']:.2f}"}
     if bandwidth:
         columns |= {"GB/s": lambda r: f"{r['gigabytes_per_second']:.0f}", "of a copy": lambda r: f"{r['share_of_copy']:.0%}"}
-    columns |= {"fused bytes/element": lambda r: f"{r['bytes_per_element']:.1f}", "eager bytes/element": lambda r: f"{r['plain_bytes_per_element']:.1f}"}
+    columns |= {"fused MB": lambda r: f"{r['bytes'] / 1e6:.1f}", "eager MB": lambda r: f"{r['plain_bytes'] / 1e6:.1f}",
+                "fused transfers/element": lambda r: f"{r['transfers_per_element']:.1f}", "eager transfers/element": lambda r: f"{r['plain_transfers_per_element']:.1f}"}
     print(table(good, columns))
     for row in rows:
         if "failed" in row:
