@@ -4,6 +4,7 @@ import contextlib
 import json
 import platform
 import statistics
+import sys
 import time
 from importlib import metadata
 
@@ -41,9 +42,7 @@ def interleaved(sides, device, rounds=30):
                 end.record()
                 taken[name].append((start, end))
             else:
-                start = time.perf_counter()
-                function()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(synchronized_seconds(function, device))
     if gpu:
         torch.cuda.synchronize(device)
         taken = {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in taken.items()}
@@ -153,6 +152,34 @@ def table(rows, columns):
     cells = [list(columns), *[[str(cell(row)) for cell in columns.values()] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths))) for line in cells)
+
+
+def run_cases(cases, measure_case, file):
+    """The rows of named cases, measured one after the other by `measure_case(name)`; the file, if any, is written after each."""
+    rows = []
+    for case in cases:
+        if "bf16" in case and not has_fast_bfloat16():
+            print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
+        rows.append(measure_case(case))
+        print(f"{case}: {rows[-1]['failed']}" if "failed" in rows[-1] else f"{case}: x{rows[-1]['ratio']:.2f}", file=sys.stderr, flush=True)
+        if file:
+            write_rows(file, rows)
+    return rows
+
+
+def print_rows(rows, columns):
+    """Print the table of the rows whose check held, and name the others; 0 where all held, else 1: a script's exit code."""
+    good = [row for row in rows if "failed" not in row]
+    print(table(good, columns))
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['case']}: NOT TIMED, its check failed: {row['failed']}")
+    return 1 if len(good) < len(rows) else 0
+
+
+def span(values):
+    """Two seconds as text."""
+    return f"{values[0]:.2f} to {values[1]:.2f}"
 
 
 def write_rows(file, rows):

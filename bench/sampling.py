@@ -10,7 +10,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from hsivi_fast.models import build_layer, prepare_device
 from hsivi_fast.nets import build_unet
 from hsivi_fast.sampler import Sampler
 
-from .measure import counted_flops, describe, has_fast_bfloat16, synchronized_seconds, table, use_torch_defaults, write_rows
+from .measure import counted_flops, describe, print_rows, run_cases, span, synchronized_seconds, use_torch_defaults
 from .published import PublishedTraining, published_sample
 
 CASES = {"sampling_fp32": {}, "sampling_bf16": {"precision": "bf16"}}
@@ -73,22 +72,10 @@ def main():
     arguments = parser.parse_args()
     network = {"name": "cifar10", "channels": arguments.width}
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = []
-    for case in arguments.case or CASES:
-        if "bf16" in case and not has_fast_bfloat16():
-            print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
-        rows.append(measure(case, network, arguments.images, arguments.nfe, arguments.rounds, facts))
-        if arguments.json:
-            write_rows(arguments.json, rows)
-    good = [row for row in rows if "failed" not in row]
-    span = lambda values: f"{values[0]:.2f} to {values[1]:.2f}"
+    rows = run_cases(arguments.case or CASES, lambda case: measure(case, network, arguments.images, arguments.nfe, arguments.rounds, facts), arguments.json)
     print(f"{network['name']}, {arguments.width} channels, {arguments.images} images, K = {arguments.nfe}, on {facts['device']}")
-    print(table(good, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "range": lambda r: span(r["ours_range"]), "published s": lambda r: f"{r['published']:.2f}",
-                       "range ": lambda r: span(r["published_range"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}", "difference": lambda r: f"{r['difference']:.1e}"}))
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['case']}: NOT TIMED, its check failed: {row['failed']}")
-    return 1 if len(good) < len(rows) else 0
+    return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "range": lambda r: span(r["ours_range"]), "published s": lambda r: f"{r['published']:.2f}",
+                       "range ": lambda r: span(r["published_range"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}", "difference": lambda r: f"{r['difference']:.1e}"})
 
 
 if __name__ == "__main__":

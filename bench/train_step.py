@@ -24,7 +24,7 @@ from hsivi_fast.nets import build_unet
 from hsivi_fast.rollout import Batch, build_rollout, one_layer_on, roll_down
 from hsivi_fast.trainer import update_score_net, update_student
 
-from .measure import counted_flops, describe, has_fast_bfloat16, synchronized_seconds, table, use_torch_defaults, write_rows
+from .measure import counted_flops, describe, print_rows, run_cases, span, synchronized_seconds, use_torch_defaults
 from .published import PublishedTraining, cycle_work
 
 RATE = 1e-5  # of both networks; how fast they learn is not what is timed
@@ -150,23 +150,11 @@ def main():
     arguments = parser.parse_args()
     network = {"name": "cifar10", "channels": arguments.width}
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = []
-    for case in arguments.case or CASES:
-        if CASES[case].get("precision") == "bf16" and not has_fast_bfloat16():
-            print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
-        rows.append(measure(case, network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, facts))
-        print(f"{case}: " + rows[-1].get("failed", f"x{rows[-1].get('ratio', 0):.2f}"), file=sys.stderr, flush=True)
-        if arguments.json:
-            write_rows(arguments.json, rows)
-    good = [row for row in rows if "failed" not in row]
-    span = lambda values: f"{values[0]:.2f} to {values[1]:.2f}"
+    rows = run_cases(arguments.case or CASES,
+                     lambda case: measure(case, network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, facts), arguments.json)
     print(f"{network['name']}, {arguments.width} channels, batch {arguments.batch}, K = {arguments.nfe}, {arguments.f_learning_times} score-network updates a cycle, on {facts['device']}")
-    print(table(good, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "quartiles": lambda r: span(r["ours_quartiles"]), "published s": lambda r: f"{r['published']:.2f}",
-                       "quartiles ": lambda r: span(r["published_quartiles"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}"}))
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['case']}: NOT TIMED, its check failed: {row['failed']}")
-    return 1 if len(good) < len(rows) else 0
+    return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "quartiles": lambda r: span(r["ours_quartiles"]), "published s": lambda r: f"{r['published']:.2f}",
+                       "quartiles ": lambda r: span(r["published_quartiles"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}"})
 
 
 if __name__ == "__main__":

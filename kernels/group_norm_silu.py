@@ -44,6 +44,20 @@ def _offset(pixel, channel, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNE
 
 
 @triton.jit
+def _tile(sample, first_group, first_pixel, PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr,
+          PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(group, channel, mask of channels, mask, offset in the tensor) of a tile [pixels, groups, channels of a group]."""
+    pixel = first_pixel + tl.arange(0, PIXEL_TILE)[:, None, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
+    channel = group * GROUP_CHANNELS + inner
+    channel_mask = inner < GROUP_CHANNELS
+    mask = (pixel < PIXELS) & channel_mask
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    return group, channel, channel_mask, mask, offset
+
+
+@triton.jit
 def _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, mask, scale_stride, shift_stride):
     """(w', b (1 + scale) + shift) at a block of channels, float32."""
     if w_ptr is None:
@@ -93,13 +107,7 @@ def _forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, y_ptr, m
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    pixel = tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
-    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
-    channel = group * GROUP_CHANNELS + inner
-    channel_mask = inner < GROUP_CHANNELS
-    mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(sample, first_group, 0, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     count = PIXELS * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
@@ -122,13 +130,7 @@ def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    pixel = tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
-    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
-    channel = group * GROUP_CHANNELS + inner
-    channel_mask = inner < GROUP_CHANNELS
-    mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(sample, first_group, 0, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     mean = tl.load(mean_ptr + sample * GROUPS + group)
     rstd = tl.load(rstd_ptr + sample * GROUPS + group)
@@ -164,13 +166,7 @@ def _split_statistics_kernel(x_ptr, add_ptr, mean_ptr, deviation_ptr, add_stride
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
-    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
-    channel = group * GROUP_CHANNELS + inner
-    channel_mask = inner < GROUP_CHANNELS
-    mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     count = tl.minimum(PIXELS - chunk * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
@@ -205,13 +201,7 @@ def _split_forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, ch
     tl.store(mean_ptr + group_row, mean, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
     tl.store(rstd_ptr + group_row, rstd, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
 
-    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
-    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
-    channel = group * GROUP_CHANNELS + inner
-    channel_mask = inner < GROUP_CHANNELS
-    mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
     normed = (x - mean[None, :, None]) * rstd[None, :, None]
@@ -229,13 +219,7 @@ def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shif
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    pixel = chunk * PIXEL_TILE + tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
-    inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
-    channel = group * GROUP_CHANNELS + inner
-    channel_mask = inner < GROUP_CHANNELS
-    mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     mean = tl.load(mean_ptr + sample * GROUPS + group)
     rstd = tl.load(rstd_ptr + sample * GROUPS + group)
