@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hsivi_fast.telemetry import commit
+from hsivi_fast.telemetry import EnergyMeter, commit
 
 FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
@@ -81,6 +81,41 @@ def copy_bandwidth(device, size=512 * 2**20):
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, rounds=20)["copy"]
+
+
+def product_rate(device, dtype, size=None):
+    """Floating-point operations per second of a square matrix product in `dtype`, the measured limit that a network's rate is set against: the best of several sizes."""
+    rates = []
+    for n in (size,) if size else ((4096, 8192) if device.type == "cuda" else (1024, 2048)):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        rates.append(2 * n**3 / interleaved({"product": lambda: a @ b}, device, rounds=10)["product"])
+    return max(rates)
+
+
+def timed_rounds(sides, device, rounds):
+    """Interleaved calls of {name: (function, calls a round)} -> {name: seconds of every call}."""
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (function, calls) in sides.items():
+            for _ in range(calls):
+                seconds[name].append(synchronized_seconds(function, device))
+    return seconds
+
+
+def gpu_facts(function, device, images):
+    """What only a GPU tells of one call that makes `images` images: peak bytes of memory and joules an image; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    meter, start = EnergyMeter(device), time.perf_counter()
+    calls = 0
+    while not calls or time.perf_counter() - start < 1.0:  # the driver's counter is read every 20 to 100 ms
+        function()
+        torch.cuda.synchronize(device)
+        calls += 1
+    joules = meter.joules()
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device), "joules_per_image": None if joules is None else joules / (calls * images)}
 
 
 class _Traffic(TorchDispatchMode):

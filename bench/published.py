@@ -3,7 +3,7 @@
 Written from the paper and from the described behaviour of github.com/longinYu/HSIVI, on the networks of this project (in plain torch): for every update
 the whole batch is rolled anew from x_K down to the lowest layer drawn and one state a sample is kept, gathered in a Python loop; float32 throughout, at
 torch's default precision; layer and losses are plain operations that keep their noise; the student's loss goes back through one graph of all
-three networks; Adam and the average without fused or foreach forms; on a GPU the host waits and the cache is emptied in every step.
+three networks; torch's default Adam, and the average parameter by parameter; on a GPU the host waits in every update and the cache is emptied in every iteration.
 Images go through PNG files for their distance. That it computes the same is tested on the numbers of the published code (tests/test_published.py).
 """
 
@@ -36,7 +36,7 @@ class PublishedTraining:
         shape = ((schedule.nfe,) if per_step else ()) + (tuple(student.event_shape) if per_pixel else ()) or (1,)
         self.log_gamma = torch.nn.Parameter(torch.zeros(shape, device=device))
         student.register_parameter("log_scaled_gamma", self.log_gamma)
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True, foreach=False) for name, network in (("student", student), ("score_net", score_net))}
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True) for name, network in (("student", student), ("score_net", score_net))}
         self.averages = {name: {key: value.detach().clone() for key, value in network.named_parameters()} for name, network in (("student", student), ("score_net", score_net))}
         self.updates = {"student": 0, "score_net": 0}
 
@@ -90,20 +90,19 @@ class PublishedTraining:
 
     def _descend(self, name, network, loss, rate):
         optimizer = self.optimizers[name]
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), self.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        optimizer.zero_grad()
         self.updates[name] += 1
         decay = min(self.decay, (1 + self.updates[name]) / (10 + self.updates[name]))
         with torch.no_grad():
             for key, value in network.named_parameters():
                 self.averages[name][key].mul_(decay).add_(value, alpha=1 - decay)
-        if loss.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        if name == "score_net" and loss.device.type == "cuda":
+            torch.cuda.empty_cache()  # once an iteration, and each of those updates the score network; what the host waits for is the loss
 
     def cycle(self, step, batch, f_updates):
         """One cycle as a run has it: an update of the student and `f_updates` of the score network."""
@@ -133,6 +132,23 @@ def through_png(images, folder=None):
         for index, value in enumerate(values):
             Image.fromarray(value.squeeze()).save(Path(place) / f"{index}.png")
         return np.stack([np.asarray(Image.open(Path(place) / f"{index}.png")).reshape(values.shape[1:]) for index in range(len(values))])
+
+
+def published_frechet_distance(images, features, reference):
+    """Frechet distance of images [N, C, H, W] in [-1, 1] to reference statistics {"mu", "sigma"}, the published way: through PNG files, and by a matrix square root.
+
+    features: uint8 images [n, H, W, C] -> [n, D], called on batches of 64.
+    """
+    import scipy.linalg
+
+    images, total, outer = through_png(images), 0, 0
+    for first in range(0, len(images), 64):
+        part = features(torch.from_numpy(images[first:first + 64])).double()
+        total, outer = total + part.sum(0), outer + part.T @ part
+    mu = total / len(images)
+    sigma = ((outer - len(images) * torch.outer(mu, mu)) / (len(images) - 1)).cpu().numpy()
+    root = scipy.linalg.sqrtm(sigma @ reference["sigma"])
+    return float(np.square(mu.cpu().numpy() - reference["mu"]).sum() + np.trace(sigma + reference["sigma"]) - 2 * np.trace(root).real)
 
 
 def cycle_work(nfe, batch, f_updates):

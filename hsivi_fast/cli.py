@@ -20,6 +20,13 @@ class Command(click.Command):
             formatter.write(f"Example:\n  {self.epilog}\n")
 
 
+def execution_options(command):
+    """The options --compile and --cuda-graphs of a command that samples."""
+    for option, meaning in (("cuda-graphs", "All layers as one CUDA graph, or not"), ("compile", "Compile the network (pays for many batches), or not")):
+        command = click.option(f"--{option}/--no-{option}", default=None, help=f"{meaning}; as the run by default.")(command)
+    return command
+
+
 @click.group(context_settings=CONTEXT)
 @click.version_option(package_name="hsivi_fast")
 def hsivi():
@@ -54,7 +61,8 @@ def train(config, overrides, outdir, fresh):
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 @click.option("--batch", default=250, show_default=True, help="Images per network call.")
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
-def sample(run, seeds, outdir, weights, batch, backend):
+@execution_options
+def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     """Draw images from a run: one PNG a seed and grid.png; for a 2-D target, points.npz.
 
     A seed always gives the same image.
@@ -71,7 +79,7 @@ def sample(run, seeds, outdir, weights, batch, backend):
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
     with tqdm(total=len(numbers), unit="image", desc="sample", dynamic_ncols=True) as bar:
-        images = sample(folder, numbers, weights, batch, on_batch=bar.update, backend=backend).numpy()
+        images = sample(folder, numbers, weights, batch, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs).numpy()
     if images.ndim == 2:
         np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
         click.echo(f"{len(images)} points: {target / 'points.npz'}")
@@ -88,7 +96,8 @@ def sample(run, seeds, outdir, weights, batch, backend):
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
-def evaluate(run, num_samples, ref, weights, backend):
+@execution_options
+def evaluate(run, num_samples, ref, weights, backend, compile, cuda_graphs):
     """Measure the Frechet distance of a run's sampler."""
     from tqdm import tqdm
 
@@ -97,7 +106,7 @@ def evaluate(run, num_samples, ref, weights, backend):
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     with tqdm(total=num_samples, unit="image", desc="eval", dynamic_ncols=True) as bar:
-        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend)
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
     click.echo(format_table([row]))
 
 

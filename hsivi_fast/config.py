@@ -134,6 +134,9 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     backend: Literal["auto", "torch", "triton"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    channels_last: StrictBool = False  # the memory layout inside the UNets
+    compile: StrictBool = False  # the networks by torch.compile
+    cuda_graphs: StrictBool = False  # rollout, both updates and the sampler from CUDA graphs
     device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -2,21 +2,28 @@
 
 import torch
 
+from .frozen import EAGER
 from .optim import EMA, adam
 
 
 class PlainEngine:
     """One network in one process.
 
-    network: the module; clip: the largest gradient norm; ema: the decay of the average (see `EMA`).
+    network: the module; clip: the largest gradient norm; ema: the decay of the average (see `EMA`); execution: how the network is called. `predict`
+    is the network as a function (x, t) -> noise.
     """
 
-    def __init__(self, network, clip, ema):
+    def __init__(self, network, clip, ema, execution=EAGER):
         self.network = network
+        self.predict = execution.compiled(network)
         self.clip = clip
         self.names, self.parameters = zip(*network.named_parameters())
-        self.optimizer = adam(self.parameters)
-        self.ema = EMA(network, ema)
+        # What the host sets before a step is a number, or where the step is recorded and replayed, a tensor that it fills.
+        recorded = execution.cuda_graphs
+        device = self.parameters[0].device
+        self.lr, weight = (torch.zeros((), device=device) if recorded else None for _ in range(2))
+        self.optimizer = adam(self.parameters, self.lr if recorded else 0.0, capturable=recorded and device.type == "cuda")
+        self.ema = EMA(network, ema, weight)
 
     def backward(self, outputs, gradients):
         """Accumulate parameter gradients from the cotangents `gradients` of `outputs` (two lists of tensors)."""
@@ -24,9 +31,21 @@ class PlainEngine:
 
     def step(self, lr):
         """Clip, update the parameters at this learning rate, clear the gradients, move the EMA."""
+        self.prepare_step(lr)
+        self.apply_step()
+
+    def prepare_step(self, lr):
+        """The host's part of a step: the learning rate and the counters."""
+        if self.lr is not None:
+            self.lr.fill_(lr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        self.ema.count()
+
+    def apply_step(self):
+        """The device's part of a step, which can be recorded and replayed."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.network)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .config import ASSETS
 from .data import load_data, to_uint8
+from .frozen import EAGER
 from .models import device_of, load_teacher
 from .nets.checkpoints import load_weights, read_weights
 from .sampler import ddim_sampler, load_sampler
@@ -203,11 +204,11 @@ def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None, nf
     """
     measured, seconds = [], 0.0
     for index in range(seed_sets):
-        start = time.perf_counter()
+        start, prepared = time.perf_counter(), sampler.execution.seconds
         samples = sampler(range(index * num_samples, (index + 1) * num_samples), metric.batch_size, on_batch)
         if samples.is_cuda:
             torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
+        seconds += time.perf_counter() - start - (sampler.execution.seconds - prepared)
         measured.append(metric.measure(samples))
     row = {"sampler": name, "nfe": nfe or sampler.nfe}
     if row["nfe"] != sampler.nfe:
@@ -224,7 +225,7 @@ def _std_key(column):
     return column.removesuffix("_distance").removesuffix("_divergence") + "_std"
 
 
-def final_table(run, config, teacher, metric, progress=False):
+def final_table(run, config, teacher, metric, execution=EAGER, progress=False):
     """The table that a run ends with: DDIM, the start (DDIM with the run's eta), and the student, EMA and raw.
 
     Every row uses the same seeds. Returns a list of rows, see `measure_row`.
@@ -232,8 +233,8 @@ def final_table(run, config, teacher, metric, progress=False):
     from tqdm import tqdm
 
     settings = config.eval
-    samplers = [("ddim", nfe, ddim_sampler(config, teacher, nfe, 0.0)) for nfe in settings.ddim_nfe]
-    samplers.append(("ddim_eta", config.nfe, ddim_sampler(config, teacher, config.nfe, config.eta)))
+    samplers = [("ddim", nfe, ddim_sampler(config, teacher, nfe, 0.0, execution)) for nfe in settings.ddim_nfe]
+    samplers.append(("ddim_eta", config.nfe, ddim_sampler(config, teacher, config.nfe, config.eta, execution)))
     samplers += [(f"hsivi_{weights}", config.nfe, load_sampler(run, weights)[0]) for weights in ("ema", "raw")]
     total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples
     with tqdm(total=total, desc="final table", unit="evaluation", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
@@ -241,17 +242,17 @@ def final_table(run, config, teacher, metric, progress=False):
                 for name, nfe, sampler in samplers]
 
 
-def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, backend=None):
+def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, backend=None, compile=None, cuda_graphs=None):
     """Measure a run's sampler on images of the seeds 0 .. num_samples-1.
 
     run: what `train` returned or a folder's path; ref: an npz file of reference statistics instead of the run's data set;
-    weights: "ema" or "raw"; on_batch(n): called after every batch; backend: as of `load_sampler`. Returns a row as in results.json.
+    weights: "ema" or "raw"; on_batch(n): called after every batch; backend, compile, cuda_graphs: as of `load_sampler`. Returns a row as in results.json.
     Raises ValueError for less than 2 samples, statistics of another feature size, or a folder that holds no run.
     """
     if num_samples < 2:
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     reference = load_statistics(ref) if ref is not None else None
-    sampler, config, step = load_sampler(run, weights, backend=backend)
+    sampler, config, step = load_sampler(run, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
     if reference is not None and config.teacher.target is not None:
         raise ValueError("ref: a 2-D run is measured against its exact target; statistics do not apply")
     metric = build_metric(config, load_teacher(config, sampler.layer.tau.device), reference)

@@ -3,6 +3,7 @@
 import torch
 
 from . import ops
+from .frozen import Execution
 from .method.layer import Layer, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
 from .nets import build_unet
@@ -38,6 +39,11 @@ def _set_float32_mode(precision, device):
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def build_execution(config, device):
+    """How a run's networks are called; ValueError where the device cannot do what the configuration asks for."""
+    return Execution(device, config.compile, config.cuda_graphs)
+
+
 def device_of(network):
     """The device of a network's parameters or, where it has none, of its buffers."""
     return next(network.parameters(), next(network.buffers(), None)).device
@@ -62,8 +68,7 @@ def load_teacher(config, device):
     if config.teacher.target is not None:
         teacher = _mixture_teacher(config)
     else:
-        teacher = build_unet(config.network)
-        teacher.precision = config.precision
+        teacher = _network(config)
         load_weights(teacher, read_weights(config.teacher.checkpoint), config.teacher.checkpoint)
     return teacher.to(device).eval().requires_grad_(False)
 
@@ -75,11 +80,17 @@ def build_network(config, device):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build_unet(config.network)
-    network.precision = config.precision
+        network = _network(config)
     if config.teacher.target is not None:
         network = CorrectedTeacher(_mixture_teacher(config), network)
     return network.to(device)
+
+
+def _network(config):
+    """The configuration's network with fresh weights, in its precision and memory layout."""
+    network = build_unet(config.network)
+    network.precision = config.precision
+    return network.in_channels_last() if config.channels_last else network
 
 
 def build_student(config, teacher, layer):

@@ -25,25 +25,41 @@ def learning_rate(rule, base, step, warmup, total):
     raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine, linear or constant")
 
 
-def adam(parameters):
-    """Adam(0.9, 0.999) with amsgrad, in torch's fused form; the rate is set before every step."""
-    return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True)
+def adam(parameters, lr=0.0, capturable=False):
+    """Adam(0.9, 0.999) with amsgrad, in torch's fused form; the rate is set before every step, or filled into the tensor `lr`."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable)
 
 
 class EMA:
-    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n."""
+    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n.
 
-    def __init__(self, network, decay):
-        self.decay = decay
+    `weight`: a tensor [] that holds 1 - decay for the update, where that update is recorded and replayed (see frozen.py).
+    """
+
+    def __init__(self, network, decay, weight=None):
+        self.decay, self.weight = decay, weight
         self.updates = 0
         self.parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
+    def count(self):
+        """The host's part of an update: one more."""
+        self.updates += 1
+        if self.weight is not None:
+            self.weight.fill_(self._weight())
+
     @torch.no_grad()
     def update(self, network):
-        """Move towards the network's present parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.parameters.values()), [parameter.detach() for parameter in network.parameters()], 1 - decay)
+        """The device's part: move towards the network's present parameters."""
+        own, present = list(self.parameters.values()), [parameter.detach() for parameter in network.parameters()]
+        if self.weight is None:
+            torch._foreach_lerp_(own, present, self._weight())
+        else:  # there is no lerp by a tensor [] of one pass
+            difference = torch._foreach_sub(present, own)
+            torch._foreach_mul_(difference, self.weight)
+            torch._foreach_add_(own, difference)
+
+    def _weight(self):
+        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     def state_dict(self):
         """Name -> tensor: the averaged parameters, in the network's order and layout."""

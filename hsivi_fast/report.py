@@ -42,7 +42,7 @@ def write_report(folder, teacher=None, backend=None):
     backend: as of `load_sampler`. The run needs a checkpoint; the table and its picture are left out where it was not measured.
     """
     config = folder.config()
-    student, _, step = load_sampler(folder, "ema", backend=backend)
+    student, _, step = load_sampler(folder, "ema", backend=backend, compile=False, cuda_graphs=False)  # a few images: eager calls are done before a compiler is
     teacher = teacher or load_teacher(config, student.layer.tau.device)
     results, metrics = folder.read_json("results.json", []), folder.metrics()
     teacher_nfe = max(config.eval.ddim_nfe)  # what "teacher" means beside a few-step sampler: DDIM with the most evaluations of the table

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from . import ops
+from .frozen import EAGER
 
 # Purposes of the run seed's random numbers (the last word of the Philox counter), so that no two uses share numbers.
 POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET_LAYERS, SCORE_NET_SEEDS = range(1, 8)
@@ -19,73 +20,70 @@ POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET
 class Batch:
     """States of one update: x is x_{k-1} for the score network and x_k for the student, [B, *event]; k [B].
 
-    The noise that makes x_{k-1} from x_k has the address (seeds [B], stream k, redraw), unless `noise` [B, *event] is given.
+    The noise that makes x_{k-1} from x_k has the address (seeds [B], stream k, redraw [B] or None for 0), unless `noise` [B, *event] is given.
     """
 
     x: torch.Tensor
     k: torch.Tensor
     seeds: torch.Tensor
-    redraw: torch.Tensor | int = 0
+    redraw: torch.Tensor | None = None
     noise: torch.Tensor | None = None
 
 
-def draw_layers(run_seed, purpose, step, batch_size, nfe):
+def draw_layers(run_seed, purpose, step, batch_size, nfe, device="cpu"):
     """Layers k in 1 .. nfe for one update, int64 [B], in antithetic pairs: B//2 + 1 draws k, then nfe + 1 - k, cut to B."""
-    bits = ops.integers(run_seed, purpose, step, batch_size // 2 + 1) & 0xFFFFFFFF
+    bits = ops.integers(run_seed, purpose, step, batch_size // 2 + 1, device) & 0xFFFFFFFF
     k = 1 + (bits * nfe >> 32)
     return torch.cat([k, nfe + 1 - k])[:batch_size]
 
 
 @torch.no_grad()
-def roll_down(student, layer, x, k, seeds, noise=None):
-    """Roll x = x_K [B, *event] down through the student and return each sample's x_k, k [B] on the CPU.
+def roll_down(predict, layer, log_gamma, x, k, seeds, lowest, noise=None):
+    """Roll x = x_K [B, *event] down to x_lowest and return each sample's x_k, k [B]: the whole batch goes to the lowest layer drawn.
 
-    The whole batch goes down to the lowest layer drawn. seeds [B] address the noise; `noise` [rolled layers, B, *event]
-    replaces it, layer K first.
+    predict: the student (x, t) -> noise. seeds [B] address the noise; `noise` [K - lowest, B, *event] replaces it, layer K first.
     """
-    k = k.to(x.device)
     picked = x
-    for index, current in enumerate(range(layer.nfe, int(k.min()), -1)):
+    for index, current in enumerate(range(layer.nfe, lowest, -1)):
         layers = torch.full_like(k, current)
-        eps_hat = student(x, layer.tau[layers])
-        x = layer.step(x, eps_hat, layers, student.log_scaled_gamma, seeds, noise=None if noise is None else noise[index])
+        x = layer.step(x, predict(x, layer.tau[layers]), layers, log_gamma, seeds, noise=None if noise is None else noise[index])
         picked = torch.where((k == current - 1).reshape(-1, *[1] * (x.ndim - 1)), x, picked)
     return picked
+
+
+@torch.no_grad()
+def one_layer_on(predict, layer, log_gamma, batch):
+    """The batch one layer further down: x_{k-1} in the place of x_k, its noise at the same address."""
+    eps_hat = predict(batch.x, layer.tau[batch.k])
+    x = layer.step(batch.x, eps_hat, batch.k, log_gamma, batch.seeds, batch.redraw, batch.noise)
+    return Batch(x, batch.k, batch.seeds, batch.redraw, batch.noise)
 
 
 class FreshRollout:
     """New trajectories of the whole batch for every update, as the published code does."""
 
-    def __init__(self, config, layer, event_shape):
-        self.layer, self.event_shape = layer, event_shape
+    def __init__(self, config, layer, student, execution=EAGER):
+        self.layer, self.student, self.predict = layer, student, execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
 
-    def start_cycle(self, student, cycle):
+    def start_cycle(self, cycle):
         """Nothing to prepare."""
 
-    def student_batch(self, student, step):
+    def student_batch(self, step):
         """States x_k for a student update."""
-        return self._roll(student, step, STUDENT_LAYERS, STUDENT_SEEDS)
+        return self._roll(step, STUDENT_LAYERS, STUDENT_SEEDS)
 
-    def score_net_batch(self, student, step):
+    def score_net_batch(self, step):
         """States x_{k-1} for an update of the score network."""
-        batch = self._roll(student, step, SCORE_NET_LAYERS, SCORE_NET_SEEDS)
-        return one_layer_on(student, self.layer, batch)
+        return one_layer_on(self.predict, self.layer, self.student.log_scaled_gamma, self._roll(step, SCORE_NET_LAYERS, SCORE_NET_SEEDS))
 
-    def _roll(self, student, step, layers_purpose, seeds_purpose):
+    def _roll(self, step, layers_purpose, seeds_purpose):
         device = self.layer.tau.device
-        k = draw_layers(self.run_seed, layers_purpose, step, self.batch_size, self.layer.nfe)
+        draw = lambda where: draw_layers(self.run_seed, layers_purpose, step, self.batch_size, self.layer.nfe, where)
+        lowest, k = int(draw("cpu").min()), draw(device)  # drawn twice, so that the host knows the lowest without waiting for the device
         seeds = ops.integers(self.run_seed, seeds_purpose, step, self.batch_size, device)
-        x = ops.draw_noise(seeds, 0, self.event_shape)  # x_K
-        return Batch(roll_down(student, self.layer, x, k, seeds), k.to(device), seeds)
-
-
-@torch.no_grad()
-def one_layer_on(student, layer, batch):
-    """The batch one layer further down: x_{k-1} in the place of x_k, its noise at the same address."""
-    eps_hat = student(batch.x, layer.tau[batch.k])
-    x = layer.step(batch.x, eps_hat, batch.k, student.log_scaled_gamma, batch.seeds, batch.redraw, batch.noise)
-    return Batch(x, batch.k, batch.seeds, batch.redraw, batch.noise)
+        x = ops.draw_noise(seeds, 0, self.student.event_shape)  # x_K
+        return Batch(roll_down(self.predict, self.layer, self.student.log_scaled_gamma, x, k, seeds, lowest), k, seeds)
 
 
 class PooledRollout:
@@ -95,38 +93,43 @@ class PooledRollout:
     with new noise each time. The next student update takes its x_k from the same pool: they are still on-policy.
     """
 
-    def __init__(self, config, layer, event_shape):
-        self.layer, self.event_shape = layer, event_shape
+    def __init__(self, config, layer, student, execution=EAGER):
+        self.layer, self.student, self.predict = layer, student, execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.cycle_length = config.train.f_learning_times
         self.redraws, self.chunk = config.rollout.redraw, config.rollout.chunk
         self.trajectories = -(-self.cycle_length * self.batch_size // (layer.nfe * self.redraws))
+        # The pool stays where it is in memory: a recorded rollout writes it again and again.
+        device, event_shape = layer.tau.device, student.event_shape
+        self.states = torch.zeros(layer.nfe + 1, self.trajectories, *event_shape, device=device)  # x_k at index k
+        self.means = torch.zeros(layer.nfe, self.trajectories, *event_shape, device=device) if self.redraws > 1 else None  # of x_{k-1} at k - 1
+        self._roll = execution.graphed(self._roll_pool)
 
-    @torch.no_grad()
-    def start_cycle(self, student, cycle):
+    def start_cycle(self, cycle):
         """Roll the pool of a cycle with the student as it is now."""
-        device = self.layer.tau.device
+        device, transitions = self.layer.tau.device, self.layer.nfe * self.trajectories
         self.seeds = ops.integers(self.run_seed, POOL_SEEDS, cycle, self.trajectories, device)  # [N]
-        nfe, count = self.layer.nfe, self.trajectories
-        self.states = torch.empty(nfe + 1, count, *self.event_shape, device=device)  # x_k at index k
-        self.means = torch.empty(nfe, count, *self.event_shape, device=device) if self.redraws > 1 else None  # of x_{k-1} at k - 1
-        for first in range(0, count, self.chunk):
-            part = slice(first, first + self.chunk)
-            seeds = self.seeds[part]
-            x = self.states[nfe, part] = ops.draw_noise(seeds, 0, self.event_shape)
-            for current in range(nfe, 0, -1):
-                k = torch.full((len(seeds),), current, dtype=torch.int64, device=device)
-                eps_hat = student(x, self.layer.tau[k])
-                if self.redraws > 1:
-                    self.means[current - 1, part] = self.layer.mean(x, eps_hat, k)
-                x = self.states[current - 1, part] = self.layer.step(x, eps_hat, k, student.log_scaled_gamma, seeds)
+        self._roll(self.seeds)
         # Every redraw goes through all transitions in an order of its own: position -> transition.
-        transitions = nfe * count
         orders = [ops.integers(self.run_seed, POOL_ORDER, cycle * self.redraws + r, transitions, device).argsort(stable=True) for r in range(self.redraws)]
         self.order = torch.cat(orders)
 
     @torch.no_grad()
-    def score_net_batch(self, student, step):
+    def _roll_pool(self, all_seeds):
+        """Fill `states` and `means` with the trajectories of these seeds [N]."""
+        for first in range(0, self.trajectories, self.chunk):
+            part = slice(first, first + self.chunk)
+            seeds = all_seeds[part]
+            x = self.states[self.layer.nfe, part] = ops.draw_noise(seeds, 0, self.student.event_shape)
+            for current in range(self.layer.nfe, 0, -1):
+                k = torch.full_like(seeds, current)
+                eps_hat = self.predict(x, self.layer.tau[k])
+                if self.redraws > 1:
+                    self.means[current - 1, part] = self.layer.mean(x, eps_hat, k)
+                x = self.states[current - 1, part] = self.layer.step(x, eps_hat, k, self.student.log_scaled_gamma, seeds)
+
+    @torch.no_grad()
+    def score_net_batch(self, step):
         """Minibatch number step % f_learning_times of the pool: x_{k-1} and the address of its noise."""
         first = (step % self.cycle_length) * self.batch_size
         transition = self.order[first:first + self.batch_size]  # [B], trajectory + count * (k - 1)
@@ -136,18 +139,18 @@ class PooledRollout:
             return Batch(self.states[k - 1, trajectory], k, seeds)
         position = torch.arange(first, first + len(transition), device=k.device)
         redraw = position // (self.layer.nfe * self.trajectories)  # [B]
-        x = self.layer.redraw(self.means[k - 1, trajectory], k, student.log_scaled_gamma, seeds, redraw)
+        x = self.layer.redraw(self.means[k - 1, trajectory], k, self.student.log_scaled_gamma, seeds, redraw)
         return Batch(x, k, seeds, redraw)
 
-    def student_batch(self, student, step):
+    def student_batch(self, step):
         """States x_k from the pool, with antithetic layers and new noise."""
         device = self.layer.tau.device
-        k = draw_layers(self.run_seed, STUDENT_LAYERS, step, self.batch_size, self.layer.nfe).to(device)
+        k = draw_layers(self.run_seed, STUDENT_LAYERS, step, self.batch_size, self.layer.nfe, device)
         bits = ops.integers(self.run_seed, STUDENT_STATES, step, self.batch_size, device) & 0xFFFFFFFF
         trajectory = bits * self.trajectories >> 32
         return Batch(self.states[k, trajectory], k, ops.integers(self.run_seed, STUDENT_SEEDS, step, self.batch_size, device))
 
 
-def build_rollout(config, layer, event_shape):
-    """The rollout that the configuration names. `rollout.redraw` belongs to the pool: fresh states are used once."""
-    return (PooledRollout if config.rollout.mode == "pooled" else FreshRollout)(config, layer, event_shape)
+def build_rollout(config, layer, student, execution=EAGER):
+    """The rollout of `student` that the configuration names. `rollout.redraw` belongs to the pool: fresh states are used once."""
+    return (PooledRollout if config.rollout.mode == "pooled" else FreshRollout)(config, layer, student, execution)

@@ -1,13 +1,14 @@
 """The few-step sampler: K layers from noise to image, one seed per image. DDIM is the same code with the teacher in it."""
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 
 from . import ops
 from .data import to_uint8
+from .frozen import EAGER
 from .method.layer import attach_log_gamma
-from .models import build_ddim_layer, build_layer, build_network, device_of, prepare_device
+from .models import build_ddim_layer, build_execution, build_layer, build_network, device_of, prepare_device
 from .nets.checkpoints import load_weights
 from .run_folder import RunFolder
 
@@ -18,13 +19,18 @@ WEIGHTS = ("ema", "raw")
 SMALLEST_CPU_BATCH = 16
 
 
-@dataclass(frozen=True)
 class Sampler:
-    """A noise-prediction network with the layers that it runs through; log_gamma in the layers' shape."""
+    """A noise-prediction network with the layers that it runs through.
 
-    network: torch.nn.Module
-    layer: torch.nn.Module
-    log_gamma: torch.Tensor
+    network: (x [B, *event], t [B] int) -> noise, a module with `event_shape`; layer: `Layer`; log_gamma in the layers' shape; execution: eager,
+    compiled, and on a CUDA device all layers as one graph. Network and log_gamma may be changed in place between calls.
+    """
+
+    def __init__(self, network, layer, log_gamma, execution=EAGER):
+        self.network, self.layer, self.log_gamma, self.execution = network, layer, log_gamma, execution
+        self.predict = execution.compiled(network)
+        self._draw = execution.graphed(self._all_layers)
+        self._size = None  # the batch that was compiled or recorded
 
     @torch.no_grad()
     def __call__(self, seeds, batch_size=250, on_batch=None):
@@ -39,24 +45,32 @@ class Sampler:
             raise ValueError(f"batch: {batch_size} must be at least 1")
         device = self.layer.tau.device
         seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
+        smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
+        if self.execution.fixed_shapes:
+            batch_size = smallest = self._size = self._size or max(smallest, min(batch_size, len(seeds)))
         parts = []
         for chunk in seeds.split(batch_size):
             wanted = len(chunk)
-            if device.type == "cpu" and wanted < SMALLEST_CPU_BATCH:
-                chunk = torch.cat([chunk, chunk[-1:].expand(SMALLEST_CPU_BATCH - wanted)])
-            x = ops.draw_noise(chunk, 0, self.network.event_shape)
-            for current in range(self.layer.nfe, 0, -1):
-                k = torch.full_like(chunk, current)
-                eps_hat = self.network(x, self.layer.tau[k])
-                # The last layer gives its mean, since noise there would only be seen as noise; DDIM with eta 0 has none anywhere.
-                if current == 1 or self.layer.eta == 0:
-                    x = self.layer.mean(x, eps_hat, k)
-                else:
-                    x = self.layer.step(x, eps_hat, k, self.log_gamma, chunk)
-            parts.append(x[:wanted])
+            if wanted < smallest:
+                chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
+            parts.append(self._draw(chunk)[:wanted])
             if on_batch:
                 on_batch(wanted)
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def _all_layers(self, seeds):
+        """x_0 of the seeds [B], from x_K through all layers: what is recorded as one graph."""
+        x = ops.draw_noise(seeds, 0, self.network.event_shape)
+        for current in range(self.layer.nfe, 0, -1):
+            k = torch.full_like(seeds, current)
+            eps_hat = self.predict(x, self.layer.tau[k])
+            # The last layer gives its mean, since noise there would only be seen as noise; DDIM with eta 0 has none anywhere.
+            if current == 1 or self.layer.eta == 0:
+                x = self.layer.mean(x, eps_hat, k)
+            else:
+                x = self.layer.step(x, eps_hat, k, self.log_gamma, seeds)
+        return x
 
     @property
     def nfe(self):
@@ -64,17 +78,17 @@ class Sampler:
         return self.layer.nfe
 
 
-def ddim_sampler(config, teacher, nfe, eta):
+def ddim_sampler(config, teacher, nfe, eta, execution=EAGER):
     """DDIM with `nfe` evaluations of the teacher, at the run's betas and spacing."""
     device = device_of(teacher)
-    return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device))
+    return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device), execution)
 
 
-def load_sampler(run, weights="ema", step=None, backend=None):
+def load_sampler(run, weights="ema", step=None, backend=None, compile=None, cuda_graphs=None):
     """The sampler of a run's newest checkpoint, or of that of a step: `weights` are the "ema" or the "raw" ones.
 
-    backend: "auto", "torch" or "triton" in the place of the run's. Returns (Sampler, config, step). Raises ValueError where the
-    run has no checkpoint, the weights are unknown, or the backend cannot run here.
+    backend ("auto", "torch" or "triton"), compile and cuda_graphs (True or False): in the place of the run's. Returns (Sampler, config, step).
+    Raises ValueError where the run has no checkpoint, the weights are unknown, or what is asked for cannot run here.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {weights!r} is unknown; choose ema or raw")
@@ -84,20 +98,23 @@ def load_sampler(run, weights="ema", step=None, backend=None):
         raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
     step = steps[-1] if step is None else step
     config = folder.config()
+    choices = {key: value for key, value in (("compile", compile), ("cuda_graphs", cuda_graphs)) if value is not None}
+    config = dataclasses.replace(config, **choices)
     device, _ = prepare_device(config, backend)
+    execution = build_execution(config, device)
     layer = build_layer(config, device)
     student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
     stem = "student_ema" if weights == "ema" else "student"
     load_weights(student, folder.load_tensors(step, stem), folder.checkpoint_path(step) / f"{stem}.safetensors")
-    return Sampler(student, layer, student.log_scaled_gamma), config, step
+    return Sampler(student, layer, student.log_scaled_gamma, execution), config, step
 
 
-def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=None):
-    """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints.
+def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=None, compile=None, cuda_graphs=None):
+    """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints; the rest as of `load_sampler`.
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
     image, whatever the batch. Raises ValueError for a path that holds no run, and as `load_sampler`.
     """
-    sampler, config, _ = load_sampler(run, weights, backend=backend)
+    sampler, config, _ = load_sampler(run, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
     x = sampler(seeds, batch_size, on_batch)
     return to_uint8(x).cpu() if config.data else x.cpu()

@@ -1,5 +1,6 @@
 """Small teachers, where no checkpoint can be had: a noise-prediction UNet (the DDPM loss) and the metric's feature network."""
 
+import dataclasses
 import math
 import sys
 
@@ -12,7 +13,7 @@ from .engine import PlainEngine
 from .evaluation import DigitsClassifier
 from .interrupt import Interrupted, StopRequest
 from .method.schedule import signal_levels
-from .models import prepare_device
+from .models import build_execution, prepare_device
 from .nets import build_unet
 from .run_folder import RunFolder
 
@@ -41,9 +42,11 @@ def train_teacher(config, outdir, progress=False):
         torch.manual_seed(config.seed)
         network = build_unet(config.network).to(device)
     network.precision = config.precision
+    if config.channels_last:
+        network.in_channels_last()
     if images.shape[1:] != network.event_shape:
         raise ValueError(f"network: makes images {list(network.event_shape)}, the data {config.data!r} has {list(images.shape[1:])}")
-    engine = PlainEngine(network, CLIP, settings.ema)
+    engine = PlainEngine(network, CLIP, settings.ema, build_execution(dataclasses.replace(config, cuda_graphs=False), device))
 
     folder = RunFolder.start(outdir, config)
     with folder.locked(), StopRequest() as stop, tqdm(total=settings.steps, desc=f"teacher {config.name}", unit="step", disable=not progress, dynamic_ncols=True) as bar:
@@ -55,7 +58,7 @@ def train_teacher(config, outdir, progress=False):
         bar.update(step)
         while step < settings.steps:
             step += 1
-            loss, gradient, eps_hat = _ddpm_loss(network, images, alpha_bar, config.seed, step, settings.batch_size)
+            loss, gradient, eps_hat = _ddpm_loss(engine.predict, images, alpha_bar, config.seed, step, settings.batch_size)
             engine.backward([eps_hat], [gradient])
             engine.step(_rate(settings, step))
             total, count = total + loss, count + 1
@@ -79,14 +82,14 @@ def train_teacher(config, outdir, progress=False):
     return file
 
 
-def _ddpm_loss(network, images, alpha_bar, run_seed, step, batch_size):
+def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
     """(loss, d loss / d eps_hat, eps_hat) of one minibatch, whose images, times and noise are addressed by (run seed, step)."""
     device = images.device
     index = _uniform_below(len(images), run_seed, IMAGES, step, batch_size, device)
     t = _uniform_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
     noise = ops.draw_noise(ops.integers(run_seed, NOISE, step, batch_size, device), 0, images.shape[1:])
     level = alpha_bar[t].reshape(-1, *[1] * (images.ndim - 1))
-    eps_hat = network(level.sqrt() * images[index] + (1 - level).sqrt() * noise, t)
+    eps_hat = predict(level.sqrt() * images[index] + (1 - level).sqrt() * noise, t)
     difference = eps_hat.detach() - noise
     return difference.square().mean(), difference * (2 / difference.numel()), eps_hat
 

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""What a run ran on, and what it took."""
 
 import platform
 import subprocess
@@ -23,6 +23,32 @@ def describe_environment(config, backend, device):
         "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit(),
         "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, "world_size": 1, "samples_per_rank": config.train.batch_size,
     }
+
+
+class EnergyMeter:
+    """Joules that a GPU took since this was made, from the counter that NVIDIA's driver keeps (Volta and newer); None where there is no such GPU or counter."""
+
+    def __init__(self, device):
+        self.handle = None
+        if device.type == "cuda":
+            try:
+                import pynvml
+                import torch
+
+                pynvml.nvmlInit()
+                # By its UUID: CUDA_VISIBLE_DEVICES renumbers the devices of a process, and NVML does not know.
+                self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+                self.start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+            except (ImportError, AttributeError, pynvml.NVMLError):
+                self.handle = None
+
+    def joules(self):
+        """Energy so far, in joules, or None."""
+        if self.handle is None:
+            return None
+        import pynvml
+
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) - self.start) / 1e3  # the counter is in millijoules
 
 
 def commit():

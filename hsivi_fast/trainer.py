@@ -11,9 +11,10 @@ import torch
 from . import ops
 from .engine import PlainEngine
 from .evaluation import build_metric, final_table, measure_row
+from .frozen import EAGER, frozen_view
 from .interrupt import Interrupted, StopRequest
 from .method.losses import score_net_loss_and_grads, student_loss_and_grads
-from .models import build_layer, build_score_net, build_student, load_teacher, prepare_device
+from .models import build_execution, build_layer, build_score_net, build_student, load_teacher, prepare_device
 from .optim import learning_rate
 from .report import write_report
 from .rollout import build_rollout
@@ -34,35 +35,38 @@ def train(config, outdir=None, fresh=False, progress=False):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; this version trains in one, start it without a launcher")
     device, backend = prepare_device(config)
+    execution = build_execution(config, device)
     layer = build_layer(config, device)
     teacher = load_teacher(config, device)
-    student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema)
-    score_net = PlainEngine(build_score_net(config, teacher), config.train.clip, config.train.ema)
-    rollout = build_rollout(config, layer, teacher.event_shape)
+    student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema, execution)
+    score_net = PlainEngine(build_score_net(config, teacher), config.train.clip, config.train.ema, execution)
+    rollout = build_rollout(config, layer, student.network, execution)
+    updates = Updates(student, score_net, teacher, layer, execution)
     metric = build_metric(config, teacher) if config.eval.num_samples else None
+    measured = MeasuredStudent(student, layer, execution)
 
     folder = RunFolder.start(outdir or Path("runs") / config.name, config, fresh)
     settings, every = config.train, config.train.f_learning_times
     rates = lambda step: [learning_rate(settings.lr_rule, base, step, settings.warmup, settings.steps) for base in (settings.student_lr, settings.score_net_lr)]
     with folder.locked():
-        with StopRequest() as stop, Journal(folder, config, progress) as journal:
+        with StopRequest() as stop, Journal(folder, config, execution, progress) as journal:
             step = _load_newest(folder, student, score_net)
             folder.write_json("environment.json", describe_environment(config, backend, device))
             journal.start(step, backend, device)
             guard = FiniteGuard(device)
             if step < settings.steps:
                 (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
-                rollout.start_cycle(student.network, step // every)
+                rollout.start_cycle(step // every)
 
             while step < settings.steps:
                 step += 1
                 student_lr, score_net_lr = rates(step)
                 if step % every == 0:
-                    losses, k = update_student(student, score_net, teacher, layer, rollout.student_batch(student.network, step), student_lr)
+                    losses, k = updates.student(rollout.student_batch(step), student_lr)
                     guard.watch(losses, k, step)
                     journal.add("loss_student", losses)
-                    rollout.start_cycle(student.network, step // every)  # with the new student: the score network must never lag behind it
-                losses, k = update_score_net(score_net, layer, student.network.log_scaled_gamma, rollout.score_net_batch(student.network, step), score_net_lr)
+                    rollout.start_cycle(step // every)  # with the new student: the score network must never lag behind it
+                losses, k = updates.score_net(rollout.score_net_batch(step), score_net_lr)
                 guard.watch(losses, k, step)
                 journal.add("loss_score_net", losses)
 
@@ -73,7 +77,7 @@ def train(config, outdir=None, fresh=False, progress=False):
                 distance = None
                 if save or step % config.log_every == 0:
                     guard.check(folder)
-                    distance = _distance(config, student, layer, metric) if measure else None
+                    distance = measured.distance(metric, config.eval.num_samples) if measure else None
                     journal.log(step, student_lr, score_net_lr, distance)
                 if save:
                     _save(folder, step, student, score_net, distance)
@@ -82,40 +86,58 @@ def train(config, outdir=None, fresh=False, progress=False):
                     raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
 
         if metric is not None and folder.read_json("results.json") is None:
-            folder.write_json("results.json", final_table(folder, config, teacher, metric, progress))
+            folder.write_json("results.json", final_table(folder, config, teacher, metric, execution, progress))
         write_report(folder, teacher)
     return folder
 
 
-def update_student(student, score_net, teacher, layer, batch, lr):
-    """One update of the student at states x_k; returns (losses [B], k [B]).
+class Updates:
+    """The two updates of a training, on networks that stay where they are in memory.
 
-    The gradient is taken in two stages, so that the networks never share a graph: the loss is pulled back through the
-    score network and the teacher to x_{k-1} alone, and what arrives there goes into the student's own backward.
+    student, score_net: engines; teacher: a module; layer: `Layer`. Each method takes a `Batch` and a learning rate and returns (losses [B], k [B]).
     """
-    log_gamma = student.network.log_scaled_gamma
-    eps_hat = student.network(batch.x, layer.tau[batch.k])
-    x = layer.step(batch.x, eps_hat, batch.k, log_gamma, batch.seeds, batch.redraw, batch.noise)  # x_{k-1}
 
-    leaf = x.detach().requires_grad_(True)
-    f = score_net.network(leaf, layer.tau[batch.k - 1])
-    e = teacher(leaf, layer.tau[batch.k - 1])
-    losses, grad_f, grad_e, grad_log_gamma = student_loss_and_grads(
-        f.detach(), e.detach(), layer, batch.k, log_gamma.detach(), batch.seeds, batch.redraw, batch.noise)
-    (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
+    def __init__(self, student, score_net, teacher, layer, execution=EAGER):
+        self._student, self._score_net, self.teacher, self.layer = student, score_net, teacher, layer
+        # Parameters of these two want no gradient here, and what is compiled from them computes none.
+        self._frozen_score_net, self._teacher = (execution.compiled(frozen_view(network)) for network in (score_net.network, teacher))
+        self._pull_back, self._descend = execution.graphed(self._student_loss_pull_back), execution.graphed(self._score_net_update)
 
-    student.backward([x, log_gamma], [grad_x, grad_log_gamma])
-    student.step(lr)
-    return losses, batch.k
+    def student(self, batch, lr):
+        """One update of the student at states x_k.
 
+        The gradient is taken in two stages, so that the networks never share a graph: the loss is pulled back through the score network and the
+        teacher to x_{k-1} alone, and what arrives there goes into the student's own backward.
+        """
+        log_gamma = self._student.network.log_scaled_gamma
+        eps_hat = self._student.predict(batch.x, self.layer.tau[batch.k])
+        x = self.layer.step(batch.x, eps_hat, batch.k, log_gamma, batch.seeds, batch.redraw, batch.noise)  # x_{k-1}
+        losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), batch.k, batch.seeds, batch.redraw, batch.noise)
+        self._student.backward([x, log_gamma], [grad_x, grad_log_gamma])
+        self._student.step(lr)
+        return losses, batch.k
 
-def update_score_net(score_net, layer, log_gamma, batch, lr):
-    """One update of the score network at states x_{k-1}; returns (losses [B], k [B])."""
-    f = score_net.network(batch.x, layer.tau[batch.k - 1])
-    losses, grad_f = score_net_loss_and_grads(f.detach(), layer, batch.k, log_gamma.detach(), batch.seeds, batch.redraw, batch.noise)
-    score_net.backward([f], [grad_f])
-    score_net.step(lr)
-    return losses, batch.k
+    def score_net(self, batch, lr):
+        """One update of the score network at states x_{k-1}."""
+        self._score_net.prepare_step(lr)
+        return self._descend(batch.x, batch.k, batch.seeds, batch.redraw, batch.noise), batch.k
+
+    def _student_loss_pull_back(self, x, k, seeds, redraw, noise):
+        """(losses [B], the loss's gradient at x = x_{k-1} [B, *event], its direct gradient at log_gamma), by input-only backward passes of both networks."""
+        leaf = x.detach().requires_grad_(True)
+        f, e = self._frozen_score_net(leaf, self.layer.tau[k - 1]), self._teacher(leaf, self.layer.tau[k - 1])
+        losses, grad_f, grad_e, grad_log_gamma = student_loss_and_grads(
+            f.detach(), e.detach(), self.layer, k, self._student.network.log_scaled_gamma.detach(), seeds, redraw, noise)
+        (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
+        return losses, grad_x, grad_log_gamma
+
+    def _score_net_update(self, x, k, seeds, redraw, noise):
+        """Losses [B] of the score network before the whole update that follows: backward, clipping, optimizer, average."""
+        f = self._score_net.predict(x, self.layer.tau[k - 1])
+        losses, grad_f = score_net_loss_and_grads(f.detach(), self.layer, k, self._student.network.log_scaled_gamma.detach(), seeds, redraw, noise)
+        self._score_net.backward([f], [grad_f])
+        self._score_net.apply_step()
+        return losses
 
 
 class FiniteGuard:
@@ -142,8 +164,8 @@ class FiniteGuard:
 class Journal:
     """The progress bar, metrics.jsonl and TensorBoard of a run. Losses are summed on the device between log steps."""
 
-    def __init__(self, folder, config, progress):
-        self.folder, self.config, self.progress = folder, config, progress
+    def __init__(self, folder, config, execution, progress):
+        self.folder, self.config, self.execution, self.progress = folder, config, execution, progress
         self.sums, self.counts = {}, {}
 
     def __enter__(self):
@@ -161,7 +183,7 @@ class Journal:
             tqdm.write(f"backend {backend}{' (interpreted)' if backend == 'triton' and ops.triton_is_interpreted() else ''}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
         self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
         self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
-        self.logged_step, self.logged_time = step, time.perf_counter()
+        self.logged_step, self.logged_time, self.prepared = step, time.perf_counter(), self.execution.seconds
 
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
@@ -176,9 +198,12 @@ class Journal:
         now = time.perf_counter()
         elapsed, steps = now - self.logged_time, step - self.logged_step
         self.seconds += elapsed
+        preparing = self.execution.seconds - self.prepared  # compiling and recording, which are not the speed of training
         record = {"step": step, "loss_student": means.get("loss_student"), "loss_score_net": means.get("loss_score_net"),
                   "student_lr": student_lr, "score_net_lr": score_net_lr,
-                  "images_per_second": steps * self.config.train.batch_size / elapsed if elapsed else None, "seconds": self.seconds}
+                  "images_per_second": steps * self.config.train.batch_size / (elapsed - preparing) if elapsed > preparing else None, "seconds": self.seconds}
+        if preparing:
+            record["preparing_seconds"] = preparing
         if metric is not None:
             record["metric"] = metric
         self.folder.append_metrics(record)
@@ -186,8 +211,10 @@ class Journal:
             if name != "step" and value is not None:
                 self.tensorboard.add_scalar(name, value, step)
         shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
+        if preparing >= 1 and self.progress:
+            self.bar.write(f"step {step}: compiling and recording took {preparing:.0f} s of {elapsed:.0f} s", file=sys.stderr)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
-        self.logged_step, self.logged_time = step, now
+        self.logged_step, self.logged_time, self.prepared = step, now, preparing + self.prepared
 
     def advance(self, step):
         """Move the bar."""
@@ -199,20 +226,22 @@ class Journal:
             self.tensorboard.close()
 
 
-def _distance(config, student, layer, metric):
-    """The metric's first column for the averaged weights, on one set of seeds."""
-    network = _averaged(student)
-    row = measure_row("hsivi_ema", Sampler(network, layer, network.log_scaled_gamma), metric, config.eval.num_samples, 1)
-    return row[metric.columns[0]]
+class MeasuredStudent:
+    """The student with its averaged weights, for measurements during a run: one network and sampler, whose weights are replaced in place."""
 
+    def __init__(self, student, layer, execution):
+        self.student, self.layer, self.execution = student, layer, execution
+        self.sampler = None
 
-def _averaged(engine):
-    """A copy of the engine's network with its averaged weights."""
-    network = copy.deepcopy(engine.network).requires_grad_(False)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(engine.ema.parameters[name])
-    return network
+    def distance(self, metric, num_samples):
+        """The metric's first column, on one set of seeds."""
+        if self.sampler is None:
+            network = copy.deepcopy(self.student.network).requires_grad_(False)
+            self.sampler = Sampler(network, self.layer, network.log_scaled_gamma, self.execution)
+        with torch.no_grad():
+            for name, parameter in self.sampler.network.named_parameters():
+                parameter.copy_(self.student.ema.parameters[name])
+        return measure_row("hsivi_ema", self.sampler, metric, num_samples, 1)[metric.columns[0]]
 
 
 def _load_newest(folder, student, score_net):

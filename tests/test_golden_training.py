@@ -14,7 +14,7 @@ from hsivi_fast.method.schedule import make_schedule
 from hsivi_fast.nets import build_unet
 from hsivi_fast.optim import learning_rate
 from hsivi_fast.rollout import Batch, one_layer_on, roll_down
-from hsivi_fast.trainer import update_score_net, update_student
+from hsivi_fast.trainer import Updates
 
 CASES = {
     "train_shared_image_gamma": dict(eta=0.2, per_step=False, per_pixel=True),
@@ -43,19 +43,20 @@ def test_six_iterations_agree_with_the_published_code(name, backend_device, monk
     teacher = _network().to(device).requires_grad_(False)
     student = PlainEngine(attach_log_gamma(_network(0.95), layer).to(device), clip=1.0, ema=0.999)
     score_net = PlainEngine(_network(1.05).to(device), clip=1.0, ema=0.999)
+    updates, log_gamma = Updates(student, score_net, teacher, layer), student.network.log_scaled_gamma
 
     def batch(key):
         k = tensor(f"{key}.k")
-        x = roll_down(student.network, layer, tensor(f"{key}.x_K"), k, None, noise=tensor(f"{key}.noise_rollout"))
+        x = roll_down(student.network, layer, log_gamma, tensor(f"{key}.x_K"), k, None, int(k.min()), tensor(f"{key}.noise_rollout"))
         return Batch(x, k, None, noise=tensor(f"{key}.noise_layer"))
 
     for step in range(1, 7):
         rates = [learning_rate("decay", base, step, warmup=4, total=9000) for base in (1e-3, 2e-3)]
         if step % 2 == 0:
-            losses, _ = update_student(student, score_net, teacher, layer, batch(f"it{step}.phi"), rates[0])
+            losses, _ = updates.student(batch(f"it{step}.phi"), rates[0])
             assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_phi"]), rel=5e-3)
             assert rates[0] == pytest.approx(float(golden[f"it{step}.lr_phi"]), rel=1e-12)
-        losses, _ = update_score_net(score_net, layer, student.network.log_scaled_gamma, one_layer_on(student.network, layer, batch(f"it{step}.f")), rates[1])
+        losses, _ = updates.score_net(one_layer_on(student.network, layer, log_gamma, batch(f"it{step}.f")), rates[1])
         assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_f"]), rel=5e-4)
         assert rates[1] == pytest.approx(float(golden[f"it{step}.lr_f"]), rel=1e-12)
 

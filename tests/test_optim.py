@@ -31,5 +31,6 @@ def test_ema_is_the_published_one():
         average = EMA(network, float(golden["decay"]))
         for value, expected in zip(golden["values"], golden["ema"]):
             network.weight.fill_(float(value))
+            average.count()
             average.update(network)
             assert float(average.state_dict()["weight"]) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)

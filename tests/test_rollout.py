@@ -24,7 +24,7 @@ def _setting(*overrides):
     attach_log_gamma(student, layer)
     with torch.no_grad():
         student.log_scaled_gamma.fill_(0.3)
-    return config, layer, student, build_rollout(config, layer, (2,))
+    return config, layer, student, build_rollout(config, layer, student)
 
 
 @torch.no_grad()
@@ -51,11 +51,11 @@ def test_layers_are_antithetic_and_uniform():
 
 def test_pool_serves_every_transition_once_and_exactly():
     _, layer, student, rollout = _setting()
-    rollout.start_cycle(student, cycle=2)
+    rollout.start_cycle(cycle=2)
     assert rollout.trajectories == -(-CYCLE * BATCH // NFE) == 8
     served = set()
     for step in range(2 * CYCLE, 3 * CYCLE):
-        batch = rollout.score_net_batch(student, step)
+        batch = rollout.score_net_batch(step)
         assert batch.x.shape == (BATCH, 2)
         for x, k, seed in zip(batch.x, batch.k, batch.seeds):
             torch.testing.assert_close(x, _trajectory(student, layer, int(seed))[int(k) - 1][0], rtol=1e-5, atol=1e-5)
@@ -65,8 +65,8 @@ def test_pool_serves_every_transition_once_and_exactly():
 
 def test_student_states_come_from_the_pool_with_new_noise():
     _, layer, student, rollout = _setting()
-    rollout.start_cycle(student, cycle=2)
-    batch = rollout.student_batch(student, 3 * CYCLE)
+    rollout.start_cycle(cycle=2)
+    batch = rollout.student_batch(3 * CYCLE)
     trajectories = [_trajectory(student, layer, int(seed)) for seed in rollout.seeds]
     for x, k, seed in zip(batch.x, batch.k, batch.seeds):
         assert min(float((states[int(k)][0] - x).abs().max()) for states in trajectories) < 1e-5
@@ -76,11 +76,11 @@ def test_student_states_come_from_the_pool_with_new_noise():
 
 def test_redraw_uses_each_mean_several_times_with_new_noise():
     _, layer, student, rollout = _setting("rollout.redraw=2")
-    rollout.start_cycle(student, cycle=1)
+    rollout.start_cycle(cycle=1)
     assert rollout.trajectories == 4
     served = {}
     for step in range(CYCLE, 2 * CYCLE):
-        batch = rollout.score_net_batch(student, step)
+        batch = rollout.score_net_batch(step)
         for x, k, seed, redraw in zip(batch.x, batch.k, batch.seeds, batch.redraw):
             states = _trajectory(student, layer, int(seed))
             layers = k.reshape(1)
@@ -100,16 +100,16 @@ def test_a_rollout_can_be_made_again(overrides):
     _, _, student, first = _setting(*overrides)
     _, _, _, second = _setting(*overrides, "rollout.chunk=3")
     for rollout in (first, second):
-        rollout.start_cycle(student, cycle=4)
+        rollout.start_cycle(cycle=4)
     for step in (4 * CYCLE, 4 * CYCLE + 3):
-        for one, other in ((first.score_net_batch(student, step), second.score_net_batch(student, step)), (first.student_batch(student, step), second.student_batch(student, step))):
+        for one, other in ((first.score_net_batch(step), second.score_net_batch(step)), (first.student_batch(step), second.student_batch(step))):
             assert torch.equal(one.k, other.k) and torch.equal(one.seeds, other.seeds)
             torch.testing.assert_close(one.x, other.x, rtol=1e-5, atol=1e-6)  # another chunk, another rounding
 
 
 def test_fresh_states_are_their_trajectories():
     _, layer, student, rollout = _setting("rollout.mode=fresh")
-    for batch, below in ((rollout.student_batch(student, 5), 0), (rollout.score_net_batch(student, 5), 1)):
+    for batch, below in ((rollout.student_batch(5), 0), (rollout.score_net_batch(5), 1)):
         for x, k, seed in zip(batch.x, batch.k, batch.seeds):
             torch.testing.assert_close(x, _trajectory(student, layer, int(seed))[int(k) - below][0], rtol=1e-5, atol=1e-5)
 
@@ -117,17 +117,17 @@ def test_fresh_states_are_their_trajectories():
 def test_two_runs_share_no_trajectory():
     _, _, student, first = _setting()
     _, _, _, second = _setting("seed=4")
-    first.start_cycle(student, 1)
-    second.start_cycle(student, 1)
+    first.start_cycle(1)
+    second.start_cycle(1)
     seeds = first.seeds.tolist()
-    first.start_cycle(student, 2)
+    first.start_cycle(2)
     assert not set(seeds) & set(second.seeds.tolist()) and not set(seeds) & set(first.seeds.tolist())
 
 
 def test_one_layer_on_keeps_the_address():
     _, layer, student, _ = _setting()
     batch = Batch(torch.randn(3, 2), torch.tensor([1, 4, 2]), torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]))
-    lower = one_layer_on(student, layer, batch)
+    lower = one_layer_on(student, layer, student.log_scaled_gamma, batch)
     assert dataclasses.replace(lower, x=None).seeds is batch.seeds and lower.redraw is batch.redraw and lower.k is batch.k
     noise = torch.stack([ops.draw_noise(batch.seeds[n:n + 1], int(batch.k[n]), (2,), int(batch.redraw[n]))[0] for n in range(3)])
     expected = layer.step(batch.x, student(batch.x, layer.tau[batch.k]), batch.k, student.log_scaled_gamma, None, noise=noise)

@@ -14,16 +14,26 @@ class NoisePredictor(nn.Module):
 
     `precision` is "fp32", "tf32" (float32 here too: models.py turns the device's switch) or "bf16": matrix products, convolutions
     and what lies between them in bfloat16 by autocast, statistics of normalisations in float32. A network computes in it wherever it is called.
+    With `channels_last` what lies inside an image network has that memory layout (its weights are converted by `in_channels_last`); input and result stay row-major.
     """
 
     precision = "fp32"
+    channels_last = False
+
+    def in_channels_last(self):
+        """Lay the convolutions' weights and everything inside out as channels_last; returns the network."""
+        self.channels_last = len(self.event_shape) == 3
+        return self.to(memory_format=torch.channels_last) if self.channels_last else self
 
     def forward(self, x, t):
         """x [B, *event_shape] float, t [B] integers in 0..999 -> [B, *event_shape]."""
-        if self.precision != "bf16":
-            return self.predict(x, t)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.predict(x, t).to(x.dtype)
+        inside = x.to(memory_format=torch.channels_last) if self.channels_last else x
+        if self.precision == "bf16":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                noise = self.predict(inside, t).to(x.dtype)
+        else:
+            noise = self.predict(inside, t)
+        return noise.contiguous() if self.channels_last else noise
 
 
 class GroupNorm(nn.GroupNorm):

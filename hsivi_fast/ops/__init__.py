@@ -96,7 +96,7 @@ def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=N
     """y = a x + b e + s exp(log_gamma) n, differentiable in x, e and log_gamma; like x.
 
     x, e [B, *event], e None for no such term; a, b, s [K + 1]; log_gamma [1 or K, 1 or size of an event]; seeds [B] int64; stream [B] int in
-    1 .. K; redraw an int or [B]; noise None or [B, *event] in the place of the addressed one.
+    1 .. K; redraw an int, [B] or None (0); noise None or [B, *event] in the place of the addressed one.
     Raises ValueError for tensors that do not fit each other.
     """
     _check(x, e, (a, b, s), stream)

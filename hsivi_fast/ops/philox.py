@@ -54,8 +54,8 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
 
     This is where sample seeds, layer draws and shuffles come from; `purpose` keeps their numbers apart.
     """
-    key = torch.tensor([int(run_seed)], dtype=torch.int64, device=device)
     items = torch.arange(n, dtype=torch.int64, device=device)
+    key = torch.full_like(items, int(run_seed))  # filled on the device: torch.tensor would copy it there, and the host would wait
     high = torch.full_like(items, int(counter) >> 32)
     words = philox4x32((key & MASK, (key >> 32) & MASK), (items, torch.full_like(items, int(counter) & MASK), high, torch.full_like(items, int(purpose))))
     return words[0] | (words[1] << 32)
