@@ -9,12 +9,16 @@ import time
 from importlib import metadata
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from hsivi_fast.nets.blocks import NoisePredictor
 from hsivi_fast.telemetry import EnergyMeter, commit
 
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -102,20 +106,45 @@ def timed_rounds(sides, device, rounds):
     return seconds
 
 
-def gpu_facts(function, device, images):
-    """What only a GPU tells of one call that makes `images` images: peak bytes of memory and joules an image; nothing elsewhere."""
-    if device.type != "cuda":
-        return {}
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    meter, start = EnergyMeter(device), time.perf_counter()
-    calls = 0
-    while not calls or time.perf_counter() - start < 1.0:  # the driver's counter is read every 20 to 100 ms
+def counted_calls(function):
+    """Calls of networks (`NoisePredictor`) in one call."""
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: calls.append(module) if isinstance(module, NoisePredictor) else None)
+    try:
+        function()
+    finally:
+        hook.remove()
+    return len(calls)
+
+
+def peak_bytes(function, device):
+    """The most memory that one call holds beyond what was held before it: by the allocator's counter on a GPU, by the profiler's records of it on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = most = 0
+    for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def joules_per_image(function, device, images):
+    """Energy of a GPU for each of the `images` that one call makes; None where no driver counts it."""
+    meter, start, calls = EnergyMeter(device), time.perf_counter(), 0
+    if meter.handle is None:
+        return None
+    while not calls or time.perf_counter() - start < 1.0:  # the driver renews its counter every 20 to 100 ms
         function()
         torch.cuda.synchronize(device)
         calls += 1
-    joules = meter.joules()
-    return {"peak_bytes": torch.cuda.max_memory_allocated(device), "joules_per_image": None if joules is None else joules / (calls * images)}
+    return meter.joules() / (calls * images)
 
 
 class _Traffic(TorchDispatchMode):
@@ -154,6 +183,10 @@ class _Flops(TorchDispatchMode):
         result = function(*arguments, **(keywords or {}))
         if formula := flop_registry.get(function._overloadpacket):
             self.flops += formula(*arguments, **(keywords or {}), out_val=result)
+        elif function is ATTENTION:  # of a CPU; torch has formulas for those of GPUs
+            self.flops += sdpa_flop_count(*(tensor.shape for tensor in arguments[:3]))
+        elif function is ATTENTION_BACKWARD:
+            self.flops += sdpa_backward_flop_count(*(tensor.shape for tensor in arguments[:4]))
         return result
 
 

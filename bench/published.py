@@ -151,16 +151,27 @@ def published_frechet_distance(images, features, reference):
     return float(np.square(mu.cpu().numpy() - reference["mu"]).sum() + np.trace(sigma + reference["sigma"]) - 2 * np.trace(root).real)
 
 
-def cycle_work(nfe, batch, f_updates):
-    """Expected work of a published cycle, in forwards over the batch (backward = 2, input-only backward = 1), with the lowest layer as the draw has it.
-
-    An update rolls K - min(k) times and once more; the score network's then costs a forward and a backward (3), the student's its backward (2), two forwards and two
-    input-only backwards (4).
-    """
+def expected_layers(nfe, batch):
+    """How many layers a published update runs the student through, on average over the draw of the lowest one."""
     pairs = batch // 2 + 1
     second = batch - pairs  # samples with K + 1 - k
     # min over k_1 .. k_pairs and K + 1 - k_1 .. K + 1 - k_second, the k uniform: P(min > m).
     above = lambda m: (max(nfe - 2 * m, 0) / nfe) ** second * ((nfe - m) / nfe) ** (pairs - second)
     lowest = 1 + sum(above(m) for m in range(1, nfe))
-    rolled = nfe - lowest + 1
-    return f_updates * (rolled + 3) + rolled + 2 + 4
+    return nfe - lowest + 1
+
+
+def cycle_work(nfe, batch, f_updates):
+    """Expected work of a published cycle, in forwards over the batch (backward = 2, input-only backward = 1).
+
+    An update runs `expected_layers`; the score network's then costs a forward and a backward (3), the student's its backward (2), two forwards and two
+    input-only backwards (4).
+    """
+    layers = expected_layers(nfe, batch)
+    return f_updates * (layers + 3) + layers + 2 + 4
+
+
+def cycle_calls(nfe, batch, f_updates):
+    """Expected calls of networks in a published cycle."""
+    layers = expected_layers(nfe, batch)
+    return f_updates * (layers + 1) + layers + 2

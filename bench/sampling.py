@@ -19,7 +19,7 @@ from hsivi_fast.config import config_from_dict
 from hsivi_fast.models import build_execution, build_layer, prepare_device
 from hsivi_fast.sampler import Sampler
 
-from .measure import counted_flops, describe, gpu_facts, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
+from .measure import counted_flops, describe, joules_per_image, peak_bytes, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
 from .published import published_sample
 from .train_step import published_training, small_teacher
 from .upstream import upstream_sample
@@ -70,13 +70,13 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
     flops = {"ours": counted_flops(lambda: eager(range(images), batch_size=images)), "published": counted_flops(sides["published"])}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = product_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    row = {"case": case, "ours": medians["ours"], "published": medians["published"], "ratio": medians["published"] / medians["ours"], "unit": "s",
+    return {"case": case, "ours": medians["ours"], "published": medians["published"], "ratio": medians["published"] / medians["ours"], "unit": "s",
            "counted_ratio": flops["published"] / flops["ours"], "ours_range": [min(seconds["ours"]), max(seconds["ours"])],
            "published_range": [min(seconds["published"]), max(seconds["published"])], "difference": difference, "ours_images_per_second": images / medians["ours"],
+           "ours_peak_bytes": peak_bytes(sides["ours"], device), "published_peak_bytes": peak_bytes(sides["published"], device), "joules_per_image": joules_per_image(sides["ours"], device, images),
            "ours_flops": flops["ours"], "product_flops_per_second": rate, "utilisation": flops["ours"] / medians["ours"] / rate, "preparing_seconds": execution.seconds,
            "baseline": "a clone of the published code" if upstream else "bench/published.py",
            "images": images, "nfe": nfe, "network": network, "backend": backend, **facts}
-    return {**row, **gpu_facts(sides["ours"], device, images)}
 
 
 def main():
@@ -99,6 +99,7 @@ def main():
     print(f"{network['name']}, {arguments.width} channels, {arguments.images} images, K = {arguments.nfe}, on {facts['device']}")
     return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "range": lambda r: span(r["ours_range"]), "published s": lambda r: f"{r['published']:.2f}",
                        "range ": lambda r: span(r["published_range"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}", "difference": lambda r: f"{r['difference']:.1e}",
+                       "peak MB": lambda r: f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}",
                        "images/s": lambda r: f"{r['ours_images_per_second']:.1f}", "of a product's rate": lambda r: f"{r['utilisation']:.0%}", "preparing s": lambda r: f"{r['preparing_seconds']:.0f}"})
 
 

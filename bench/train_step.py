@@ -26,8 +26,8 @@ from hsivi_fast.nets import build_unet
 from hsivi_fast.rollout import Batch, build_rollout, one_layer_on, roll_down
 from hsivi_fast.trainer import Updates
 
-from .measure import counted_flops, describe, gpu_facts, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
-from .published import PublishedTraining, cycle_work
+from .measure import counted_calls, counted_flops, describe, joules_per_image, peak_bytes, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
+from .published import PublishedTraining, cycle_calls, cycle_work
 from .upstream import UpstreamTraining
 
 RATE = 1e-5  # of both networks; how fast they learn is not what is timed
@@ -172,15 +172,17 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts, upstream=None):
     eager = ours if not ours.execution.fixed_shapes else OurTraining(case, {**CASES[case], "compile": False, "cuda_graphs": False}, teacher, network, batch, nfe, f_updates)
     state = torch.zeros(batch, *teacher.event_shape, device=device)
     forward = counted_flops(lambda: teacher(state, ours.layer.tau[:1].expand(batch)))
-    work = {"published": cycle_work(nfe, batch, f_updates) * forward, "ours": cycle_sum({part: counted_flops(function) for part, function in eager.parts().items()}, f_updates)}
+    counted = {count: cycle_sum({part: count(function) for part, function in eager.parts().items()}, f_updates) for count in (counted_flops, counted_calls)}
+    work = {"published": cycle_work(nfe, batch, f_updates) * forward, "ours": counted[counted_flops]}
+    peaks = {side: max(peak_bytes(function, device) for function in parts.values()) for side, parts in (("ours", mine), ("published", theirs))}
     rate = product_rate(device, torch.bfloat16 if ours.config.precision == "bf16" else torch.float32)
-    row = {"case": case, "ours": median["ours"], "published": median["published"], "ratio": median["published"] / median["ours"], "unit": "s a cycle",
+    return {"case": case, "ours": median["ours"], "published": median["published"], "ratio": median["published"] / median["ours"], "unit": "s a cycle",
            "counted_ratio": work["published"] / work["ours"], "ours_quartiles": quartiles["ours"], "published_quartiles": quartiles["published"],
-           "ours_flops": work["ours"], "published_flops": work["published"], "product_flops_per_second": rate, "utilisation": work["ours"] / median["ours"] / rate,
+           "ours_flops": work["ours"], "published_flops": work["published"], "ours_network_calls": counted[counted_calls], "published_network_calls": cycle_calls(nfe, batch, f_updates),
+           "ours_peak_bytes": peaks["ours"], "published_peak_bytes": peaks["published"], "joules_per_image": joules_per_image(mine["score_net"], device, batch), "product_flops_per_second": rate, "utilisation": work["ours"] / median["ours"] / rate,
            "ours_images_per_second": batch * f_updates / median["ours"], "parts": {f"{side} {part}": statistics.median(values) for (side, part), values in seconds.items()},
            "preparing_seconds": ours.execution.seconds, "baseline": "a clone of the published code" if upstream else "bench/published.py",
            "batch": batch, "nfe": nfe, "f_learning_times": f_updates, "network": network, "backend": ours.backend, **facts}
-    return {**row, **gpu_facts(mine["score_net"], device, batch)}
 
 
 def main():
@@ -206,6 +208,7 @@ def main():
     print(f"{network['name']}, {arguments.width} channels, batch {arguments.batch}, K = {arguments.nfe}, {arguments.f_learning_times} score-network updates a cycle, on {facts['device']}")
     return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "quartiles": lambda r: span(r["ours_quartiles"]), "published s": lambda r: f"{r['published']:.2f}",
                        "quartiles ": lambda r: span(r["published_quartiles"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}",
+                       "calls": lambda r: f"{r['ours_network_calls']:.0f} / {r['published_network_calls']:.0f}", "peak MB": lambda r: f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}",
                        "of a product's rate": lambda r: f"{r['utilisation']:.0%}", "preparing s": lambda r: f"{r['preparing_seconds']:.0f}"})
 
 

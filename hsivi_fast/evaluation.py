@@ -238,8 +238,11 @@ def final_table(run, config, teacher, metric, execution=EAGER, progress=False):
     samplers += [(f"hsivi_{weights}", config.nfe, load_sampler(run, weights)[0]) for weights in ("ema", "raw")]
     total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples
     with tqdm(total=total, desc="final table", unit="evaluation", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
-        return [measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, each=sampler.nfe: bar.update(n * each), nfe)
-                for name, nfe, sampler in samplers]
+        rows = []
+        while samplers:
+            name, nfe, sampler = samplers.pop(0)  # let go when it is done: a recorded one holds the memory of all its layers
+            rows.append(measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, each=sampler.nfe: bar.update(n * each), nfe))
+        return rows
 
 
 def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, backend=None, compile=None, cuda_graphs=None):

@@ -49,12 +49,12 @@ class GraphedCall:
     """A function of tensors, recorded at its call number `WARM_UP` + 1 and replayed from then on.
 
     The recorded arguments' shapes are the only ones it takes afterwards (ValueError), and an argument that was None stays None. Results are copies:
-    a later call does not change them.
+    a later call does not change them. `on_record(seconds)` is called once, with what recording took.
     """
 
-    def __init__(self, function, recording):
-        self.function, self.recording = function, recording
-        self.calls, self.inputs, self.outputs, self.record_seconds = 0, None, None, 0.0
+    def __init__(self, function, recording, on_record=lambda seconds: None):
+        self.function, self.recording, self.on_record = function, recording, on_record
+        self.calls, self.inputs, self.outputs = 0, None, None
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -64,7 +64,7 @@ class GraphedCall:
             self.inputs = [None if value is None else value.clone() for value in inputs]
             start = time.perf_counter()
             self.outputs = self.recording.record(lambda: self.function(*self.inputs))
-            self.record_seconds = time.perf_counter() - start
+            self.on_record(time.perf_counter() - start)
         for own, given in zip(self.inputs, inputs, strict=True):
             if (own is None) != (given is None) or own is not None and (own.shape != given.shape or own.dtype != given.dtype):
                 described = lambda value: None if value is None else f"{list(value.shape)} {value.dtype}"
@@ -78,7 +78,7 @@ class GraphedCall:
 
 
 class Execution:
-    """The ways to execute that a configuration asks for, on one device.
+    """The ways to execute that a configuration asks for, on one device; `recorded` counts the calls that have been recorded.
 
     Raises ValueError where the device cannot do what is asked.
     """
@@ -90,7 +90,7 @@ class Execution:
         if compile and self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
             raise ValueError("compile: true needs a C++ compiler on a CPU, and neither g++ nor clang++ nor $CXX is there; install one or leave it false")
         self.compile, self.cuda_graphs, self.recording = compile, cuda_graphs, recording
-        self._calls = []
+        self.recorded, self._record_seconds = 0, 0.0
         if compile:
             from torch._dynamo import config as dynamo
 
@@ -111,15 +111,15 @@ class Execution:
 
     def graphed(self, function):
         """`function` of tensors, replayed from a graph if the configuration says so; see the rules on top."""
-        if not self.cuda_graphs:
-            return function
-        self._calls.append(GraphedCall(function, self.recording(self.device)))
-        return self._calls[-1]
+        return GraphedCall(function, self.recording(self.device), self._note) if self.cuda_graphs else function
+
+    def _note(self, seconds):
+        self.recorded, self._record_seconds = self.recorded + 1, self._record_seconds + seconds
 
     @property
     def seconds(self):
         """Seconds that compiling and recording have taken since this was made (of compiling: in the whole process)."""
-        return sum(call.record_seconds for call in self._calls) + (_compile_seconds() - self._compiled_before if self.compile else 0.0)
+        return self._record_seconds + (_compile_seconds() - self._compiled_before if self.compile else 0.0)
 
 
 def _compile_seconds():

@@ -47,7 +47,7 @@ class RunFolder(os.PathLike):
         if fresh and holds_run:
             raise ValueError(f"outdir {str(path)!r}: holds a run already and --fresh was given; choose another folder")
         if holds_run:
-            before, now = cls(path).config_dict(), resolved_dict(config)
+            before, now = resolved_dict(cls(path).config()), resolved_dict(config)  # keys that are newer than the run have their defaults
             difference = _difference(before, now)
             if difference:
                 raise ValueError(f"outdir {str(path)!r}: its run has {difference}; only train.steps may grow when a run goes on")

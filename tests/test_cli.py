@@ -60,6 +60,16 @@ def test_a_finished_run_prints_its_table_again_and_a_grown_one_measures_again(ru
     assert other.returncode == 2 and other.stderr.strip().splitlines()[-1].startswith("hsivi: outdir") and "eta" in other.stderr
 
 
+def test_what_the_machine_cannot_do_is_one_line(run, tmp_path):
+    folder, _ = run
+    for done in (hsivi("train", "smoke", "cuda_graphs=true", "device=cpu", "--outdir", tmp_path / "a"), hsivi("sample", folder, "--seeds", "1", "--cuda-graphs"), hsivi("eval", folder, "--num-samples", "20", "--cuda-graphs")):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1] == "hsivi: cuda_graphs: true needs a CUDA device, the device is cpu; leave it false"
+    done = hsivi("train", "smoke", "compile=true", "--outdir", tmp_path / "a", PATH="/nowhere")
+    assert done.returncode == 2 and done.stderr.strip().startswith("hsivi: compile: true needs a C++ compiler on a CPU")
+    assert not (tmp_path / "a").exists()
+
+
 def test_sample_writes_the_same_image_for_a_seed(run, tmp_path):
     folder, _ = run
     assert hsivi("sample", folder, "--seeds", "3-9", "--outdir", tmp_path / "a").returncode == 0

@@ -30,6 +30,15 @@ def test_the_last_two_and_the_best_are_kept(tmp_path, config):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_run_from_before_a_key_existed_goes_on(tmp_path, config):
+    file = RunFolder.start(tmp_path / "run", config).path / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("compile: false\n", "").replace("cuda_graphs: false\n", ""))
+    assert file.read_text() != text and RunFolder.start(tmp_path / "run", config).config() == config
+    with pytest.raises(ValueError, match="its run has compile = False, not True"):
+        RunFolder.start(tmp_path / "run", load_config("digits", ["train.steps=40", "compile=true"]))
+
+
 def test_a_full_disk_loses_nothing_older(tmp_path, config):
     """A real failing write: the process may not write files larger than 100 kB."""
     program = textwrap.dedent("""
