@@ -1,6 +1,6 @@
 """What each technique is worth by itself: one row a technique, against the same thing without it; rows that lost stay in the table.
 
-    python -m bench.ablation                training and sampling, CIFAR-10's network at quarter width: about ten minutes on 2 cores, half of them compiling
+    python -m bench.ablation                training and sampling, CIFAR-10's network at quarter width: 13 minutes on 2 cores, half of them compiling
     python -m bench.ablation --width 128    at full width, for a GPU
 
 All variants are interleaved in one run, and each must agree with the published side before it is timed.
@@ -130,7 +130,7 @@ def main():
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--nfe", type=int, default=10)
     parser.add_argument("--f-learning-times", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

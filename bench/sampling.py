@@ -27,6 +27,7 @@ from .upstream import upstream_sample
 FAST = {"precision": "bf16", "channels_last": True, "compile": True}
 CASES = {  # name -> what is ours in it
     "sampling_fp32": {},
+    "sampling_fp32_channels_last": {"channels_last": True},
     "sampling_bf16_eager": {"precision": "bf16"},
     "sampling_bf16": FAST,
     "sampling_bf16_graphs": {**FAST, "cuda_graphs": True},

@@ -107,15 +107,15 @@ def test_cases_are_those_that_the_device_can_run():
     cpu, cuda = torch.device("cpu"), SimpleNamespace(type="cuda")
     assert train_step.default_cases(cpu, full=False) == EAGER_CASES and "train_cycle_bf16_compiled" in train_step.default_cases(cpu, full=True)
     assert train_step.default_cases(cuda, full=False) == list(train_step.CASES) and sampling.default_cases(cuda) == list(sampling.CASES)
-    assert sampling.default_cases(cpu) == ["sampling_fp32", "sampling_bf16_eager", "sampling_bf16"]
+    assert sampling.default_cases(cpu) == ["sampling_fp32", "sampling_fp32_channels_last", "sampling_bf16_eager", "sampling_bf16"]
     assert not {"graphs", "fused kernels"} & ablation.runnable(ablation.TRAINING, cpu).keys() and ablation.runnable(ablation.TRAINING, cuda) == ablation.TRAINING
 
 
-@pytest.mark.parametrize("case", ["sampling_fp32", "sampling_bf16_eager"])
+@pytest.mark.parametrize("case", ["sampling_fp32", "sampling_fp32_channels_last", "sampling_bf16_eager"])
 def test_sampling_is_checked_counted_and_timed(case, monkeypatch):
     row = sampling.measure(case, TINY, images=16, nfe=3, rounds=2, facts={})
     assert row["counted_ratio"] == pytest.approx(1, abs=1e-9) and row["ratio"] == pytest.approx(row["published"] / row["ours"])
-    assert row["difference"] < (1e-5 if case == "sampling_fp32" else 0.1)
+    assert row["difference"] < (1e-5 if "fp32" in case else 0.1)
     monkeypatch.setitem(sampling.EQUAL, "bf16" if "bf16" in case else "fp32", -1.0)
     assert "images differ" in sampling.measure(case, TINY, images=16, nfe=3, rounds=2, facts={})["failed"]
 
