@@ -17,7 +17,7 @@ from . import quality
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PLACE = re.compile(r"<!-- table ([a-z0-9_]+) -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- table ([a-z0-9_]+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
 def seconds(row, spread):

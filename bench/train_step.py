@@ -34,8 +34,8 @@ RATE = 1e-5  # of both networks; how fast they learn is not what is timed
 REDRAW = {"rollout": {"mode": "pooled", "redraw": 4}}
 GRAPHS = {"precision": "bf16", "channels_last": True, "compile": True, "cuda_graphs": True}
 CASES = {  # name -> what is ours in it
-    "train_cycle_fp32": {},
-    "train_cycle_fp32_redraw4": REDRAW,
+    "train_cycle_fp32": {"channels_last": True},
+    "train_cycle_fp32_redraw4": {"channels_last": True, **REDRAW},
     "train_cycle_bf16": {"precision": "bf16"},
     "train_cycle_bf16_redraw4": {"precision": "bf16", **REDRAW},
     "train_cycle_bf16_compiled": {"precision": "bf16", "compile": True},
