@@ -34,7 +34,7 @@ def train_step(rows):
 
 
 def sampling(rows):
-    return {"case": lambda r: f"`{r['case']}`", "seconds (range)": lambda r: seconds(r, "ours_range"), "published": lambda r: seconds(r, "published_range"),
+    return {"case": lambda r: f"`{r['case']}`", "our batch": lambda r: r["batch"], "seconds (range)": lambda r: seconds(r, "ours_range"), "published": lambda r: seconds(r, "published_range"),
             "ratio": lambda r: f"**{r['ratio']:.2f}**", "images/s": lambda r: f"{r['ours_images_per_second']:.1f}", "largest difference": lambda r: f"{r['difference']:.1e}",
             "of a matrix product's rate": lambda r: f"{r['utilisation']:.0%}", "compiling, s": lambda r: f"{r['preparing_seconds']:.0f}" if r["preparing_seconds"] else "-", **_memory_and_energy(rows)}
 

@@ -44,10 +44,12 @@ def train(config, overrides, outdir, fresh):
     CONFIG is a name in configs/ (digits, digits_long, toy2d, smoke) or a YAML file.
     """
     from .config import load_config
+
+    config = load_config(config, overrides)  # before torch is imported: a misspelt key is told at once
     from .evaluation import format_table
     from .trainer import train
 
-    folder = train(load_config(config, overrides), outdir, fresh, progress=True)
+    folder = train(config, outdir, fresh, progress=True)
     rows = folder.read_json("results.json")
     if rows:
         click.echo("\n" + format_table(rows) + "\n")
