@@ -87,12 +87,12 @@ def copy_bandwidth(device, size=512 * 2**20):
     return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, rounds=20)["copy"]
 
 
-def product_rate(device, dtype, size=None):
-    """Floating-point operations per second of a square matrix product in `dtype`, the measured limit that a network's rate is set against: the best of several sizes."""
+def product_rate(device, dtype):
+    """Floating-point operations per second of a square matrix product in `dtype`, the limit that a network's rate is set against: the fastest of ten, of two sizes."""
     rates = []
-    for n in (size,) if size else ((4096, 8192) if device.type == "cuda" else (1024, 2048)):
+    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        rates.append(2 * n**3 / interleaved({"product": lambda: a @ b}, device, rounds=10)["product"])
+        rates.append(2 * n**3 / min(timed_rounds({"product": (lambda: a @ b, 1)}, device, 11)["product"][1:]))
     return max(rates)
 
 
