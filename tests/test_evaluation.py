@@ -7,6 +7,7 @@ import torch
 from hsivi_fast import load_config
 from hsivi_fast.data import load_data, to_uint8
 from hsivi_fast.evaluation import ImageMetric, StreamingMoments, feature_extractor, format_table, frechet_distance, load_statistics, measure_row
+from hsivi_fast.frozen import EAGER
 
 
 def test_streaming_statistics_are_numpys():
@@ -74,6 +75,7 @@ def test_reference_files(tmp_path):
 
 def test_a_row_measures_each_set_of_seeds():
     class Constant:
+        execution = EAGER
         nfe, seen = 3, []
 
         def __call__(self, seeds, batch_size, on_batch):
