@@ -55,7 +55,6 @@ def triton_is_interpreted():
     return _triton_is_installed() and library.kernels("memory").INTERPRETED
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds one choice
 def _resolve(backend, device):
     """The backend of one call: its argument, else the process's choice, else (for a library's user) the environment's."""
     if backend is None:
@@ -69,6 +68,10 @@ def _resolve(backend, device):
     if backend == "triton" and device.type != "cuda" and (reason := _obstacle(device)):
         raise ValueError(f"backend: 'triton' cannot run, {reason}; choose auto or torch")
     return backend
+
+
+# A compiled graph holds one choice. This is what torch.compiler.assume_constant_result does, which would import the compiler: a second at every start.
+_resolve._dynamo_marked_constant = True
 
 
 @functools.cache
