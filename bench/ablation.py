@@ -15,7 +15,7 @@ import torch
 
 from hsivi_fast import ops
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.models import build_execution, build_layer, prepare_device
+from hsivi_fast.models import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.sampler import Sampler
 
 from .measure import counted_flops, describe, table, timed_rounds, use_torch_defaults, write_rows
@@ -96,10 +96,7 @@ def sampling_rows(network, images, nfe, rounds, device):
     for name, (_, changes) in runnable(SAMPLING, device).items():
         config = config_from_dict({"network": network, "teacher": {"checkpoint": "random weights"}, "nfe": nfe, "eta": 0.2, "backend": "torch", **changes})
         prepare_device(config)
-        student = small_teacher(network, device)
-        student.precision = config.precision
-        if config.channels_last:
-            student.in_channels_last()
+        student = in_form_of(config, small_teacher(network, device))
         execution = build_execution(config, device)
         sampler = Sampler(student, build_layer(config, device), torch.zeros(student.event_shape, device=device), execution)
         draw = lambda config=config, sampler=sampler: (prepare_device(config), sampler(range(images), batch_size=images))[1]

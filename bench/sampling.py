@@ -16,7 +16,7 @@ import torch
 
 from hsivi_fast import ops
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.models import build_execution, build_layer, prepare_device
+from hsivi_fast.models import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.sampler import Sampler
 
 from .measure import counted_flops, describe, joules_per_image, peak_bytes, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
@@ -49,10 +49,7 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
     device, backend = prepare_device(config)
     teacher = small_teacher(network, device)
     published, theirs = published_training(teacher, nfe, upstream), upstream_sample if upstream else published_sample
-    student = small_teacher(network, device)
-    student.precision = config.precision
-    if config.channels_last:
-        student.in_channels_last()
+    student = in_form_of(config, small_teacher(network, device))
     layer, execution = build_layer(config, device), build_execution(config, device)
     log_gamma = torch.zeros(student.event_shape, device=device)
     sampler, eager = (Sampler(student, layer, log_gamma, *each) for each in ((execution,), ()))

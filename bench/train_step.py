@@ -21,7 +21,7 @@ from hsivi_fast.config import config_from_dict
 from hsivi_fast.engine import PlainEngine
 from hsivi_fast.method.layer import attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
-from hsivi_fast.models import build_execution, build_layer, prepare_device
+from hsivi_fast.models import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.nets import build_unet
 from hsivi_fast.rollout import Batch, build_rollout, one_layer_on, roll_down
 from hsivi_fast.trainer import Updates
@@ -89,9 +89,7 @@ class OurTraining:
         self.layer, self.execution = build_layer(self.config, self.device), build_execution(self.config, self.device)
         student, score_net, frozen = networks = three_networks(teacher)
         for each in networks:
-            each.precision = self.config.precision
-            if self.config.channels_last:
-                each.in_channels_last()
+            in_form_of(self.config, each)
         attach_log_gamma(student, self.layer).to(self.device)
         self.student, self.score_net = (PlainEngine(each, 1.0, 0.999, self.execution) for each in (student, score_net))
         self.updates = Updates(self.student, self.score_net, frozen, self.layer, self.execution)

@@ -88,7 +88,11 @@ def build_network(config, device):
 
 def _network(config):
     """The configuration's network with fresh weights, in its precision and memory layout."""
-    network = build_unet(config.network)
+    return in_form_of(config, build_unet(config.network))
+
+
+def in_form_of(config, network):
+    """Give a network the configuration's precision and memory layout; returns it."""
     network.precision = config.precision
     return network.in_channels_last() if config.channels_last else network
 

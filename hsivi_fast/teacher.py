@@ -13,7 +13,7 @@ from .engine import PlainEngine
 from .evaluation import DigitsClassifier
 from .interrupt import Interrupted, StopRequest
 from .method.schedule import signal_levels
-from .models import build_execution, prepare_device
+from .models import build_execution, in_form_of, prepare_device
 from .nets import build_unet
 from .run_folder import RunFolder
 
@@ -41,9 +41,7 @@ def train_teacher(config, outdir, progress=False):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_unet(config.network).to(device)
-    network.precision = config.precision
-    if config.channels_last:
-        network.in_channels_last()
+    in_form_of(config, network)
     if images.shape[1:] != network.event_shape:
         raise ValueError(f"network: makes images {list(network.event_shape)}, the data {config.data!r} has {list(images.shape[1:])}")
     engine = PlainEngine(network, CLIP, settings.ema, build_execution(dataclasses.replace(config, cuda_graphs=False), device))
