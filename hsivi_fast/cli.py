@@ -1,13 +1,16 @@
 """The command `hsivi`. Imports stay inside the commands, so that --help answers at once."""
 
 import contextlib
+import os
 import re
 import sys
+import time
 
 import click
 
 from .interrupt import Interrupted
 
+RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -50,6 +53,8 @@ def train(config, overrides, outdir, fresh):
     from .trainer import train
 
     folder = train(config, outdir, fresh, progress=True)
+    if not _first():
+        return
     rows = folder.read_json("results.json")
     if rows:
         click.echo("\n" + format_table(rows) + "\n")
@@ -80,8 +85,10 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     numbers = parse_seeds(seeds)
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
-    with tqdm(total=len(numbers), unit="image", desc="sample", dynamic_ncols=True) as bar:
+    with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _first(), dynamic_ncols=True) as bar:
         images = sample(folder, numbers, weights, batch, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs).numpy()
+    if not _first():
+        return
     if images.ndim == 2:
         np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
         click.echo(f"{len(images)} points: {target / 'points.npz'}")
@@ -107,9 +114,10 @@ def evaluate(run, num_samples, ref, weights, backend, compile, cuda_graphs):
 
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
-    with tqdm(total=num_samples, unit="image", desc="eval", dynamic_ncols=True) as bar:
+    with tqdm(total=num_samples, unit="image", desc="eval", disable=not _first(), dynamic_ncols=True) as bar:
         row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
-    click.echo(format_table([row]))
+    if _first():
+        click.echo(format_table([row]))
 
 
 @hsivi.command(cls=Command, epilog="hsivi teacher digits --outdir runs/digits_teacher")
@@ -168,10 +176,13 @@ def _output_folder(path):
     return path
 
 
-def main():
-    """Run the command: exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption."""
+def main(arguments=None):
+    """Run the command: exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption.
+
+    arguments: those of the command line by default. Of several processes that a launcher has started, rank 0 speaks.
+    """
     try:
-        hsivi.main(standalone_mode=False)
+        hsivi.main(arguments, standalone_mode=False)
     except click.exceptions.Abort:
         _fail("interrupted; a run that was training goes on from its newest checkpoint with the same command", 130)
     except click.ClickException as error:
@@ -182,7 +193,23 @@ def main():
         _fail(str(error), 128 + error.signal_number)
 
 
+def launched(command):
+    """What the files in launch/ do: one command, with the arguments that the deepspeed launcher passes on and without the one that it adds."""
+    main([command, *(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))])
+
+
+def _first():
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(message, code):
+    if not _first():
+        time.sleep(RANK_0_SPEAKS)  # its launcher ends all when one has ended
+        from .distributed import connected
+
+        if connected() or os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(code)
+        message = f"rank {os.environ['RANK']}: {message}"  # on a machine of its own, before the ranks have met
     with contextlib.suppress(BrokenPipeError):
         click.echo(f"hsivi: {message}", err=True)
     sys.exit(code)

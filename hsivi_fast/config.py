@@ -110,6 +110,18 @@ class EvalConfig:
 
 
 @frozen
+class DistributedConfig:
+    """How the work is done by several processes; nothing here changes what is computed, so it may differ when a run goes on."""
+
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"  # plain: one process without DeepSpeed; auto: DeepSpeed where there are several
+    zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO stage
+    accumulation: Count = 1  # parts that a process takes its share of a batch in, for memory
+    deepspeed: Optional[StrictStr] = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
+    connect_timeout: Positive = 300  # seconds until all processes have to have met
+    timeout: Positive = 600  # seconds without progress after which a process counts as hanging, and of one collective
+
+
+@frozen
 class TeacherTrainConfig:
     """`hsivi teacher`: the DDPM loss on `data`."""
 
@@ -141,6 +153,7 @@ class Config:
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     teacher_train: TeacherTrainConfig = dataclasses.field(default_factory=TeacherTrainConfig)
     log_every: Count = 100
     save_every: Count = 5000
@@ -172,7 +185,7 @@ def load_config(config, overrides=()):
     for override in overrides:
         values = _override(values, override)
     values.setdefault("name", Path(path).stem)
-    values = _with_checkpoint_path(values, Path(path).parent)
+    values = _with_absolute_paths(values, Path(path).parent)
     return _validated(values)
 
 
@@ -225,14 +238,15 @@ def _override(values, override):
         raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
 
 
-def _with_checkpoint_path(values, folder):
-    """Replace a relative teacher checkpoint by the absolute path where it is found; leave what is not found for the loader to name."""
-    teacher = values.get("teacher")
-    checkpoint = teacher.get("checkpoint") if isinstance(teacher, dict) else None
-    if isinstance(checkpoint, str) and not os.path.isabs(checkpoint):
-        for base in (folder, Path.cwd(), ASSETS):
-            if (base / checkpoint).exists():
-                return {**values, "teacher": {**teacher, "checkpoint": str((base / checkpoint).resolve())}}
+def _with_absolute_paths(values, folder):
+    """Replace the relative path of a file that the configuration names by the absolute one where it is found; leave what is not found for its reader to name."""
+    for group, key in (("teacher", "checkpoint"), ("distributed", "deepspeed")):
+        settings = values.get(group)
+        file = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(file, str) and not os.path.isabs(file):
+            found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
+            if found:
+                values = {**values, group: {**settings, key: str(found[0].resolve())}}
     return values
 
 
@@ -243,9 +257,6 @@ def _validated(values):
         raise ValueError(_first_problem(error)) from None
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.train.batch_size % processes:
-        raise ValueError(f"train.batch_size: {config.train.batch_size} cannot be split over {processes} processes; use a multiple of {processes}")
     return config
 
 

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from .config import ASSETS
 from .data import load_data, to_uint8
+from .distributed import ALONE, connect
 from .frozen import EAGER
 from .models import device_of, load_teacher
 from .nets.checkpoints import load_weights, read_weights
+from .run_folder import RunFolder
 from .sampler import ddim_sampler, load_sampler
 
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
@@ -31,6 +33,13 @@ class StreamingMoments:
         self.count += len(features)
         self.total = total if self.total is None else self.total + total
         self.outer = outer if self.outer is None else self.outer + outer
+
+    def reduce(self, world):
+        """Take in what the other ranks have: every rank has all of it afterwards."""
+        count = torch.tensor([self.count], dtype=torch.float64, device=self.total.device)
+        for value in (count, self.total, self.outer):
+            world.sum(value)
+        self.count = int(count)
 
     def statistics(self):
         """{"mu": [D], "sigma": [D, D]}, float64 arrays; sigma is the unbiased covariance."""
@@ -142,17 +151,20 @@ class ImageMetric:
         if len(self.reference["mu"]) != size:
             raise ValueError(f"ref: has {len(self.reference['mu'])} features, the feature network {config.eval.metric or config.data} gives {size}")
 
-    def statistics(self, images):
-        """Feature statistics of images [N, C, H, W] in -1 .. 1."""
-        moments = StreamingMoments()
-        for part in images.split(self.batch_size):
+    def statistics(self, images, world=ALONE, count=None):
+        """Feature statistics of images [N, C, H, W] in -1 .. 1; with several processes, of each rank's share of `count` images."""
+        moments, counted = StreamingMoments(), world.counted(len(images) if count is None else count)
+        for first in range(0, len(images), self.batch_size):
             with torch.no_grad():
-                moments.add(self.extractor(to_uint8(part, self.levels))[0])
+                features = self.extractor(to_uint8(images[first:first + self.batch_size], self.levels))[0]
+            moments.add(features[:max(counted - first, 0)])
+        if world.size > 1:
+            moments.reduce(world)
         return moments.statistics()
 
-    def measure(self, images):
-        """{"frechet_distance": value}."""
-        return {"frechet_distance": frechet_distance(self.statistics(images), self.reference)}
+    def measure(self, images, world=ALONE, count=None):
+        """{"frechet_distance": value}; arguments as of `statistics`."""
+        return {"frechet_distance": frechet_distance(self.statistics(images, world, count), self.reference)}
 
 
 class PlaneMetric:
@@ -167,9 +179,9 @@ class PlaneMetric:
         masses = target.bin_masses(self.edges).flatten()
         self.masses = torch.cat([masses, (1 - masses.sum()).clamp_min(0)[None]])
 
-    def measure(self, points):
-        """{"js_divergence": value, "sliced_wasserstein": value} of points [N, 2]."""
-        points = points.cpu().double()
+    def measure(self, points, world=ALONE, count=None):
+        """{"js_divergence": value, "sliced_wasserstein": value} of points [N, 2]; with several processes, of each rank's share of `count` points."""
+        points = world.gather_shares(points, count).cpu().double()
         return {"js_divergence": self._js(points), "sliced_wasserstein": self._sliced_wasserstein(points)}
 
     def _js(self, points):
@@ -196,20 +208,22 @@ def build_metric(config, teacher, reference=None):
     return ImageMetric(config, device_of(teacher), reference)
 
 
-def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None, nfe=None):
+def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None, nfe=None, world=ALONE):
     """One row of a table: the metric's columns (mean) and *_std over seed sets, images per second, and what was sampled.
 
     `nfe`: the evaluations that were asked for. Where the sampler needs fewer (DDIM drops timesteps that its spacing
-    repeats), the row says so under `evaluations`.
+    repeats), the row says so under `evaluations`. With several processes each rank draws its share, and all have the row; the rate is that of all.
     """
     measured, seconds = [], 0.0
     for index in range(seed_sets):
         start, prepared = time.perf_counter(), sampler.execution.seconds
-        samples = sampler(range(index * num_samples, (index + 1) * num_samples), metric.batch_size, on_batch)
+        world.mark(f"{name} at {sampler.nfe} evaluations")
+        samples = sampler(world.share(range(index * num_samples, (index + 1) * num_samples)), metric.batch_size, world.counting(on_batch))
         if samples.is_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start - (sampler.execution.seconds - prepared)
-        measured.append(metric.measure(samples))
+        measured.append(metric.measure(samples, world, num_samples))
+    seconds = world.greatest(round(seconds * 1e6)) / 1e6  # of the slowest rank
     row = {"sampler": name, "nfe": nfe or sampler.nfe}
     if row["nfe"] != sampler.nfe:
         row["evaluations"] = sampler.nfe
@@ -225,7 +239,7 @@ def _std_key(column):
     return column.removesuffix("_distance").removesuffix("_divergence") + "_std"
 
 
-def final_table(run, config, teacher, metric, execution=EAGER, progress=False):
+def final_table(run, config, teacher, metric, execution=EAGER, progress=False, world=ALONE):
     """The table that a run ends with: DDIM, the start (DDIM with the run's eta), and the student, EMA and raw.
 
     Every row uses the same seeds. Returns a list of rows, see `measure_row`.
@@ -235,13 +249,13 @@ def final_table(run, config, teacher, metric, execution=EAGER, progress=False):
     settings = config.eval
     samplers = [("ddim", nfe, ddim_sampler(config, teacher, nfe, 0.0, execution)) for nfe in settings.ddim_nfe]
     samplers.append(("ddim_eta", config.nfe, ddim_sampler(config, teacher, config.nfe, config.eta, execution)))
-    samplers += [(f"hsivi_{weights}", config.nfe, load_sampler(run, weights)[0]) for weights in ("ema", "raw")]
+    samplers += [(f"hsivi_{weights}", config.nfe, load_sampler(run, weights, world=world)[0]) for weights in ("ema", "raw")]
     total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples
     with tqdm(total=total, desc="final table", unit="evaluation", unit_scale=True, disable=not progress, dynamic_ncols=True) as bar:
         rows = []
         while samplers:
             name, nfe, sampler = samplers.pop(0)  # let go when it is done: a recorded one holds the memory of all its layers
-            rows.append(measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, each=sampler.nfe: bar.update(n * each), nfe))
+            rows.append(measure_row(name, sampler, metric, settings.num_samples, settings.seeds, lambda n, each=sampler.nfe: bar.update(n * each), nfe, world))
         return rows
 
 
@@ -250,16 +264,21 @@ def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, bac
 
     run: what `train` returned or a folder's path; ref: an npz file of reference statistics instead of the run's data set;
     weights: "ema" or "raw"; on_batch(n): called after every batch; backend, compile, cuda_graphs: as of `load_sampler`. Returns a row as in results.json.
+    Started once per process by a launcher, each rank draws its part, statistics are summed, and all have the row.
     Raises ValueError for less than 2 samples, statistics of another feature size, or a folder that holds no run.
     """
     if num_samples < 2:
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     reference = load_statistics(ref) if ref is not None else None
-    sampler, config, step = load_sampler(run, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
-    if reference is not None and config.teacher.target is not None:
-        raise ValueError("ref: a 2-D run is measured against its exact target; statistics do not apply")
-    metric = build_metric(config, load_teacher(config, sampler.layer.tau.device), reference)
-    return {**measure_row(f"hsivi_{weights}", sampler, metric, num_samples, 1, on_batch), "step": step}
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    config = folder.config()
+    world = connect(config)
+    with world.watched(config.distributed.timeout):
+        sampler, config, step = load_sampler(folder, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs, world=world)
+        if reference is not None and config.teacher.target is not None:
+            raise ValueError("ref: a 2-D run is measured against its exact target; statistics do not apply")
+        metric = build_metric(config, load_teacher(config, sampler.layer.tau.device), reference)
+        return {**measure_row(f"hsivi_{weights}", sampler, metric, num_samples, 1, on_batch, world=world), "step": step}
 
 
 def table_lines(rows):

@@ -3,6 +3,7 @@
 import torch
 
 from . import ops
+from .distributed import ALONE
 from .frozen import Execution
 from .method.layer import Layer, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
@@ -21,12 +22,13 @@ def choose_device(name):
     return device
 
 
-def prepare_device(config, backend=None):
-    """Choose a run's device, its backend (`backend` in the place of the run's, if given) and the device's float32 mode: (device, backend that runs).
+def prepare_device(config, backend=None, world=ALONE):
+    """Choose a run's device (of several processes, this one's), its backend (`backend` in the place of the run's, if given) and the device's float32 mode:
+    (device, backend that runs).
 
     Raises ValueError for a device, backend or precision that cannot run here.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device) if world.size == 1 else world.device
     _set_float32_mode(config.precision, device)
     return device, ops.choose_backend(backend or config.backend, device)
 

@@ -31,15 +31,16 @@ def adam(parameters, lr=0.0, capturable=False):
 
 
 class EMA:
-    """Exponential moving average of a network's parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n.
+    """Exponential moving average of parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n.
 
-    `weight`: a tensor [] that holds 1 - decay for the update, where that update is recorded and replayed (see frozen.py).
+    named_parameters: (name, tensor) pairs, a network's or one rank's parts of them. `weight`: a tensor [] that holds 1 - decay for the update, where
+    that update is recorded and replayed (see frozen.py).
     """
 
-    def __init__(self, network, decay, weight=None):
+    def __init__(self, named_parameters, decay, weight=None):
         self.decay, self.weight = decay, weight
         self.updates = 0
-        self.parameters = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        self.parameters = {name: parameter.detach().clone() for name, parameter in named_parameters}
 
     def count(self):
         """The host's part of an update: one more."""
@@ -48,9 +49,9 @@ class EMA:
             self.weight.fill_(self._weight())
 
     @torch.no_grad()
-    def update(self, network):
-        """The device's part: move towards the network's present parameters."""
-        own, present = list(self.parameters.values()), [parameter.detach() for parameter in network.parameters()]
+    def update(self, parameters):
+        """The device's part: move towards the present parameters, in the order that this was made with."""
+        own, present = list(self.parameters.values()), [parameter.detach() for parameter in parameters]
         if self.weight is None:
             torch._foreach_lerp_(own, present, self._weight())
         else:  # there is no lerp by a tensor [] of one pass
@@ -61,12 +62,8 @@ class EMA:
     def _weight(self):
         return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
 
-    def state_dict(self):
-        """Name -> tensor: the averaged parameters, in the network's order and layout."""
-        return self.parameters
-
-    def load_state_dict(self, parameters, updates):
-        """Take over averaged parameters and the number of updates behind them."""
+    def load(self, parameters, updates):
+        """Take over averaged parameters {name: tensor} and the number of updates behind them."""
         for name, parameter in self.parameters.items():
             parameter.copy_(parameters[name])
         self.updates = updates

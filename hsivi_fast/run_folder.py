@@ -2,6 +2,7 @@
 
     config.yaml, environment.json, results.json, report.html, samples/, tensorboard/
     metrics.jsonl          one record per log step
+saves.jsonl            what each checkpoint took: seconds, bytes
     checkpoints/step_N/    state.json and safetensors files; written beside and renamed; the last two and the best are kept
 """
 
@@ -31,7 +32,7 @@ class RunFolder(os.PathLike):
 
     @classmethod
     def start(cls, path, config, fresh=False):
-        """Create the folder, or take it up again if it holds a run of the same configuration (only train.steps may have grown).
+        """Create the folder, or take it up again if it holds a run of the same configuration (train.steps may have grown, `distributed` may differ).
 
         Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or `fresh`
         was asked for and a run is there.
@@ -48,9 +49,9 @@ class RunFolder(os.PathLike):
             raise ValueError(f"outdir {str(path)!r}: holds a run already and --fresh was given; choose another folder")
         if holds_run:
             before, now = resolved_dict(cls(path).config()), resolved_dict(config)  # keys that are newer than the run have their defaults
-            difference = _difference(before, now)
+            difference = config_difference(_may_go_on(before, now), now)
             if difference:
-                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; only train.steps may grow when a run goes on")
+                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow and distributed.* change")
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -106,13 +107,13 @@ class RunFolder(os.PathLike):
         except ValueError:
             raise ValueError(f"{file}: not readable as JSON; delete it and run the command again") from None
 
-    def append_metrics(self, record):
-        """Add one record to metrics.jsonl."""
+    def append(self, name, record):
+        """Add one record to metrics.jsonl or saves.jsonl."""
         try:
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with open(self.path / name, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise OSError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror or error}") from None
+            raise OSError(f"cannot write {self.path / name}: {error.strerror or error}") from None
 
     def metrics(self):
         """All records of metrics.jsonl; a last line that a killed process left half written is skipped."""
@@ -143,8 +144,8 @@ class RunFolder(os.PathLike):
     def save_checkpoint(self, step, tensors, state):
         """Write a checkpoint: `tensors` maps a file's stem to {name: tensor}, `state` is for state.json.
 
-        Either the whole checkpoint is there afterwards, or (full disk, killed process) everything that was there before.
-        Raises OSError where it cannot be written.
+        Either the whole checkpoint is there afterwards, or (full disk, killed process) everything that was there before; older ones stay until
+        `drop_old_checkpoints`. Returns its size in bytes; raises OSError where it cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -157,6 +158,7 @@ class RunFolder(os.PathLike):
             for stem, values in tensors.items():
                 save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, beside / f"{stem}.safetensors")
             (beside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+            size = sum(file.stat().st_size for file in beside.iterdir())
             for file in beside.iterdir():
                 _sync(file)
             if final.exists():  # a run that was stopped at a step that it had saved already
@@ -168,7 +170,12 @@ class RunFolder(os.PathLike):
             older = self.checkpoints()
             kept = f"the checkpoint of step {older[-1]} is whole" if older else "no checkpoint was there before"
             raise OSError(f"cannot write the checkpoint of step {step} to {final.parent}: {error}; {kept}") from None
-        self._drop_old_checkpoints()
+        return size
+
+    def newest_state(self):
+        """(step, state.json) of the newest checkpoint; (0, None) where there is none."""
+        steps = self.checkpoints()
+        return (steps[-1], self.load_state(steps[-1])) if steps else (0, None)
 
     def load_state(self, step):
         """state.json of a checkpoint."""
@@ -201,7 +208,8 @@ class RunFolder(os.PathLike):
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"checkpoint {file}: damaged ({' '.join(str(error).split())}); delete {file.parent} to go on from an older one") from None
 
-    def _drop_old_checkpoints(self):
+    def drop_old_checkpoints(self):
+        """Delete all but the last two checkpoints and the best."""
         best = self.best_checkpoint()
         kept = set(self.checkpoints()[-CHECKPOINTS_KEPT:]) | ({best[0]} if best else set())
         for step in self.checkpoints():
@@ -228,14 +236,22 @@ def _sync(path):
         os.close(descriptor)
 
 
-def _difference(before, now, prefix=""):
-    """The first key in which two configurations differ, in words; None where they agree up to a grown train.steps."""
+def config_difference(before, now, prefix=""):
+    """The first key in which two resolved configurations differ, in words, the value of `before` first; None where they agree."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            difference = _difference(old, new, f"{prefix}{key}.")
+            difference = config_difference(old, new, f"{prefix}{key}.")
             if difference:
                 return difference
-        elif old != new and not (prefix + key == "train.steps" and isinstance(old, int) and new > old):
+        elif old != new:
             return f"{prefix}{key} = {old!r}, not {new!r}"
     return None
+
+
+def _may_go_on(before, now):
+    """`before` with what may change when a run goes on taken from `now`: more steps, and how many processes do the work and how."""
+    before = {**before, "distributed": now["distributed"]}
+    if now["train"]["steps"] > before["train"]["steps"]:
+        before["train"] = {**before["train"], "steps": now["train"]["steps"]}
+    return before

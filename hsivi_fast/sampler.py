@@ -6,6 +6,7 @@ import torch
 
 from . import ops
 from .data import to_uint8
+from .distributed import ALONE, connect
 from .frozen import EAGER
 from .method.layer import attach_log_gamma
 from .models import build_ddim_layer, build_execution, build_layer, build_network, device_of, prepare_device
@@ -84,28 +85,28 @@ def ddim_sampler(config, teacher, nfe, eta, execution=EAGER):
     return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device), execution)
 
 
-def load_sampler(run, weights="ema", step=None, backend=None, compile=None, cuda_graphs=None):
+def load_sampler(run, weights="ema", step=None, backend=None, compile=None, cuda_graphs=None, world=ALONE):
     """The sampler of a run's newest checkpoint, or of that of a step: `weights` are the "ema" or the "raw" ones.
 
-    backend ("auto", "torch" or "triton"), compile and cuda_graphs (True or False): in the place of the run's. Returns (Sampler, config, step).
+    backend ("auto", "torch" or "triton"), compile and cuda_graphs (True or False): in the place of the run's. With several processes every rank gets it,
+    and rank 0 reads it. Returns (Sampler, config, step).
     Raises ValueError where the run has no checkpoint, the weights are unknown, or what is asked for cannot run here.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {weights!r} is unknown; choose ema or raw")
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    steps = folder.checkpoints()
+    config, steps = world.from_first(lambda: (folder.config(), folder.checkpoints()))
     if not steps:
         raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
     step = steps[-1] if step is None else step
-    config = folder.config()
     choices = {key: value for key, value in (("compile", compile), ("cuda_graphs", cuda_graphs)) if value is not None}
     config = dataclasses.replace(config, **choices)
-    device, _ = prepare_device(config, backend)
+    device, _ = prepare_device(config, backend, world)
     execution = build_execution(config, device)
     layer = build_layer(config, device)
     student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
     stem = "student_ema" if weights == "ema" else "student"
-    load_weights(student, folder.load_tensors(step, stem), folder.checkpoint_path(step) / f"{stem}.safetensors")
+    load_weights(student, world.tensors_from_first(lambda: folder.load_tensors(step, stem)), folder.checkpoint_path(step) / f"{stem}.safetensors")
     return Sampler(student, layer, student.log_scaled_gamma, execution), config, step
 
 
@@ -113,8 +114,16 @@ def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=Non
     """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints; the rest as of `load_sampler`.
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
-    image, whatever the batch. Raises ValueError for a path that holds no run, and as `load_sampler`.
+    image, whatever the batch. Started once per process by a launcher, each rank draws its part and all have the result.
+    Raises ValueError for a path that holds no run, and as `load_sampler`.
     """
-    sampler, config, _ = load_sampler(run, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
-    x = sampler(seeds, batch_size, on_batch)
-    return to_uint8(x).cpu() if config.data else x.cpu()
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    config = folder.config()
+    world = connect(config)
+    with world.watched(config.distributed.timeout):
+        sampler, config, _ = load_sampler(folder, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs, world=world)
+        if len(seeds) == 0:
+            raise ValueError("seeds: none given; ask for at least one image")
+        x = sampler(world.share(seeds), batch_size, world.counting(on_batch))
+        images = to_uint8(x) if config.data else x
+        return world.gather_shares(images, len(seeds)).cpu()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 
 import torch
@@ -35,6 +36,8 @@ def train_teacher(config, outdir, progress=False):
 
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; a teacher is trained in one, start it without a launcher")
     settings, (device, _) = config.teacher_train, prepare_device(config)
     images = torch.from_numpy(load_data(config.data).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
@@ -67,16 +70,17 @@ def train_teacher(config, outdir, progress=False):
                 total, count = torch.zeros_like(total), 0
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"the loss is not finite before step {step}; try a smaller teacher_train.lr")
-                folder.append_metrics({"step": step, "loss": mean, "lr": _rate(settings, step)})
+                folder.append("metrics.jsonl", {"step": step, "loss": mean, "lr": _rate(settings, step)})
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             if save:
                 tensors, numbers = engine.state("teacher")
                 folder.save_checkpoint(step, tensors, {"metric": None, **numbers})
+                folder.drop_old_checkpoints()
             bar.update(1)
             if stopping:
                 raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
     file = folder.path / "teacher.safetensors"
-    save_file({name: value.cpu().contiguous() for name, value in engine.ema.state_dict().items()}, file)
+    save_file({name: value.cpu().contiguous() for name, value in engine.averaged().items()}, file)
     return file
 
 

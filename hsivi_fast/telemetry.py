@@ -6,9 +6,11 @@ from importlib import metadata
 from pathlib import Path
 
 from . import ops
+from .distributed import ALONE
+from .engine import uses_deepspeed
 
 
-def describe_environment(config, backend, device):
+def describe_environment(config, backend, device, world=ALONE):
     """Versions, device, commit, the backend that runs, precision and processes, as environment.json holds them."""
     import torch
 
@@ -21,7 +23,9 @@ def describe_environment(config, backend, device):
             versions[package] = None
     return {
         "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit(),
-        "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, "world_size": 1, "samples_per_rank": config.train.batch_size,
+        "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, 
+        "world_size": world.size, "samples_per_rank": config.train.batch_size // world.size,
+        "zero": config.distributed.zero if uses_deepspeed(config, world) else None,
     }
 
 

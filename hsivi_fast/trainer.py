@@ -1,6 +1,9 @@
-"""Distillation: train(config) from a frozen teacher to a few-step student. Read it from `train` down."""
+"""Distillation: train(config) from a frozen teacher to a few-step student. Read it from `train` down.
 
-import copy
+With several processes every rank runs this same code on its part of each batch (see distributed.py); what is read, written or shown is rank 0's.
+"""
+
+import contextlib
 import os
 import sys
 import time
@@ -9,15 +12,16 @@ from pathlib import Path
 import torch
 
 from . import ops
-from .engine import PlainEngine
+from .distributed import ALONE, connect, refuse_strangers, samples_per_rank
+from .engine import build_engine
 from .evaluation import build_metric, final_table, measure_row
-from .frozen import EAGER, frozen_view
+from .frozen import EAGER
 from .interrupt import Interrupted, StopRequest
 from .method.losses import score_net_loss_and_grads, student_loss_and_grads
 from .models import build_execution, build_layer, build_score_net, build_student, load_teacher, prepare_device
 from .optim import learning_rate
 from .report import write_report
-from .rollout import build_rollout
+from .rollout import Batch, build_rollout
 from .run_folder import RunFolder
 from .sampler import Sampler
 from .telemetry import describe_environment
@@ -27,39 +31,49 @@ def train(config, outdir=None, fresh=False, progress=False):
     """Train a run, or go on with it where it stopped, and end with its table, pictures and report.
 
     config: from `load_config`; outdir: the run's folder, runs/NAME by default; fresh: refuse to go on with a run that is
-    there; progress: show a bar on stderr. Returns the `RunFolder`.
+    there; progress: show a bar on stderr. Returns the `RunFolder`. Started once per process by a launcher, the processes train it together.
 
     Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being finite,
     OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; this version trains in one, start it without a launcher")
-    device, backend = prepare_device(config)
+    samples_per_rank("train.batch_size", config.train.batch_size, int(os.environ.get("WORLD_SIZE", "1")))  # before anybody waits for anybody
+    world = connect(config)
+    with world.watched(config.distributed.timeout):
+        refuse_strangers(world, config)
+        return _train(config, outdir or Path("runs") / config.name, fresh, progress and world.first, world)
+
+
+def _train(config, outdir, fresh, progress, world):
+    device, backend = prepare_device(config, world=world)
     execution = build_execution(config, device)
     layer = build_layer(config, device)
     teacher = load_teacher(config, device)
-    student = PlainEngine(build_student(config, teacher, layer), config.train.clip, config.train.ema, execution)
-    score_net = PlainEngine(build_score_net(config, teacher), config.train.clip, config.train.ema, execution)
-    rollout = build_rollout(config, layer, student.network, execution)
+    world.send_from_first([*teacher.parameters(), *teacher.buffers()])  # should a machine have another file under that name
+    student = build_engine(config, build_student(config, teacher, layer), execution, world)
+    score_net = build_engine(config, build_score_net(config, teacher), execution, world)
+    rollout = build_rollout(config, layer, student.network, execution, world)
     updates = Updates(student, score_net, teacher, layer, execution)
     metric = build_metric(config, teacher) if config.eval.num_samples else None
-    measured = MeasuredStudent(student, layer, execution)
+    measured = MeasuredStudent(student, config, teacher, layer, execution, world)
 
-    folder = RunFolder.start(outdir or Path("runs") / config.name, config, fresh)
+    folder = world.from_first(lambda: RunFolder.start(outdir, config, fresh))
     settings, every = config.train, config.train.f_learning_times
     rates = lambda step: [learning_rate(settings.lr_rule, base, step, settings.warmup, settings.steps) for base in (settings.student_lr, settings.score_net_lr)]
-    with folder.locked():
-        with StopRequest() as stop, Journal(folder, config, execution, progress) as journal:
-            step = _load_newest(folder, student, score_net)
-            folder.write_json("environment.json", describe_environment(config, backend, device))
+    with folder.locked() if world.first else contextlib.nullcontext():
+        with StopRequest() as stop, Journal(folder, config, execution, progress, world) as journal:
+            step = _load_newest(folder, student, score_net, world)
+            if world.first:
+                folder.write_json("environment.json", describe_environment(config, backend, device, world))
             journal.start(step, backend, device)
-            guard = FiniteGuard(device)
+            guard = FiniteGuard(device, world)
             if step < settings.steps:
-                (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
+                if world.first:
+                    (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
                 rollout.start_cycle(step // every)
 
             while step < settings.steps:
                 step += 1
+                world.mark(f"step {step}")
                 student_lr, score_net_lr = rates(step)
                 if step % every == 0:
                     losses, k = updates.student(rollout.student_batch(step), student_lr)
@@ -70,8 +84,10 @@ def train(config, outdir=None, fresh=False, progress=False):
                 guard.watch(losses, k, step)
                 journal.add("loss_score_net", losses)
 
-                # The host waits for the device only here.
-                stopping = stop.requested  # read once: a signal that comes later in this step waits for the next one's save
+                # The host waits for the device only here. A wish to stop is read once: a signal that comes later in this step waits for the next one's save.
+                # Ranks have to agree on it, which they do when they have to meet anyway.
+                meeting = world.size == 1 or step % every == 0 or step % config.log_every == 0
+                stopping = world.greatest(stop.requested or 0) if meeting else 0
                 measure = metric is not None and config.eval.every > 0 and step % config.eval.every == 0
                 save = measure or stopping or step % config.save_every == 0 or step == settings.steps
                 distance = None
@@ -80,14 +96,17 @@ def train(config, outdir=None, fresh=False, progress=False):
                     distance = measured.distance(metric, config.eval.num_samples) if measure else None
                     journal.log(step, student_lr, score_net_lr, distance)
                 if save:
-                    _save(folder, step, student, score_net, distance)
+                    journal.saved(step, *_save(folder, step, student, score_net, distance, world))
                 journal.advance(step)
                 if stopping:
                     raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
 
-        if metric is not None and folder.read_json("results.json") is None:
-            folder.write_json("results.json", final_table(folder, config, teacher, metric, execution, progress))
-        write_report(folder, teacher)
+        if metric is not None and world.from_first(lambda: folder.read_json("results.json")) is None:
+            table = final_table(folder, config, teacher, metric, execution, progress, world)
+            if world.first:
+                folder.write_json("results.json", table)
+        if world.first:
+            write_report(folder, teacher)
     return folder
 
 
@@ -100,8 +119,8 @@ class Updates:
     def __init__(self, student, score_net, teacher, layer, execution=EAGER):
         self._student, self._score_net, self.teacher, self.layer = student, score_net, teacher, layer
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
-        self._frozen_score_net, self._teacher = (execution.compiled(frozen_view(network)) for network in (score_net.network, teacher))
-        self._pull_back, self._descend = execution.graphed(self._student_loss_pull_back), execution.graphed(self._score_net_update)
+        self._frozen_score_net, self._teacher = score_net.frozen(), execution.compiled(teacher)
+        self._pull_back, self._descend = execution.graphed(self._student_loss_pull_back), score_net.graphed(self._score_net_update)
 
     def student(self, batch, lr):
         """One update of the student at states x_k.
@@ -109,13 +128,15 @@ class Updates:
         The gradient is taken in two stages, so that the networks never share a graph: the loss is pulled back through the score network and the
         teacher to x_{k-1} alone, and what arrives there goes into the student's own backward.
         """
-        log_gamma = self._student.network.log_scaled_gamma
-        eps_hat = self._student.predict(batch.x, self.layer.tau[batch.k])
-        x = self.layer.step(batch.x, eps_hat, batch.k, log_gamma, batch.seeds, batch.redraw, batch.noise)  # x_{k-1}
-        losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), batch.k, batch.seeds, batch.redraw, batch.noise)
-        self._student.backward([x, log_gamma], [grad_x, grad_log_gamma])
+        log_gamma, all_losses = self._student.network.log_scaled_gamma, []
+        for part in batch.split(self._student.accumulation):
+            eps_hat = self._student.predict(part.x, self.layer.tau[part.k])
+            x = self.layer.step(part.x, eps_hat, part.k, log_gamma, part.seeds, part.redraw, part.noise)  # x_{k-1}
+            losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), part.k, part.seeds, part.redraw, part.noise)
+            self._student.backward([x, log_gamma], [grad_x, grad_log_gamma])
+            all_losses.append(losses)
         self._student.step(lr)
-        return losses, batch.k
+        return torch.cat(all_losses), batch.k
 
     def score_net(self, batch, lr):
         """One update of the score network at states x_{k-1}."""
@@ -133,17 +154,21 @@ class Updates:
 
     def _score_net_update(self, x, k, seeds, redraw, noise):
         """Losses [B] of the score network before the whole update that follows: backward, clipping, optimizer, average."""
-        f = self._score_net.predict(x, self.layer.tau[k - 1])
-        losses, grad_f = score_net_loss_and_grads(f.detach(), self.layer, k, self._student.network.log_scaled_gamma.detach(), seeds, redraw, noise)
-        self._score_net.backward([f], [grad_f])
+        all_losses = []
+        for part in Batch(x, k, seeds, redraw, noise).split(self._score_net.accumulation):
+            f = self._score_net.predict(part.x, self.layer.tau[part.k - 1])
+            losses, grad_f = score_net_loss_and_grads(f.detach(), self.layer, part.k, self._student.network.log_scaled_gamma.detach(), part.seeds, part.redraw, part.noise)
+            self._score_net.backward([f], [grad_f])
+            all_losses.append(losses)
         self._score_net.apply_step()
-        return losses
+        return torch.cat(all_losses)
 
 
 class FiniteGuard:
     """Remembers, on the device, the first update with a loss that is not finite; the host looks only when it waits anyway."""
 
-    def __init__(self, device):
+    def __init__(self, device, world=ALONE):
+        self.world = world
         self.first = torch.zeros(2, dtype=torch.int64, device=device)  # (step, layer); step 0: none
 
     def watch(self, losses, k, step):
@@ -153,19 +178,21 @@ class FiniteGuard:
         self.first = torch.where((self.first[0] == 0) & (layer > 0), found, self.first)
 
     def check(self, folder):
-        """Raise FloatingPointError, in one line, if anything was noted."""
-        step, layer = self.first.tolist()
-        if step:
-            saved = folder.checkpoints()
+        """Raise FloatingPointError, in one line, on every rank if anything was noted on one of them."""
+        noted = [(step, rank, layer) for rank, (step, layer) in enumerate(self.world.gather(self.first).tolist()) if step]
+        if noted:
+            step, rank, layer = min(noted)
+            saved = self.world.from_first(folder.checkpoints)
+            where = f" on rank {rank}" if self.world.size > 1 else ""
             kept = f"the last good checkpoint is {folder.checkpoint_path(saved[-1])}" if saved else "no checkpoint was saved before"
-            raise FloatingPointError(f"the loss is not finite at step {step}, layer {layer}; {kept}; try smaller learning rates")
+            raise FloatingPointError(f"the loss is not finite at step {step}, layer {layer}{where}; {kept}; try smaller learning rates")
 
 
 class Journal:
-    """The progress bar, metrics.jsonl and TensorBoard of a run. Losses are summed on the device between log steps."""
+    """The progress bar, metrics.jsonl and TensorBoard of a run. Losses are summed on the device between log steps, and averaged over ranks there."""
 
-    def __init__(self, folder, config, execution, progress):
-        self.folder, self.config, self.execution, self.progress = folder, config, execution, progress
+    def __init__(self, folder, config, execution, progress, world=ALONE):
+        self.folder, self.config, self.execution, self.progress, self.world = folder, config, execution, progress, world
         self.sums, self.counts = {}, {}
 
     def __enter__(self):
@@ -173,6 +200,9 @@ class Journal:
 
     def start(self, step, backend, device):
         """Take up the records at a step, and open the bar and the writers there."""
+        self.logged_step, self.logged_time, self.prepared = step, time.perf_counter(), self.execution.seconds
+        if not self.world.first:
+            return
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
@@ -183,7 +213,6 @@ class Journal:
             tqdm.write(f"backend {backend}{' (interpreted)' if backend == 'triton' and ops.triton_is_interpreted() else ''}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
         self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
         self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
-        self.logged_step, self.logged_time, self.prepared = step, time.perf_counter(), self.execution.seconds
 
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
@@ -192,9 +221,11 @@ class Journal:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def log(self, step, student_lr, score_net_lr, metric):
-        """Write one record; the host waits for the device here."""
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        """Write one record; the host waits for the device here, and the ranks for each other."""
+        means = {name: float(self.world.sum(total)) / (self.counts[name] * self.world.size) for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
+        if not self.world.first:
+            return
         now = time.perf_counter()
         elapsed, steps = now - self.logged_time, step - self.logged_step
         self.seconds += elapsed
@@ -206,7 +237,7 @@ class Journal:
             record["preparing_seconds"] = preparing
         if metric is not None:
             record["metric"] = metric
-        self.folder.append_metrics(record)
+        self.folder.append("metrics.jsonl", record)
         for name, value in record.items():
             if name != "step" and value is not None:
                 self.tensorboard.add_scalar(name, value, step)
@@ -216,9 +247,17 @@ class Journal:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
         self.logged_step, self.logged_time, self.prepared = step, now, preparing + self.prepared
 
+    def saved(self, step, seconds, size):
+        """Note that a checkpoint of a step took so many seconds and bytes: in saves.jsonl, and on the terminal where it is worth a line."""
+        if self.world.first:
+            self.folder.append("saves.jsonl", {"step": step, "seconds": seconds, "bytes": size})
+        if seconds >= 1 and self.progress:
+            self.bar.write(f"step {step}: saving {size / 1e6:.0f} MB took {seconds:.1f} s", file=sys.stderr)
+
     def advance(self, step):
         """Move the bar."""
-        self.bar.update(step - self.bar.n)
+        if self.world.first:
+            self.bar.update(step - self.bar.n)
 
     def __exit__(self, *exception):
         if hasattr(self, "bar"):
@@ -229,36 +268,41 @@ class Journal:
 class MeasuredStudent:
     """The student with its averaged weights, for measurements during a run: one network and sampler, whose weights are replaced in place."""
 
-    def __init__(self, student, layer, execution):
-        self.student, self.layer, self.execution = student, layer, execution
+    def __init__(self, student, config, teacher, layer, execution, world=ALONE):
+        self.student, self.config, self.teacher, self.layer, self.execution, self.world = student, config, teacher, layer, execution, world
         self.sampler = None
 
     def distance(self, metric, num_samples):
-        """The metric's first column, on one set of seeds."""
+        """The metric's first column, on one set of seeds; every rank draws its part of them."""
+        averaged = self.student.averaged()
         if self.sampler is None:
-            network = copy.deepcopy(self.student.network).requires_grad_(False)
+            network = build_student(self.config, self.teacher, self.layer).requires_grad_(False)
             self.sampler = Sampler(network, self.layer, network.log_scaled_gamma, self.execution)
         with torch.no_grad():
             for name, parameter in self.sampler.network.named_parameters():
-                parameter.copy_(self.student.ema.parameters[name])
-        return measure_row("hsivi_ema", self.sampler, metric, num_samples, 1)[metric.columns[0]]
+                parameter.copy_(averaged[name])
+        return measure_row("hsivi_ema", self.sampler, metric, num_samples, 1, world=self.world)[metric.columns[0]]
 
 
-def _load_newest(folder, student, score_net):
+def _load_newest(folder, student, score_net, world):
     """Restore both engines from the newest checkpoint and return its step; 0 where there is none."""
-    steps = folder.checkpoints()
-    if not steps:
-        return 0
-    state = folder.load_state(steps[-1])
-    for name, engine in (("student", student), ("score_net", score_net)):
-        engine.load(name, lambda stem: folder.load_tensors(steps[-1], stem), state)
-    return steps[-1]
+    step, state = world.from_first(lambda: folder.newest_state())
+    if step:
+        for name, engine in (("student", student), ("score_net", score_net)):
+            engine.load(name, lambda stem: world.tensors_from_first(lambda: folder.load_tensors(step, stem)), state)
+    return step
 
 
-def _save(folder, step, student, score_net, metric):
+def _save(folder, step, student, score_net, metric, world):
+    """Write a checkpoint, and let old ones go when all ranks know that it is there; returns (seconds, bytes)."""
+    start = time.perf_counter()
+    world.mark(f"saving step {step}")
     tensors, state = {}, {"metric": metric}
     for name, engine in (("student", student), ("score_net", score_net)):
         files, numbers = engine.state(name)
         tensors.update(files)
         state.update(numbers)
-    folder.save_checkpoint(step, tensors, state)
+    size = world.from_first(lambda: folder.save_checkpoint(step, tensors, state))
+    if world.first:
+        folder.drop_old_checkpoints()
+    return time.perf_counter() - start, size

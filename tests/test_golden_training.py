@@ -63,7 +63,7 @@ def test_six_iterations_agree_with_the_published_code(name, backend_device, monk
     for key, engine in (("phi", student), ("f", score_net)):
         assert list(engine.names) == list(golden[f"end.{key}.names"])
         norms = [float(parameter.detach().norm()) for parameter in engine.parameters]
-        averages = [float(value.norm()) for value in engine.ema.state_dict().values()]
+        averages = [float(value.norm()) for value in engine.averaged().values()]
         np.testing.assert_allclose(norms, golden[f"end.{key}.norms"], rtol=1e-3)
         np.testing.assert_allclose(averages, golden[f"end.{key}.ema_norms"], rtol=1e-3)
         np.testing.assert_allclose(engine.network.in_conv.weight.detach().cpu(), golden[f"end.{key}.in_conv"], atol=2e-4)

@@ -28,7 +28,7 @@ def test_ema_is_the_published_one():
     network = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(float(golden["start"]))
-        average = EMA(network, float(golden["decay"]))
+        average = EMA(network.named_parameters(), float(golden["decay"]))
         for value, expected in zip(golden["values"], golden["ema"]):
             network.weight.fill_(float(value))
             average.count()

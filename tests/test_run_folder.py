@@ -124,7 +124,7 @@ def test_one_process_at_a_time(tmp_path, config):
 def test_metrics_forget_what_is_trained_again_and_half_lines(tmp_path, config):
     folder = RunFolder.start(tmp_path / "run", config)
     for step in (10, 20, 30):
-        folder.append_metrics({"step": step, "seconds": 1.0})
+        folder.append("metrics.jsonl", {"step": step, "seconds": 1.0})
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "sec')
     assert [record["step"] for record in folder.metrics()] == [10, 20, 30]

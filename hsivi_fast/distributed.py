@@ -1,0 +1,411 @@
+"""The processes of one run: who is there, what part each has, what they send each other, and what happens when one of them is lost.
+
+A run is started once per process by a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `connect` makes a `World` of them; without
+these variables there is one process, `ALONE`, and nothing below sends anything. Rank 0 alone reads and writes the run's folder.
+
+Liveness. A collective waits for all ranks, so one that is lost or stuck would leave the others waiting. Each process therefore has a thread that
+writes a sign of life into rank 0's key-value store, with a count of what its main thread has got done; rank 0 reads them all. A rank without
+signs of life, or whose main thread does not move for `distributed.timeout` seconds, ends the run: rank 0 says which one it was, and every process exits.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .interrupt import Interrupted
+
+BEAT = 1.0  # seconds between two signs of life
+SILENT = 20.0  # seconds without one after which a rank is lost: a busy interpreter can be late by some
+SILENT_IN_TROUBLE = 5.0  # the same once a collective has failed somewhere, or the launcher has asked a rank to end: then somebody is lost
+LOST = 2  # exit code
+
+_world = None  # of this process, once connected
+
+
+class World:
+    """One process among `size`; `rank` counts over all machines, `local_rank` within this one. Collectives must be reached by all ranks in the same order."""
+
+    def __init__(self, rank=0, size=1, local_rank=0, device=torch.device("cpu"), store=None, address=None, control=None):
+        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
+        self.store, self.address, self.control = store, address, control
+        self.marks, self.doing, self.trouble = 0, "starting", False
+
+    @property
+    def first(self):
+        """Whether this is rank 0, which owns the run's folder and speaks for all."""
+        return self.rank == 0
+
+    def part(self, count):
+        """This rank's slice of `count` things; ValueError where they cannot be cut into equal parts."""
+        share = samples_per_rank("count", count, self.size)
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def share(self, items):
+        """This rank's part of a sequence that need not be cut evenly: equally many for each rank, the last one repeated where they run out."""
+        size = -(-len(items) // self.size)
+        own = list(items[self.rank * size:(self.rank + 1) * size])
+        return own + [items[-1]] * (size - len(own))
+
+    def counted(self, count):
+        """How many of this rank's `share` of `count` items are no repetitions."""
+        size = -(-count // self.size)
+        return min(max(count - self.rank * size, 0), size)
+
+    def mark(self, doing):
+        """Note that the main thread has got further, and to what: costs nothing and is read by the liveness thread."""
+        self.marks, self.doing = self.marks + 1, doing
+
+    def counting(self, on_batch):
+        """`on_batch(n)` for a sampler of which each rank draws a share: told of all ranks' samples, it marks progress too."""
+        def told(n):
+            self.mark(f"{self.doing.split(',')[0]}, {n} samples more")
+            if on_batch:
+                on_batch(n * self.size)
+        return told
+
+    # Tensors on the run's device
+
+    def sum(self, tensor):
+        """The sum over ranks of a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor, into=None):
+        """Tensors of one shape from all ranks, [size, *shape]; `into` is a contiguous tensor of that shape to be filled."""
+        if self.size == 1:
+            return tensor[None] if into is None else into.copy_(tensor[None])
+        into = tensor.new_empty(self.size, *tensor.shape) if into is None else into
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(into.view(self.size * tensor.shape[0], *tensor.shape[1:]) if tensor.ndim else into, tensor.contiguous())
+        return into
+
+    def gather_shares(self, tensor, count):
+        """The results [share, ...] of all ranks' shares as one tensor [count, ...]."""
+        return tensor if self.size == 1 else self.gather(tensor).flatten(0, 1)[:count]
+
+    def send_from_first(self, tensors):
+        """Overwrite tensors by rank 0's, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    # Values on the host
+
+    def from_first(self, function):
+        """What `function` returns on rank 0, where alone it is called, on every rank; it has to be picklable and small."""
+        if self.size == 1:
+            return function()
+        values = [function() if self.first else None]
+        dist.broadcast_object_list(values, 0, group=self.control)
+        return values[0]
+
+    def tensors_from_first(self, function):
+        """{name: tensor on the CPU} that `function` returns on rank 0, where alone it is called, on every rank."""
+        if self.size == 1:
+            return function()
+        own = function() if self.first else None
+        described = self.from_first(lambda: [(name, value.shape, value.dtype) for name, value in own.items()])
+        tensors = {}
+        for name, shape, dtype in described:
+            value = own[name].to(self.device) if self.first else torch.empty(shape, dtype=dtype, device=self.device)
+            dist.broadcast(value, 0)
+            tensors[name] = value.cpu()
+        return tensors
+
+    def all(self, value):
+        """A small picklable value from each rank, as a list."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def greatest(self, number):
+        """The greatest of one int from each rank, on the host, without waiting for the device."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    # Life and death
+
+    @contextlib.contextmanager
+    def watched(self, timeout):
+        """Within it the ranks watch each other, and an error on one of them ends all: rank 0 raises or prints it, the others leave silently.
+
+        timeout: seconds that a main thread may take from one `mark` to the next.
+        """
+        if self.size == 1:
+            yield
+            return
+        liveness = _Liveness(self, timeout)
+        try:
+            yield
+            self.mark("ending")
+            self.from_first(lambda: None)  # nobody leaves while another still needs the store
+            dist.barrier(group=self.control)
+        except Interrupted:  # all ranks have agreed on it
+            raise
+        except BaseException as error:
+            liveness.end_by(error)
+            raise
+        finally:
+            liveness.stop()
+
+
+ALONE = World()
+
+
+def samples_per_rank(what, count, size):
+    """count / size, the part of each rank; ValueError where it is not whole, naming `what` was to be split."""
+    if count % size:
+        raise ValueError(f"{what}: {count} cannot be split over {size} processes; use a multiple of {size}")
+    return count // size
+
+
+def connect(config):
+    """The `World` of this process: alone, or connected to the others that the launcher has started. Called again, it gives the same one.
+
+    Raises ValueError where the master cannot be reached or ranks do not come within `distributed.connect_timeout` seconds, a device is not there, or a
+    rank has another configuration, code or library version than rank 0.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    size = _from_environment("WORLD_SIZE", 1)
+    if size == 1:
+        return ALONE
+    rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK: {rank} is not below WORLD_SIZE, {size}; start the run with a launcher, as in `deepspeed launch/train.py`")
+    device = _device(config.device, local_rank)
+    address, store = _meet(rank, size, config.distributed.connect_timeout)
+    timeout = datetime.timedelta(seconds=config.distributed.timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
+    # Agreements of the hosts never wait for a device, so they have a group of their own there.
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
+    _world = World(rank, size, local_rank, device, store, address, control)
+    return _world
+
+
+def meet_alone(device):
+    """Make DeepSpeed at home: the kind of device that it works on and, in a process that has met no others, a group of one."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def connected():
+    """Whether this process is one of several and has met them."""
+    return _world is not None
+
+
+def refuse_strangers(world, config):
+    """Compare what each rank is about to run; ValueError, naming the rank and the difference, where one differs from rank 0."""
+    for rank, problem in enumerate(_differences(world.all(_fingerprint(config)))):
+        if problem:
+            raise ValueError(f"rank {rank} has {problem}; start every rank with the same configuration and the same code")
+
+
+def _differences(fingerprints):
+    from .run_folder import config_difference
+
+    for own in fingerprints:
+        first = fingerprints[0]
+        different = config_difference(first["config"], own["config"])
+        if different:
+            yield f"another configuration: {different} (rank 0's value first)"
+        else:
+            names = [name for name in first if name != "config" and first[name] != own[name]]
+            yield f"another {names[0]}: {own[names[0]]}, rank 0 has {first[names[0]]}" if names else None
+
+
+def _fingerprint(config):
+    from .config import resolved_dict
+
+    fingerprint = {"config": resolved_dict(config), "code of hsivi_fast (hash)": _code_hash(), "Python": platform.python_version()}
+    for package in ("torch", "deepspeed", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            fingerprint[package] = importlib.metadata.version(package)
+    return fingerprint
+
+
+def _code_hash():
+    """A hash of all our source files that run, kernels included."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted([*package.rglob("*.py"), *(package / "kernels").glob("*.py")], key=lambda path: path.relative_to(package).as_posix()):
+        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_environment(name, default=None):
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {text!r} in the environment is not a number; start the run with a launcher, as in `deepspeed launch/train.py`") from None
+
+
+def _device(name, local_rank):
+    """A rank's own device: the GPU of its number on this machine, or the CPU."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"device: {name!r} is one device and there are several processes; use auto or cuda, which give each its own")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"device: process {local_rank} of this machine has no GPU, it has {torch.cuda.device_count()}; start as many processes as there are GPUs")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meet(rank, size, timeout):
+    """(address, store) when all ranks have come to the master's key-value store."""
+    host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT")
+    if not host:
+        raise ValueError("MASTER_ADDR: not set; start the run with a launcher, as in `deepspeed launch/train.py`")
+    address = f"{host}:{port}"
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun serves one by itself
+    try:
+        store = dist.TCPStore(host, port, None, serves, datetime.timedelta(seconds=timeout), wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        reason = "is the address in use, or another machine's?" if serves else f"it did not answer within {timeout:g} s (distributed.connect_timeout)"
+        first_line = str(error).splitlines()[0] if serves else ""
+        raise ValueError(f"master {address}: rank {rank} cannot {'serve' if serves else 'reach'} it; {reason} {first_line}".strip()) from None
+    store.set(f"here/{rank}", socket.gethostname())
+    deadline, missing = time.monotonic() + timeout, list(range(size))
+    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+        if time.monotonic() > deadline:
+            raise ValueError(f"master {address}: {_ranks(missing)} did not come within {timeout:g} s (distributed.connect_timeout)")
+        time.sleep(0.05)
+    return address, store
+
+
+def _ranks(numbers):
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+class _Liveness:
+    """The thread of `World.watched`."""
+
+    def __init__(self, world, timeout):
+        self.world, self.timeout = world, timeout
+        self.number = _Liveness.number = getattr(_Liveness, "number", 0) + 1  # keys of another `watched` are not ours
+        # Of its own: a store serves one call at a time, and the main thread may wait in one.
+        host, port = world.address.rsplit(":", 1)
+        self.store = dist.PrefixStore(f"watched/{self.number}", dist.TCPStore(host, int(port), None, False, datetime.timedelta(seconds=30), wait_for_workers=False))
+        self.stopped, self.asked_to_end = threading.Event(), None
+        self.seen = {}  # rank -> (its last sign of life, when it came, its last count of marks, when that changed)
+        self._beat()
+        try:
+            self.handler_before = signal.signal(signal.SIGTERM, self._on_signal)
+        except ValueError:  # not the main thread
+            self.handler_before = None
+        self.thread = threading.Thread(target=self._run, name="liveness", daemon=True)
+        self.thread.start()
+
+    def stop(self):
+        """End the watch; what the main thread says from here on counts."""
+        self.stopped.set()
+        if threading.current_thread() is not self.thread:
+            self.thread.join(10 * BEAT)
+        if self.handler_before is not None:
+            signal.signal(signal.SIGTERM, self.handler_before)
+
+    def end_by(self, error):
+        """Tell the others that this rank's main thread has raised an error; returns when it may go on raising."""
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            # Most likely a collective that failed since somebody is lost: let the watch find out whom, and end this process.
+            self.world.trouble = True
+            self.stopped.wait(SILENT_IN_TROUBLE + 4 * BEAT)
+        if self.world.first:
+            self.stop()  # so that it is said once, by whoever catches the error
+        else:
+            self.stopped.wait(2 * BEAT)  # what all ranks have found is rank 0's to say
+        with contextlib.suppress(RuntimeError):
+            kind = "" if isinstance(error, (ValueError, OSError, FloatingPointError)) else f"{type(error).__name__}: "
+            self.store.compare_set("verdict", "", f"rank {self.world.rank} ({socket.gethostname()}): {kind}{' '.join(str(error).split())}")
+        if self.world.first:
+            time.sleep(2 * BEAT)  # the store lives in this process: let the others read
+        else:
+            self.stopped.wait(10 * BEAT)  # until the watch has seen it taken up
+
+    def _on_signal(self, number, frame):
+        """SIGTERM where nothing better handles it: the launcher ends the others when it has lost one, so say first which one that was."""
+        self.world.trouble, self.asked_to_end = True, time.monotonic()
+
+    def _beat(self):
+        world = self.world
+        self.store.set(f"beat/{world.rank}", json.dumps([time.time(), world.marks, world.doing, world.trouble, socket.gethostname()]))
+
+    def _run(self):
+        while not self.stopped.wait(BEAT):
+            try:
+                self._beat()
+                verdict = self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
+                if verdict is None and self.world.first:
+                    verdict = self._judge()
+                    if verdict:
+                        self.store.compare_set("verdict", "", verdict)
+            except RuntimeError:  # the store went with its process
+                if self.stopped.is_set():
+                    return
+                verdict = f"rank 0 (master {self.world.address}) is lost; last here: {self.world.doing}"
+                if self.world.rank == 1 or self.world.local_rank == 0:  # one a machine speaks for it
+                    self._say(verdict)
+                os._exit(LOST)
+            if verdict and not self.stopped.is_set():
+                if self.world.first:
+                    self._say(verdict)
+                    time.sleep(3 * BEAT)  # the others have to read it, and the store lives here
+                else:
+                    time.sleep(5 * BEAT)  # the launcher ends rank 0 as soon as another one has ended, and it may be about to speak
+                os._exit(LOST)
+            if self.asked_to_end and time.monotonic() > self.asked_to_end + SILENT_IN_TROUBLE + 4 * BEAT:
+                os._exit(128 + signal.SIGTERM)
+
+    def _judge(self):
+        """Rank 0's look at all signs of life: what is wrong, in a line, or None."""
+        now, states = time.monotonic(), []
+        for rank in range(self.world.size):
+            text = self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else "[0, 0, \"starting\", false, \"not started\"]"
+            beat, marks, *rest = json.loads(text)
+            old_beat, came, old_marks, moved = self.seen.get(rank, (None, now, None, now))
+            self.seen[rank] = beat, now if beat != old_beat else came, marks, now if marks != old_marks else moved
+            states.append((rank, marks, *rest, now - self.seen[rank][1], now - self.seen[rank][3]))
+        limit = SILENT_IN_TROUBLE if any(trouble for _, _, _, trouble, *_ in states) else SILENT
+        silent = [state for state in states if state[5] > limit]
+        if silent:
+            rank, _, doing, _, host, silence, _ = max(silent, key=lambda state: state[5])
+            return f"rank {rank} ({host}) is lost: no sign of life for {silence:.0f} s, last seen at {doing}"
+        if min(state[6] for state in states) > self.timeout:
+            return self._stuck(states)
+        return None
+
+    def _stuck(self, states):
+        """Nobody has moved: the others wait for whoever has got least far."""
+        behind = min(marks for _, marks, *_ in states)
+        slowest = [state for state in states if state[1] == behind]
+        names = ", ".join(f"{rank} ({host})" for rank, _, _, _, host, _, _ in slowest)
+        who = f"rank {names} hangs" if len(slowest) == 1 else f"ranks {names} hang, one of them or all" if len(slowest) < len(states) else "all ranks hang"
+        return f"{who}: nothing done for {self.timeout:g} s (distributed.timeout), last at {slowest[0][2]}"
+
+    @staticmethod
+    def _say(verdict):
+        print(f"\nhsivi: {verdict}; the run goes on from its newest checkpoint with the same command", file=sys.stderr, flush=True)
