@@ -41,7 +41,7 @@ class World:
     def __init__(self, rank=0, size=1, local_rank=0, device=torch.device("cpu"), store=None, address=None, control=None):
         self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
         self.store, self.address, self.control = store, address, control
-        self.marks, self.doing, self.trouble = 0, "starting", False
+        self.marks, self.doing, self.part_of_it, self.trouble = 0, "starting", "", False
 
     @property
     def first(self):
@@ -66,12 +66,16 @@ class World:
 
     def mark(self, doing):
         """Note that the main thread has got further, and to what: costs nothing and is read by the liveness thread."""
-        self.marks, self.doing = self.marks + 1, doing
+        self.marks, self.doing, self.part_of_it = self.marks + 1, doing, ""
+
+    def mark_part(self, part):
+        """Note that it has got further within what it does."""
+        self.marks, self.part_of_it = self.marks + 1, f", {part}"
 
     def counting(self, on_batch):
         """`on_batch(n)` for a sampler of which each rank draws a share: told of all ranks' samples, it marks progress too."""
         def told(n):
-            self.mark(f"{self.doing.split(',')[0]}, {n} samples more")
+            self.mark_part(f"{n} samples more")
             if on_batch:
                 on_batch(n * self.size)
         return told
@@ -177,6 +181,11 @@ def samples_per_rank(what, count, size):
     return count // size
 
 
+def processes():
+    """How many processes a launcher has started for this run: 1 without one."""
+    return _from_environment("WORLD_SIZE", 1)
+
+
 def connect(config):
     """The `World` of this process: alone, or connected to the others that the launcher has started. Called again, it gives the same one.
 
@@ -186,7 +195,7 @@ def connect(config):
     global _world
     if _world is not None:
         return _world
-    size = _from_environment("WORLD_SIZE", 1)
+    size = processes()
     if size == 1:
         return ALONE
     rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
@@ -352,7 +361,7 @@ class _Liveness:
 
     def _beat(self):
         world = self.world
-        self.store.set(f"beat/{world.rank}", json.dumps([time.time(), world.marks, world.doing, world.trouble, socket.gethostname()]))
+        self.store.set(f"beat/{world.rank}", json.dumps([time.time(), world.marks, world.doing + world.part_of_it, world.trouble, socket.gethostname()]))
 
     def _run(self):
         while not self.stopped.wait(BEAT):
@@ -366,7 +375,7 @@ class _Liveness:
             except RuntimeError:  # the store went with its process
                 if self.stopped.is_set():
                     return
-                verdict = f"rank 0 (master {self.world.address}) is lost; last here: {self.world.doing}"
+                verdict = f"rank 0 (master {self.world.address}) is lost; last here: {self.world.doing}{self.world.part_of_it}"
                 if self.world.rank == 1 or self.world.local_rank == 0:  # one a machine speaks for it
                     self._say(verdict)
                 os._exit(LOST)

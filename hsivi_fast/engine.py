@@ -152,6 +152,7 @@ class DeepSpeedEngine:
         """Accumulate parameter gradients from the cotangents `gradients` of `outputs` (two lists of tensors), and average them over the processes."""
         if self._unfinished:
             self.engine.step()  # of a part of a batch: counts, and updates nothing
+        self.world.mark_part("averaging gradients")
         # A number whose gradient at each output is the cotangent: DeepSpeed takes a loss, which it divides by the accumulation.
         self.engine.backward(sum((output * gradient).sum() for output, gradient in zip(outputs, gradients)))
         self._unfinished = True
@@ -169,6 +170,7 @@ class DeepSpeedEngine:
 
     def apply_step(self):
         """The rest of a step."""
+        self.world.mark_part("updating parameters")
         self.engine.step()
         self._unfinished = False
         self.ema.update(self._averaged_parts())
@@ -280,27 +282,29 @@ class DeepSpeedEngine:
                     self._flat_slot(slot)[flat.start:flat.start + flat.numel] = value.flatten()[own.start:own.start + own.numel].to(self.world.device)
 
 
-def uses_deepspeed(config, world=ALONE):
-    """Whether a run's networks are trained by DeepSpeed."""
-    return config.distributed.engine == "deepspeed" or config.distributed.engine == "auto" and world.size > 1
+def uses_deepspeed(config, size):
+    """Whether the networks of a run on `size` processes are trained by DeepSpeed."""
+    return config.distributed.engine == "deepspeed" or config.distributed.engine == "auto" and size > 1
+
+
+def check_distribution(config, size):
+    """Whether `size` processes can train the run as it says: raises ValueError for `plain` with several, a batch that cannot be cut so, what ZeRO-3 cannot do."""
+    settings = config.distributed
+    if settings.engine == "plain" and size > 1:
+        raise ValueError(f"distributed.engine: 'plain' trains in one process and there are {size}; choose auto or deepspeed")
+    samples = samples_per_rank("train.batch_size", config.train.batch_size, size)
+    if samples % settings.accumulation:
+        raise ValueError(f"distributed.accumulation: {settings.accumulation} parts do not fit the {samples} samples of a process; use a divisor of {samples}")
+    key = "cuda_graphs" if config.cuda_graphs else "compile" if config.compile else None
+    if settings.zero == 3 and key and uses_deepspeed(config, size):
+        raise ValueError(f"{key}: true does not go with distributed.zero=3, which moves parameters around in every call; choose stage 0, 1 or 2, or {key}=false")
 
 
 def build_engine(config, network, execution=EAGER, world=ALONE):
-    """The engine that the configuration asks for.
-
-    Raises ValueError for `plain` with several processes, a batch that cannot be cut so, what ZeRO-3 cannot do, or a settings file that does not fit.
-    """
+    """The engine that the configuration asks for; raises ValueError for a settings file of DeepSpeed's that does not fit."""
     settings, train = config.distributed, config.train
-    if settings.engine == "plain" and world.size > 1:
-        raise ValueError(f"distributed.engine: 'plain' trains in one process and there are {world.size}; choose auto or deepspeed")
-    samples = samples_per_rank("train.batch_size", train.batch_size, world.size)
-    if samples % settings.accumulation:
-        raise ValueError(f"distributed.accumulation: {settings.accumulation} parts do not fit the {samples} samples of a process; use a divisor of {samples}")
-    if not uses_deepspeed(config, world):
+    if not uses_deepspeed(config, world.size):
         return PlainEngine(network, train.clip, train.ema, execution, settings.accumulation)
-    if settings.zero == 3 and (config.cuda_graphs or config.compile):
-        key = "cuda_graphs" if config.cuda_graphs else "compile"
-        raise ValueError(f"{key}: true does not go with distributed.zero=3, which moves parameters around in every call; choose stage 0, 1 or 2, or {key}=false")
     return DeepSpeedEngine(network, train.clip, train.ema, execution, world, settings, train.batch_size)
 
 

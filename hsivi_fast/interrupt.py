@@ -12,7 +12,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop`, `stop.requested` becomes the signal's number; a second signal ends the process at once."""
+    """Within `with StopRequest() as stop`, `stop.requested` becomes the signal's number; the same one a second time ends the process at once.
+
+    Not so another one: on Ctrl-C a launcher sends SIGTERM after the terminal's SIGINT, and it means the same.
+    """
 
     def __init__(self):
         self.requested = None
@@ -27,7 +30,7 @@ class StopRequest:
         return self
 
     def _note(self, number, frame):
-        self.requested = number
+        self.requested = self.requested or number
         signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *exception):

@@ -125,7 +125,7 @@ class PooledRollout:
         self.seeds = ops.integers(self.run_seed, POOL_SEEDS, cycle, self.share * self.world.size, device)  # [N and the unused]
         self._roll(self.seeds[self.world.rank * self.share:(self.world.rank + 1) * self.share])
         if self.world.size > 1:
-            self.world.mark(f"gathering the pool of cycle {cycle}")
+            self.world.mark_part("gathering the pool")
             for own, whole in ((self.own_states, self.states), (self.own_means, self.means)):
                 if own is not None:
                     self.world.gather(own[0], into=whole)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import sys
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .data import load_data, to_uint8
+from .distributed import processes
 from .engine import PlainEngine
 from .evaluation import DigitsClassifier
 from .interrupt import Interrupted, StopRequest
@@ -36,8 +36,8 @@ def train_teacher(config, outdir, progress=False):
 
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were launched; a teacher is trained in one, start it without a launcher")
+    if processes() > 1:
+        raise ValueError(f"WORLD_SIZE: {processes()} processes were launched; a teacher is trained in one, start it without a launcher")
     settings, (device, _) = config.teacher_train, prepare_device(config)
     images = torch.from_numpy(load_data(config.data).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)

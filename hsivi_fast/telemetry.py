@@ -25,7 +25,7 @@ def describe_environment(config, backend, device, world=ALONE):
         "versions": versions, "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit(),
         "backend": backend, "triton_interpreted": backend == "triton" and ops.triton_is_interpreted(), "precision": config.precision, 
         "world_size": world.size, "samples_per_rank": config.train.batch_size // world.size,
-        "zero": config.distributed.zero if uses_deepspeed(config, world) else None,
+        "zero": config.distributed.zero if uses_deepspeed(config, world.size) else None,
     }
 
 

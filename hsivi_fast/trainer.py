@@ -4,7 +4,6 @@ With several processes every rank runs this same code on its part of each batch 
 """
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch
 
 from . import ops
-from .distributed import ALONE, connect, refuse_strangers, samples_per_rank
-from .engine import build_engine
+from .distributed import ALONE, connect, processes, refuse_strangers
+from .engine import build_engine, check_distribution
 from .evaluation import build_metric, final_table, measure_row
 from .frozen import EAGER
 from .interrupt import Interrupted, StopRequest
@@ -36,7 +35,7 @@ def train(config, outdir=None, fresh=False, progress=False):
     Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being finite,
     OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
     """
-    samples_per_rank("train.batch_size", config.train.batch_size, int(os.environ.get("WORLD_SIZE", "1")))  # before anybody waits for anybody
+    check_distribution(config, processes())  # before anybody waits for anybody
     world = connect(config)
     with world.watched(config.distributed.timeout):
         refuse_strangers(world, config)

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 
@@ -22,16 +23,7 @@ def run_ranks(function, size, *arguments, timeout=180):
 
     function: of a test module's top level; its result has to be picklable. A rank that ended without a result is reported with its exit code.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    CONTEXT.set_forkserver_preload(["hsivi_fast.trainer", "hsivi_fast.report", "deepspeed", "torch.utils.tensorboard", "sklearn.datasets"])
-    port, processes, pipes = free_port(), [], []
-    for rank in range(size):
-        mine, theirs = CONTEXT.Pipe(duplex=False)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(CONTEXT.Process(target=_rank, args=(theirs, environment, function, arguments)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(mine)
+    processes, pipes = _start(size, lambda rank, pipe, environment: (_rank, (pipe, environment, function, arguments)))
     results, deadline = [], time.monotonic() + timeout
     try:
         for rank, (process, pipe) in enumerate(zip(processes, pipes)):
@@ -44,18 +36,50 @@ def run_ranks(function, size, *arguments, timeout=180):
             assert succeeded, f"rank {rank} of {size}:\n{value}"
             results.append(value)
     finally:
-        for process in processes:
-            process.join(20 if len(results) == size else 1)
-            if process.is_alive():
-                process.kill()
+        _end(processes, 20 if len(results) == size else 1)
     return results
 
 
-def _rank(pipe, environment, function, arguments):
-    import torch
+def command_on_ranks(folder, size, arguments, fault=None, environment={}, timeout=90):
+    """[(exit code, what it printed)] of `hsivi` on each rank; arguments: a list, or a function from the rank to one; fault: for faulty_rank.py.
 
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    environment: {name: value} over the launcher's, for all ranks. Output goes through files in `folder`.
+    """
+    given = arguments if callable(arguments) else lambda rank: arguments
+    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+    processes, _ = _start(size, lambda rank, pipe, launcher: (_command, ({**launcher, **environment}, str(outputs[rank]), given(rank), fault)))
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    codes = [process.exitcode for process in processes]
+    _end(processes, 0)
+    return [(code, output.read_text().replace("\r", "\n")) for code, output in zip(codes, outputs)]
+
+
+def _start(size, task):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    CONTEXT.set_forkserver_preload(["hsivi_fast.trainer", "hsivi_fast.report", "deepspeed", "torch.utils.tensorboard", "sklearn.datasets"])
+    port, processes, pipes = free_port(), [], []
+    for rank in range(size):
+        mine, theirs = CONTEXT.Pipe(duplex=False)
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        target, arguments = task(rank, theirs, environment)
+        processes.append(CONTEXT.Process(target=target, args=arguments))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(mine)
+    return processes, pipes
+
+
+def _end(processes, patience):
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+
+
+def _rank(pipe, environment, function, arguments):
+    _become(environment)
     try:
         result = True, function(*arguments)
     except BaseException:
@@ -63,3 +87,27 @@ def _rank(pipe, environment, function, arguments):
     with contextlib.suppress(BrokenPipeError):
         pipe.send(result)
     pipe.close()
+
+
+def _command(environment, output, arguments, fault):
+    _become(environment)
+    with open(output, "wb", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if fault:
+        import faulty_rank
+
+        faulty_rank.install(fault)
+    from hsivi_fast import cli, distributed
+
+    # Patience for slow networks and busy interpreters; here it would be the test's whole time.
+    distributed.BEAT, distributed.SILENT_IN_TROUBLE, cli.RANK_0_SPEAKS = 0.3, 3.0, 1.0
+    cli.main(arguments)
+
+
+def _become(environment):
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
