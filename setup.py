@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=["hsivi_fast", "hsivi_fast.method", "hsivi_fast.nets", "hsivi_fast.ops", "hsivi_fast.kernels", "hsivi_fast.configs"],
     package_dir={"hsivi_fast.configs": "configs"},
-    package_data={"hsivi_fast": ["assets/*"], "hsivi_fast.configs": ["*.yaml"], "hsivi_fast.kernels": ["*.md"]},
+    package_data={"hsivi_fast": ["assets/*"], "hsivi_fast.configs": ["*.yaml", "*.json"], "hsivi_fast.kernels": ["*.md"]},
     include_package_data=False,
     entry_points={"console_scripts": ["hsivi = hsivi_fast.cli:main"]},
     install_requires=[
@@ -36,5 +36,5 @@ setup(
         "pydantic>=2.5",
         "click>=8.1",
     ],
-    extras_require={"dev": ["pytest", "pytest-benchmark", "diffusers"]},
+    extras_require={"dev": ["pytest", "pytest-benchmark", "pytest-xdist", "diffusers"]},
 )

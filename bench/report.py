@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import quality
+from . import quality, scaling as scaling_of_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -58,6 +58,10 @@ def breakdown(rows):
     return {"part": lambda r: r["case"], "seconds": lambda r: f"{r['seconds']:.2f}", **{kind: lambda r, kind=kind: f"{r['shares'][kind]:.1%}" for kind in rows[0]["shares"]}}
 
 
+def scaling(rows):
+    return scaling_of_ranks.COLUMNS
+
+
 def _memory_and_energy(rows):
     """Peak memory of both sides and, on a GPU, joules."""
     columns = {"MB at most, ours / published": lambda r: f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}"}
@@ -68,7 +72,7 @@ def _memory_and_energy(rows):
 
 def markdown(name, rows):
     """The table of a results file with this stem, as markdown."""
-    kind = next(kind for kind in (train_step, sampling, fid, ablation, start, breakdown) if name.startswith(kind.__name__)) if name != "quality" else None
+    kind = next(kind for kind in (train_step, sampling, fid, ablation, start, breakdown, scaling) if name.startswith(kind.__name__)) if name != "quality" else None
     if kind is None:
         rows, columns = quality.summary(rows), quality.COLUMNS
     else:

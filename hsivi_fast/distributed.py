@@ -55,6 +55,8 @@ class World:
 
     def share(self, items):
         """This rank's part of a sequence that need not be cut evenly: equally many for each rank, the last one repeated where they run out."""
+        if self.size == 1:
+            return items
         size = -(-len(items) // self.size)
         own = list(items[self.rank * size:(self.rank + 1) * size])
         return own + [items[-1]] * (size - len(own))
@@ -248,7 +250,8 @@ def _differences(fingerprints):
 def _fingerprint(config):
     from .config import resolved_dict
 
-    fingerprint = {"config": resolved_dict(config), "code of hsivi_fast (hash)": _code_hash(), "Python": platform.python_version()}
+    settings = Path(config.distributed.deepspeed or "")
+    fingerprint = {"config": resolved_dict(config), "distributed.deepspeed": settings.read_text() if settings.is_file() else None, "code of hsivi_fast (hash)": _code_hash(), "Python": platform.python_version()}
     for package in ("torch", "deepspeed", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             fingerprint[package] = importlib.metadata.version(package)

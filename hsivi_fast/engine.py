@@ -131,7 +131,11 @@ class DeepSpeedEngine:
             config=deepspeed_config(settings, clip, batch_size, world.size, kept_whole=max((parameter.numel() for parameter in outside), default=0)))
         self.network = self.engine.module
         self.parameters = list(self.network.parameters())
-        if self.stage == 3 and outside:
+        if self.stage < 3:
+            # DeepSpeed's timers, which start at every call of the module, of a rollout too, and which torch.compile cannot trace.
+            self.engine.module_forward_pre_hook.remove()
+            self.engine.module_forward_post_hook.remove()
+        elif outside:
             # The network's own parameters (log_gamma) are used outside of its call, so on every rank they stay whole from the start to the end.
             outside[0].all_gather(outside)
             for parameter in outside:

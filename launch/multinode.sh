@@ -37,10 +37,10 @@ command -v deepspeed > /dev/null || fail "deepspeed: no such command; activate t
 if [[ -n "${HOSTFILE:-}" ]]; then
     [[ -r "$HOSTFILE" ]] || fail "HOSTFILE: $HOSTFILE cannot be read" # DeepSpeed would go on with this machine alone
     hosts=$(sed -E 's/#.*//; s/^[[:space:]]+//; s/[[:space:]]+$//; /^$/d' "$HOSTFILE")
-    wrong=$(grep -nvE '^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*$' <<< "$hosts" | head -n 1 || true)
+    wrong=$(grep -nvE '^[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*$' <<< "$hosts" | sed -n 1p || true)
     [[ -n "$hosts" ]] || fail "HOSTFILE: $HOSTFILE names no machine"
     [[ -z "$wrong" ]] || fail "HOSTFILE: $HOSTFILE, machine $wrong: expected a line like 'name slots=8'"
-    twice=$(awk '{print $1}' <<< "$hosts" | sort | uniq -d | head -n 1)
+    twice=$(awk '{print $1}' <<< "$hosts" | sort | uniq -d | sed -n 1p)
     [[ -z "$twice" ]] || fail "HOSTFILE: $HOSTFILE names $twice twice"
 else
     [[ -n "${NUM_NODES:-}" ]] || fail "NUM_NODES: not set; give the number of machines, or a HOSTFILE"

@@ -13,7 +13,7 @@
 # TERM, 3 minutes before the time is over or when the job is preempted: the run saves itself at its next student update, and goes on from there
 # when the same command is submitted again.
 set -euo pipefail
-IP_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export IP_ADDR NUM_NODES=$SLURM_JOB_NUM_NODES PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))} GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export IP_ADDR=${hosts%%$'\n'*} NUM_NODES=$SLURM_JOB_NUM_NODES PORT=${PORT:-$((20000 + SLURM_JOB_ID % 20000))} GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 # The deepspeed launcher's own Slurm mode sets neither RANK nor MASTER_ADDR, so each node gets a launcher that is told both.
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/multinode.sh "$@"' multinode "$@"

@@ -19,7 +19,8 @@ def no_choices_from_outside(monkeypatch):
     """A launcher's variables around the test run must not look like our own, nor a backend chosen in another test."""
     from hsivi_fast import ops
 
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     monkeypatch.setattr(ops, "_chosen", None)
 

@@ -106,8 +106,8 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path):
         load_config(_file(tmp_path, {key: value for key, value in RUN.items() if key != "nfe"}))
 
 
-def test_a_batch_must_divide_among_the_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="train.batch_size: 128 cannot be split over 3 processes"):
-        load_config(_file(tmp_path, RUN))
-    assert load_config(_file(tmp_path, RUN), ["train.batch_size=129"]).train.batch_size == 129
+def test_files_are_found_beside_the_yaml_file(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    config = load_config(_file(tmp_path, {**RUN, "distributed": {"deepspeed": "settings.json"}}))
+    assert config.distributed.deepspeed == str(tmp_path / "settings.json")
+    assert load_config("smoke", ["distributed.deepspeed=deepspeed.json"]).distributed.deepspeed.endswith("configs/deepspeed.json")

@@ -6,9 +6,11 @@ import dataclasses
 import pytest
 import torch
 from operator_recording import OperatorRecording
+from ranks import run_ranks
 
 from hsivi_fast import load_config, train
-from hsivi_fast.engine import PlainEngine
+from hsivi_fast.distributed import ALONE, connect
+from hsivi_fast.engine import build_engine
 from hsivi_fast.frozen import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
 from hsivi_fast.models import build_layer, build_score_net, build_student, load_teacher, prepare_device
 from hsivi_fast.rollout import build_rollout
@@ -19,14 +21,14 @@ SMOKE = ["train.batch_size=6", "train.f_learning_times=3"]
 RECORDED = [pytest.param("cpu", OperatorRecording, id="operators"), pytest.param("cuda", CudaRecording, id="cuda", marks=pytest.mark.gpu)]
 
 
-def _training(execution, device="cpu", settings=()):
+def _training(execution, device="cpu", settings=(), world=ALONE):
     """(student, score_net, rollout, updates) of a small run."""
     config = load_config("smoke", [*SMOKE, f"device={device}", *settings])
     prepare_device(config)
     layer, teacher = build_layer(config, device), load_teacher(config, device)
-    student = PlainEngine(build_student(config, teacher, layer), 1.0, 0.9, execution)
-    score_net = PlainEngine(build_score_net(config, teacher), 1.0, 0.9, execution)
-    return student, score_net, build_rollout(config, layer, student.network, execution), Updates(student, score_net, teacher, layer, execution)
+    student = build_engine(config, build_student(config, teacher, layer), execution, world)
+    score_net = build_engine(config, build_score_net(config, teacher), execution, world)
+    return student, score_net, build_rollout(config, layer, student.network, execution, world), Updates(student, score_net, teacher, layer, execution)
 
 
 def _iterate(steps, student, score_net, rollout, updates):
@@ -60,6 +62,22 @@ def test_recorded_training_is_the_eager_one(device, recording, settings):
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
     assert execution.recorded == (2 if "rollout.mode=fresh" in settings else 3) and execution.seconds > 0
+
+
+def recorded_and_eager_on_ranks(settings):
+    """(losses recorded, losses eager, calls recorded) on one of several ranks."""
+    world = connect(load_config("smoke", [*SMOKE, "device=cpu", *settings]))
+    execution = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
+    expected = _iterate(15, *_training(EAGER, "cpu", settings, world))
+    return _iterate(15, *_training(execution, "cpu", settings, world)).tolist(), expected.tolist(), execution.recorded
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
+    """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is recorded sees them."""
+    for recorded, eager, calls in run_ranks(recorded_and_eager_on_ranks, 2, [f"distributed.zero={zero}"]):
+        torch.testing.assert_close(torch.tensor(recorded), torch.tensor(eager), rtol=5e-4, atol=1e-5)
+        assert calls == 2
 
 
 @pytest.mark.parametrize("device, recording", RECORDED)

@@ -110,7 +110,7 @@ def test_an_install_has_configs_assets_and_kernels(tmp_path):
     subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib"),
                     "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    for path in [*ROOT.glob("configs/*.yaml"), *PACKAGE.glob("assets/*"), *ROOT.glob("kernels/*.py"), *ROOT.glob("kernels/*.md")]:
+    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/*.json"), *PACKAGE.glob("assets/*"), *ROOT.glob("kernels/*.py"), *ROOT.glob("kernels/*.md")]:
         folder = "assets" if path.parent.name == "assets" else path.parent.name
         assert f"hsivi_fast/{folder}/{path.name}" in built
     assert {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} <= built

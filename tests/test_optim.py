@@ -32,5 +32,5 @@ def test_ema_is_the_published_one():
         for value, expected in zip(golden["values"], golden["ema"]):
             network.weight.fill_(float(value))
             average.count()
-            average.update(network)
-            assert float(average.state_dict()["weight"]) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+            average.update(network.parameters())
+            assert float(average.parameters["weight"]) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)

@@ -25,6 +25,8 @@ def test_the_last_two_and_the_best_are_kept(tmp_path, config):
     folder = RunFolder.start(tmp_path / "run", config)
     for step, metric in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 4.0), (60, None)):
         _save(folder, step, metric)
+        assert step in folder.checkpoints() and len(folder.checkpoints()) <= 4  # the new one beside the old ones, until they may go
+        folder.drop_old_checkpoints()
     assert folder.checkpoints() == [20, 50, 60] and folder.best_checkpoint() == (20, 1.0)
     assert float(folder.load_tensors(50, "student")["w"][0]) == 50 and folder.load_state(60)["step"] == 60
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
@@ -93,7 +95,7 @@ def test_only_the_same_run_goes_on(tmp_path, config):
     RunFolder.start(path, load_config("digits", ["train.steps=50"]))
     with pytest.raises(ValueError, match="train.steps = 50, not 45"):
         RunFolder.start(path, load_config("digits", ["train.steps=45"]))
-    with pytest.raises(ValueError, match=r"eta = .*, not 0.9; only train.steps may grow"):
+    with pytest.raises(ValueError, match=r"eta = .*, not 0.9; when a run goes on, only train.steps may grow"):
         RunFolder.start(path, load_config("digits", ["train.steps=50", "eta=0.9"]))
     with pytest.raises(ValueError, match="--fresh was given"):
         RunFolder.start(path, load_config("digits", ["train.steps=50"]), fresh=True)
