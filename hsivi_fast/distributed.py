@@ -32,7 +32,7 @@ SILENT = 20.0  # seconds without one after which a rank is lost: a busy interpre
 SILENT_IN_TROUBLE = 5.0  # the same once a collective has failed somewhere, or the launcher has asked a rank to end: then somebody is lost
 LOST = 2  # exit code
 
-_world = None  # of this process, once connected
+_world, _met = None, False  # of this process, once connected
 
 
 class World:
@@ -203,8 +203,8 @@ def connect(config):
     rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
     if not 0 <= rank < size:
         raise ValueError(f"RANK: {rank} is not below WORLD_SIZE, {size}; start the run with a launcher, as in `deepspeed launch/train.py`")
-    device = _device(config.device, local_rank)
     address, store = _meet(rank, size, config.distributed.connect_timeout)
+    device = _agreed_device(config.device, local_rank, rank, size, store)
     timeout = datetime.timedelta(seconds=config.distributed.timeout)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
     # Agreements of the hosts never wait for a device, so they have a group of their own there.
@@ -223,8 +223,8 @@ def meet_alone(device):
 
 
 def connected():
-    """Whether this process is one of several and has met them."""
-    return _world is not None
+    """Whether this process is one of several and has met them, so that rank 0 can speak for it."""
+    return _met
 
 
 def refuse_strangers(world, config):
@@ -274,6 +274,20 @@ def _from_environment(name, default=None):
         raise ValueError(f"{name}: {text!r} in the environment is not a number; start the run with a launcher, as in `deepspeed launch/train.py`") from None
 
 
+def _agreed_device(name, local_rank, rank, size, store):
+    """This rank's device, if all ranks have found one; otherwise the ValueError of the first that has not, on all of them."""
+    try:
+        device, problem = _device(name, local_rank), ""
+    except ValueError as error:
+        device, problem = None, str(error)
+    store.set(f"device/{rank}", problem)
+    problems = [(other, text) for other in range(size) if (text := store.get(f"device/{other}").decode())]
+    if problems:
+        # What all ranks say is not one rank's.
+        raise ValueError(problems[0][1] if len(problems) == size else f"rank {problems[0][0]}: {problems[0][1]}")
+    return device
+
+
 def _device(name, local_rank):
     """A rank's own device: the GPU of its number on this machine, or the CPU."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
@@ -300,12 +314,14 @@ def _meet(rank, size, timeout):
         reason = "is the address in use, or another machine's?" if serves else f"it did not answer within {timeout:g} s (distributed.connect_timeout)"
         first_line = str(error).splitlines()[0] if serves else ""
         raise ValueError(f"master {address}: rank {rank} cannot {'serve' if serves else 'reach'} it; {reason} {first_line}".strip()) from None
+    global _met
     store.set(f"here/{rank}", socket.gethostname())
     deadline, missing = time.monotonic() + timeout, list(range(size))
     while missing := [other for other in missing if not store.check([f"here/{other}"])]:
         if time.monotonic() > deadline:
             raise ValueError(f"master {address}: {_ranks(missing)} did not come within {timeout:g} s (distributed.connect_timeout)")
         time.sleep(0.05)
+    _met = True
     return address, store
 
 

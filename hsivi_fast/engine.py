@@ -126,6 +126,8 @@ class DeepSpeedEngine:
         self.names, parameters = zip(*network.named_parameters())
         self.shapes = [parameter.shape for parameter in parameters]
         outside = list(network.parameters(recurse=False))
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)  # the one layout of weights that DeepSpeed takes
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=network, optimizer=adam(parameters), dist_init_required=False,
             config=deepspeed_config(settings, clip, batch_size, world.size, kept_whole=max((parameter.numel() for parameter in outside), default=0)))
@@ -156,6 +158,9 @@ class DeepSpeedEngine:
         """Accumulate parameter gradients from the cotangents `gradients` of `outputs` (two lists of tensors), and average them over the processes."""
         if self._unfinished:
             self.engine.step()  # of a part of a batch: counts, and updates nothing
+        if self.stage:
+            # DeepSpeed's own forward does this. Without it ZeRO-3 takes the next part of a batch for the same one again, and forgets the gradients so far.
+            self.optimizer.clear_backward_seen_flag()
         self.world.mark_part("averaging gradients")
         # A number whose gradient at each output is the cotangent: DeepSpeed takes a loss, which it divides by the accumulation.
         self.engine.backward(sum((output * gradient).sum() for output, gradient in zip(outputs, gradients)))

@@ -56,7 +56,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(tmp_path, un
     code, output = launch(tmp_path, "tests/faulty_rank.py", *RUN, "eval.num_samples=30", "--outdir", tmp_path / "run", FAULT="kill:1:5")
     assert code != 0 and time.monotonic() - begin < 60
     (line,) = [line for line in output.splitlines() if line.startswith("hsivi:")]
-    assert re.match(r"hsivi: rank 1 \(.*\) is lost: no sign of life for \d+ s, last seen at .*step [45].*; the run goes on from its newest checkpoint", line)
+    assert re.match(r"hsivi: rank 1 \(.*\) is lost: no sign of life for \d+ s, last seen at .*; the run goes on from its newest checkpoint", line)
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
     code, output = launch(tmp_path, "launch/train.py", *RUN, "eval.num_samples=30", "--outdir", tmp_path / "run")
