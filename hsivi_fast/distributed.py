@@ -203,8 +203,12 @@ def connect(config):
     rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
     if not 0 <= rank < size:
         raise ValueError(f"RANK: {rank} is not below WORLD_SIZE, {size}; start the run with a launcher, as in `deepspeed launch/train.py`")
-    address, store = _meet(rank, size, config.distributed.connect_timeout)
-    device = _agreed_device(config.device, local_rank, rank, size, store)
+    address, store = _reach_master(rank, config.distributed.connect_timeout)
+    try:
+        _meet(rank, size, config.distributed.connect_timeout, address, store)
+        device = _agreed_device(config.device, local_rank, rank, size, store)
+    except RuntimeError as error:  # the store lives in rank 0's process
+        raise ValueError(f"master {address}: rank 0 has left before all had met ({str(error).splitlines()[0]})") from None
     timeout = datetime.timedelta(seconds=config.distributed.timeout)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
     # Agreements of the hosts never wait for a device, so they have a group of their own there.
@@ -218,12 +222,12 @@ def meet_alone(device):
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
     if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # which DeepSpeed takes for the number of the GPU
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def connected():
-    """Whether this process is one of several and has met them, so that rank 0 can speak for it."""
+    """Whether this process is one of several and has reached rank 0, which speaks for it then."""
     return _met
 
 
@@ -283,9 +287,18 @@ def _agreed_device(name, local_rank, rank, size, store):
     store.set(f"device/{rank}", problem)
     problems = [(other, text) for other in range(size) if (text := store.get(f"device/{other}").decode())]
     if problems:
+        _all_have_read(rank, size, store)
         # What all ranks say is not one rank's.
         raise ValueError(problems[0][1] if len(problems) == size else f"rank {problems[0][0]}: {problems[0][1]}")
     return device
+
+
+def _all_have_read(rank, size, store):
+    """Keep rank 0, and the store with it, until the others know why it leaves; not for long, should one of them be gone."""
+    store.set(f"read/{rank}", "")
+    deadline = time.monotonic() + 5
+    while rank == 0 and time.monotonic() < deadline and not store.check([f"read/{other}" for other in range(size)]):
+        time.sleep(0.05)
 
 
 def _device(name, local_rank):
@@ -301,8 +314,9 @@ def _device(name, local_rank):
     return device
 
 
-def _meet(rank, size, timeout):
-    """(address, store) when all ranks have come to the master's key-value store."""
+def _reach_master(rank, timeout):
+    """(address, store): the key-value store that rank 0 serves at MASTER_ADDR and MASTER_PORT."""
+    global _met
     host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT")
     if not host:
         raise ValueError("MASTER_ADDR: not set; start the run with a launcher, as in `deepspeed launch/train.py`")
@@ -314,15 +328,18 @@ def _meet(rank, size, timeout):
         reason = "is the address in use, or another machine's?" if serves else f"it did not answer within {timeout:g} s (distributed.connect_timeout)"
         first_line = str(error).splitlines()[0] if serves else ""
         raise ValueError(f"master {address}: rank {rank} cannot {'serve' if serves else 'reach'} it; {reason} {first_line}".strip()) from None
-    global _met
+    _met = True
+    return address, store
+
+
+def _meet(rank, size, timeout, address, store):
+    """Return when all ranks have come to the store."""
     store.set(f"here/{rank}", socket.gethostname())
     deadline, missing = time.monotonic() + timeout, list(range(size))
     while missing := [other for other in missing if not store.check([f"here/{other}"])]:
         if time.monotonic() > deadline:
             raise ValueError(f"master {address}: {_ranks(missing)} did not come within {timeout:g} s (distributed.connect_timeout)")
         time.sleep(0.05)
-    _met = True
-    return address, store
 
 
 def _ranks(numbers):
@@ -411,8 +428,7 @@ class _Liveness:
     def _judge(self):
         """Rank 0's look at all signs of life: what is wrong, in a line, or None."""
         now, states = time.monotonic(), []
-        for rank in range(self.world.size):
-            text = self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else "[0, 0, \"starting\", false, \"not started\"]"
+        for rank, text in enumerate(self._beats()):
             beat, marks, *rest = json.loads(text)
             old_beat, came, old_marks, moved = self.seen.get(rank, (None, now, None, now))
             self.seen[rank] = beat, now if beat != old_beat else came, marks, now if marks != old_marks else moved
@@ -425,6 +441,13 @@ class _Liveness:
         if min(state[6] for state in states) > self.timeout:
             return self._stuck(states)
         return None
+
+    def _beats(self):
+        """The newest sign of life of each rank."""
+        keys = [f"beat/{rank}" for rank in range(self.world.size)]
+        if self.store.check(keys):  # nearly always; two calls, however many ranks there are
+            return [text.decode() for text in self.store.multi_get(keys)]
+        return [self.store.get(key).decode() if self.store.check([key]) else '[0, 0, "starting", false, "not here yet"]' for key in keys]
 
     def _stuck(self, states):
         """Nobody has moved: the others wait for whoever has got least far."""

@@ -120,7 +120,8 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, network, clip, ema, execution, world, settings, batch_size):
-        meet_alone(world.device)
+        self.device = next(network.parameters()).device
+        meet_alone(self.device)
         deepspeed = _deepspeed()
         self.world, self.stage, self.accumulation, self.execution = world, settings.zero, settings.accumulation, execution
         self.names, parameters = zip(*network.named_parameters())
@@ -272,7 +273,7 @@ class DeepSpeedEngine:
             self.optimizer.refresh_fp32_params()
 
     def _set_slots(self, values):
-        step = values[f"step.{self.names[0]}"].to(self.world.device)
+        step = values[f"step.{self.names[0]}"].to(self.device)
         state = self._base_optimizer().state
         if self.stage == 0:
             for key, parameter in zip(self.names, self.parameters):
@@ -288,7 +289,7 @@ class DeepSpeedEngine:
                     self._own_slot(parameter, slot).copy_(self._own_part(parameter, value))
                 elif (mapping := parameter._hp_mapping) is not None:
                     own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    self._flat_slot(slot)[flat.start:flat.start + flat.numel] = value.flatten()[own.start:own.start + own.numel].to(self.world.device)
+                    self._flat_slot(slot)[flat.start:flat.start + flat.numel] = value.flatten()[own.start:own.start + own.numel]
 
 
 def uses_deepspeed(config, size):

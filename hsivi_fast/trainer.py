@@ -48,7 +48,9 @@ def _train(config, outdir, fresh, progress, world):
     layer = build_layer(config, device)
     teacher = load_teacher(config, device)
     world.send_from_first([*teacher.parameters(), *teacher.buffers()])  # should a machine have another file under that name
+    world.mark("preparing the student")
     student = build_engine(config, build_student(config, teacher, layer), execution, world)
+    world.mark("preparing the score network")
     score_net = build_engine(config, build_score_net(config, teacher), execution, world)
     rollout = build_rollout(config, layer, student.network, execution, world)
     updates = Updates(student, score_net, teacher, layer, execution)
@@ -60,6 +62,7 @@ def _train(config, outdir, fresh, progress, world):
     rates = lambda step: [learning_rate(settings.lr_rule, base, step, settings.warmup, settings.steps) for base in (settings.student_lr, settings.score_net_lr)]
     with folder.locked() if world.first else contextlib.nullcontext():
         with StopRequest() as stop, Journal(folder, config, execution, progress, world) as journal:
+            world.mark("loading")
             step = _load_newest(folder, student, score_net, world)
             if world.first:
                 folder.write_json("environment.json", describe_environment(config, backend, device, world))

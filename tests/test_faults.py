@@ -24,10 +24,10 @@ def newest(tmp_path):
 
 def test_a_hanging_rank_is_ended_by_the_timeout(tmp_path):
     start = time.monotonic()
-    (code, output), (other_code, other_output) = on_two_ranks(tmp_path, "distributed.timeout=6", fault="hang:1:5")
+    (code, output), (other_code, other_output) = on_two_ranks(tmp_path, "distributed.timeout=10", fault="hang:1:5")
     assert (code, other_code) == (2, 2)
     (line,) = said(output)
-    assert line.startswith("hsivi: rank 1 (") and "hangs: nothing done for 6 s (distributed.timeout), last at step 5" in line
+    assert line.startswith("hsivi: rank 1 (") and "hangs: nothing done for 10 s (distributed.timeout), last at step 5" in line
     assert said(other_output) == [] and "Traceback" not in output + other_output
     assert newest(tmp_path) == 4 and time.monotonic() - start < 60
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_all(tmp_path):
     assert [code for code, _ in on_two_ranks(tmp_path, "train.steps=2")] == [0, 0]
     file = tmp_path / "run" / "checkpoints" / "step_2" / "student.safetensors"
     weights = load_file(file)
-    weights["in_conv.weight"] = weights["in_conv.weight"][:8]
+    weights["in_conv.weight"] = weights["in_conv.weight"][:1]
     save_file(weights, file)
     (code, output), (other_code, other_output) = on_two_ranks(tmp_path)
     assert (code, other_code) == (2, 2)
