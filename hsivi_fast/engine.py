@@ -145,6 +145,9 @@ class DeepSpeedEngine:
                 parameter.is_external_param = True
         self.predict = execution.compiled(self.network)
         self.ema = EMA(zip(self.names, self._averaged_parts()), ema)
+        if self.stage in (1, 2):  # which stretches of which parameters each rank's flat state has: (parameter, start in it, start in the flat state, elements)
+            self._stretches = world.all([(index, mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+                                         for index, parameter in enumerate(self.parameters) if (mapping := parameter._hp_mapping) is not None])
         self._unfinished = False  # a backward that DeepSpeed has not been told the end of
 
     def frozen(self):
@@ -187,25 +190,21 @@ class DeepSpeedEngine:
 
     def averaged(self):
         """{name: tensor}: the averaged parameters; in stage 3 all ranks have to ask."""
-        return dict(self._averages())
-
-    def _averages(self):
-        for (name, part), shape in zip(self.ema.parameters.items(), self.shapes):
-            yield name, self._whole_from_parts(part, shape) if self.stage == 3 else part
+        averages = self.ema.parameters.values()
+        return dict(zip(self.names, self._wholes(averages) if self.stage == 3 else averages))
 
     def state(self, name):
         """What a checkpoint needs, as of `PlainEngine`; all ranks have to ask, and rank 0 has it, on the CPU."""
-        keep = lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True) if self.world.first else None
+        keep = lambda tensors: {key: tensor.detach().to("cpu", torch.float32, copy=True) if self.world.first else None for key, tensor in tensors}
         optimizer = {}
         step = next((values["step"] for values in self._base_optimizer().state.values()), None)
         if step is not None:
-            for key, parameter in zip(self.names, self.parameters):
-                optimizer[f"step.{key}"] = keep(step)
-                for slot in SLOTS:
-                    optimizer[f"{slot}.{key}"] = keep(self._whole_slot(parameter, slot))
-        weights = {key: keep(self._whole_weight(parameter)) for key, parameter in zip(self.names, self.parameters)}
-        average = {key: keep(value) for key, value in self._averages()}
-        return {name: weights, f"{name}_ema": average, f"{name}_optimizer": optimizer}, {f"{name}_updates": self.ema.updates}
+            optimizer.update(keep((f"step.{key}", step) for key in self.names))
+            for slot in SLOTS:
+                optimizer.update(keep((f"{slot}.{key}", value) for key, value in zip(self.names, self._whole_slots(slot))))
+        weights = self._wholes([parameter.ds_tensor for parameter in self.parameters]) if self.stage == 3 else self.parameters
+        tensors = {name: keep(zip(self.names, weights)), f"{name}_ema": keep(self.averaged().items()), f"{name}_optimizer": optimizer}
+        return tensors, {f"{name}_updates": self.ema.updates}
 
     def load(self, name, read, numbers):
         """The inverse of `state`; all ranks have to call it, and `read` gives the same on all of them. Raises ValueError for a checkpoint of another network."""
@@ -220,7 +219,7 @@ class DeepSpeedEngine:
             self.ema.load(average, numbers[f"{name}_updates"])
 
     # The pieces. Stage 0: the optimizer is Adam itself, its state lies by parameter. Stages 1, 2: it is flat, each rank has a stretch of it, and
-    # `_hp_mapping` says which stretch of a parameter lies there. Stage 3: each parameter is cut into equal parts, the last one padded.
+    # `_stretches` says which of which parameter lies where. Stage 3: each parameter is cut into equal parts, the last one padded.
 
     def _base_optimizer(self):
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer
@@ -229,11 +228,11 @@ class DeepSpeedEngine:
         """What the EMA follows: the parameters or, in stage 3, this rank's parts of them."""
         return [parameter.ds_tensor for parameter in self.parameters] if self.stage == 3 else self.parameters
 
-    def _whole_weight(self, parameter):
-        return self._whole_from_parts(parameter.ds_tensor, parameter.ds_shape) if self.stage == 3 else parameter.detach()
-
-    def _whole_from_parts(self, part, shape):
-        return self.world.gather(part.detach()).flatten()[:shape.numel()].reshape(shape)
+    def _wholes(self, parts):
+        """Stage 3: the whole tensors of all parameters from every rank's parts of them, by one collective."""
+        parts = [part.detach() for part in parts]
+        gathered = self.world.gather(torch.cat(parts)).split([len(part) for part in parts], dim=1)  # [ranks, part] each
+        return [whole.flatten()[:shape.numel()].reshape(shape) for whole, shape in zip(gathered, self.shapes)]
 
     def _own_part(self, parameter, whole):
         """This rank's part of a parameter-shaped tensor, padded with zeros as DeepSpeed does."""
@@ -242,16 +241,17 @@ class DeepSpeedEngine:
         padded[:whole.numel()] = whole.flatten()
         return padded[self.world.rank * size:(self.world.rank + 1) * size]
 
-    def _whole_slot(self, parameter, slot):
+    def _whole_slots(self, slot):
+        """A moment of all parameters, in their order and shapes."""
         if self.stage == 0:
-            return self.optimizer.state[parameter][slot]
+            return [self.optimizer.state[parameter][slot] for parameter in self.parameters]
         if self.stage == 3:
-            return self._whole_from_parts(self._own_slot(parameter, slot), parameter.ds_shape)
-        whole = torch.zeros(parameter.numel(), device=parameter.device)
-        if (mapping := parameter._hp_mapping) is not None:
-            own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-            whole[own.start:own.start + own.numel] = self._flat_slot(slot)[flat.start:flat.start + flat.numel]
-        return self.world.sum(whole).reshape(parameter.shape)  # zeros but for one rank's stretch: exact
+            return self._wholes([self._own_slot(parameter, slot) for parameter in self.parameters])
+        gathered, wholes = self.world.gather(self._flat_slot(slot)), [torch.empty(shape.numel(), device=self.device) for shape in self.shapes]
+        for flat, stretches in zip(gathered, self._stretches):
+            for index, own, start, count in stretches:
+                wholes[index][own:own + count] = flat[start:start + count]
+        return [whole.reshape(shape) for whole, shape in zip(wholes, self.shapes)]
 
     def _flat_slot(self, slot):
         (flat,) = self.optimizer.single_partition_of_fp32_groups
@@ -282,14 +282,13 @@ class DeepSpeedEngine:
         pieces = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups
         for flat in pieces:
             state[flat] = {"step": step.clone(), **{slot: torch.zeros_like(flat) for slot in SLOTS}}
-        for key, parameter in zip(self.names, self.parameters):
-            for slot in SLOTS:
-                value = values[f"{slot}.{key}"]
-                if self.stage == 3:
-                    self._own_slot(parameter, slot).copy_(self._own_part(parameter, value))
-                elif (mapping := parameter._hp_mapping) is not None:
-                    own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    self._flat_slot(slot)[flat.start:flat.start + flat.numel] = value.flatten()[own.start:own.start + own.numel]
+        for slot in SLOTS:
+            if self.stage == 3:
+                for key, parameter in zip(self.names, self.parameters):
+                    self._own_slot(parameter, slot).copy_(self._own_part(parameter, values[f"{slot}.{key}"]))
+            else:
+                for index, own, start, count in self._stretches[self.world.rank]:
+                    self._flat_slot(slot)[start:start + count] = values[f"{slot}.{self.names[index]}"].flatten()[own:own + count]
 
 
 def uses_deepspeed(config, size):
