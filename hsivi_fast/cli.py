@@ -196,6 +196,9 @@ def main(arguments=None):
 def launched(command):
     """What the files in launch/ do: one command, with the arguments that the deepspeed launcher passes on and without the one that it adds."""
     main([command, *(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))])
+    from .distributed import disconnect
+
+    disconnect()
 
 
 def _first():

@@ -162,8 +162,9 @@ class World:
         try:
             yield
             self.mark("ending")
-            self.from_first(lambda: None)  # nobody leaves while another still needs the store
-            dist.barrier(group=self.control)
+            self.from_first(lambda: None)
+            liveness.stopped.set()
+            dist.barrier(group=self.control)  # rank 0 takes the store with it when it leaves, so by then nobody looks there any more
         except Interrupted:  # all ranks have agreed on it
             raise
         except BaseException as error:
@@ -191,8 +192,7 @@ def processes():
 def connect(config):
     """The `World` of this process: alone, or connected to the others that the launcher has started. Called again, it gives the same one.
 
-    Raises ValueError where the master cannot be reached or ranks do not come within `distributed.connect_timeout` seconds, a device is not there, or a
-    rank has another configuration, code or library version than rank 0.
+    Raises ValueError where the master cannot be reached or ranks do not come within `distributed.connect_timeout` seconds, or a rank's device is not there.
     """
     global _world
     if _world is not None:
@@ -229,6 +229,12 @@ def meet_alone(device):
 def connected():
     """Whether this process is one of several and has reached rank 0, which speaks for it then."""
     return _met
+
+
+def disconnect():
+    """Let go of the other processes, at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def refuse_strangers(world, config):

@@ -71,6 +71,7 @@ def _train(config, outdir, fresh, progress, world):
             if step < settings.steps:
                 if world.first:
                     (folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
+                world.mark(f"step {step}")
                 rollout.start_cycle(step // every)
 
             while step < settings.steps:
