@@ -56,6 +56,12 @@ def command_on_ranks(folder, size, arguments, fault=None, environment={}, timeou
     return [(code, output.read_text().replace("\r", "\n")) for code, output in zip(codes, outputs)]
 
 
+def seconds_since_the_kill(output):
+    """What has passed since faulty_rank.py said that it ends its process."""
+    (line,) = [line for line in output.splitlines() if line.startswith("KILLED")]
+    return time.time() - float(line.split()[1])
+
+
 def _start(size, task):
     os.environ["DS_ACCELERATOR"] = "cpu"
     CONTEXT.set_forkserver_preload(["hsivi_fast.trainer", "hsivi_fast.report", "deepspeed", "torch.utils.tensorboard", "sklearn.datasets"])
