@@ -105,10 +105,10 @@ def _command(environment, output, arguments, fault):
         import faulty_rank
 
         faulty_rank.install(fault)
-    from hsivi_fast import cli, distributed
+    from hsivi_fast import cli, liveness
 
     # Patience for slow networks and busy interpreters; here it would be the test's whole time.
-    distributed.BEAT, distributed.SILENT_IN_TROUBLE, cli.RANK_0_SPEAKS = 0.3, 3.0, 1.0
+    liveness.BEAT, liveness.SILENT_IN_TROUBLE, cli.RANK_0_SPEAKS = 0.3, 3.0, 1.0
     cli.main(arguments)
 
 

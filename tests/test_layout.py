@@ -13,7 +13,7 @@ FLOORS = [
     {"kernels"},
     {"ops"},
     {"method", "nets"},
-    {"frozen", "distributed", "rollout", "sampler", "config", "engine", "optim", "data", "targets", "evaluation", "telemetry", "report", "models", "run_folder", "interrupt"},
+    {"frozen", "distributed", "liveness", "rollout", "sampler", "config", "engine", "optim", "data", "targets", "evaluation", "telemetry", "report", "models", "run_folder", "interrupt"},
     {"trainer", "teacher", "export", "diffusers"},
     {"cli", "launch", "bench"},
 ]
