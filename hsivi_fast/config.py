@@ -105,7 +105,9 @@ class EvalConfig:
     every: Natural = 0
     num_samples: Natural = 500
     seeds: Count = 3
-    metric: Optional[Literal["digits"]] = None  # the feature network; by default the data set's own
+    metric: Optional[Literal["digits", "mnist", "inception"]] = None  # the feature network; by default the data set's own, Inception where it has none
+    reference: Optional[StrictStr] = None  # an npz file of reference statistics (mu, sigma) in the place of the data
+    inception: Optional[StrictStr] = None  # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache
     ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)
 
 
@@ -139,7 +141,9 @@ class Config:
     network: NetworkConfig
     teacher: TeacherConfig
     nfe: Count
-    data: Optional[Literal["digits"]] = None  # reference images for the metric, and the teacher's training data
+    data: Optional[Literal["digits", "mnist", "images"]] = None  # reference images for the metric, and the teacher's training data
+    data_path: Optional[StrictStr] = None  # mnist: a folder of idx files; images: a folder of pictures or an npz file
+    init: Optional[StrictStr] = None  # a trained run, whose averaged student and score network this one starts from instead of the teacher
     spacing: Literal["quad", "uniform"] = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
@@ -240,13 +244,14 @@ def _override(values, override):
 
 def _with_absolute_paths(values, folder):
     """Replace the relative path of a file that the configuration names by the absolute one where it is found; leave what is not found for its reader to name."""
-    for group, key in (("teacher", "checkpoint"), ("distributed", "deepspeed")):
-        settings = values.get(group)
+    for group, key in ((None, "data_path"), (None, "init"), ("teacher", "checkpoint"), ("eval", "reference"), ("distributed", "deepspeed")):
+        settings = values.get(group) if group else values
         file = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(file, str) and not os.path.isabs(file):
             found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
             if found:
-                values = {**values, group: {**settings, key: str(found[0].resolve())}}
+                settings = {**settings, key: str(found[0].resolve())}
+                values = {**values, group: settings} if group else settings
     return values
 
 

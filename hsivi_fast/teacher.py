@@ -39,7 +39,7 @@ def train_teacher(config, outdir, progress=False):
     if processes() > 1:
         raise ValueError(f"WORLD_SIZE: {processes()} processes were launched; a teacher is trained in one, start it without a launcher")
     settings, (device, _) = config.teacher_train, prepare_device(config)
-    images = torch.from_numpy(load_data(config.data).images).to(device)  # [N, C, H, W]
+    images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -118,7 +118,7 @@ def train_feature_network(config, outdir, progress=False):
 
     if config.data != "digits":
         raise ValueError(f"data: {config.data!r} has no feature network to train; choose digits")
-    data = load_data(config.data)
+    data = load_data(config.data, config.data_path)
     images, labels = to_uint8(torch.from_numpy(data.images), data.levels), torch.from_numpy(data.labels)
     epochs, batch_size = 40, 64
     with torch.random.fork_rng(devices=[]):
