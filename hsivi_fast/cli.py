@@ -41,14 +41,26 @@ def hsivi():
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--outdir", help="The run's folder; runs/CONFIG by default. A run that is there is continued.")
 @click.option("--fresh", is_flag=True, help="Refuse to go on with a run that is there.")
-def train(config, overrides, outdir, fresh):
+@click.option("--dry-run", is_flag=True, help="Print the resolved config, and what memory and work it needs; train nothing.")
+@click.option("--processes", type=click.IntRange(min=1), help="With --dry-run: for so many processes (those of the launcher by default).")
+def train(config, overrides, outdir, fresh, dry_run, processes):
     """Distil a teacher into a few-step sampler, and end with its table and report.
 
-    CONFIG is a name in configs/ (digits, digits_long, toy2d, smoke) or a YAML file.
+    CONFIG is a name in configs/ or a YAML file. The names: digits, digits_long, mnist, cifar10, celeba64, imagenet64, the last four also with _nfe5 and _nfe15
+    (10 evaluations otherwise), toy2d and smoke.
     """
-    from .config import load_config
+    from .config import load_config, resolved_yaml
 
     config = load_config(config, overrides)  # before torch is imported: a misspelt key is told at once
+    if processes and not dry_run:
+        raise ValueError("processes: goes with --dry-run; a launcher says how many processes train")
+    if dry_run:
+        from .estimate import estimate_text
+
+        text = estimate_text(config, processes or int(os.environ.get("WORLD_SIZE", "1")))
+        if _first():
+            click.echo(f"{resolved_yaml(config)}\n{text}")
+        return
     from .evaluation import format_table
     from .trainer import train
 
@@ -104,10 +116,11 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
 @click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+@click.option("--save-images", metavar="PATH", help="Write the images too: into a folder as PNGs, or into one FILE.npz (arr_0, uint8 [N, H, W, C]).")
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
 @execution_options
-def evaluate(run, num_samples, ref, weights, backend, compile, cuda_graphs):
-    """Measure the Frechet distance of a run's sampler."""
+def evaluate(run, num_samples, ref, weights, save_images, backend, compile, cuda_graphs):
+    """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
     from .evaluation import evaluate, format_table
@@ -115,7 +128,7 @@ def evaluate(run, num_samples, ref, weights, backend, compile, cuda_graphs):
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     with tqdm(total=num_samples, unit="image", desc="eval", disable=not _first(), dynamic_ncols=True) as bar:
-        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, save_images=save_images, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
     if _first():
         click.echo(format_table([row]))
 
@@ -139,15 +152,50 @@ def teacher(config, overrides, outdir, feature_network):
     click.echo(f"written: {file}")
 
 
-@hsivi.command(cls=Command, epilog="hsivi report runs/digits")
+@hsivi.command(cls=Command, epilog="hsivi convert cifar10_2040.pt --to teachers/cifar10")
+@click.argument("source")
+@click.option("--to", "target", required=True, help="A folder for safetensors files, or, from a run of ours, a FILE.pt in the published layout.")
+def convert(source, target):
+    """Turn checkpoints of others into files of ours, and a run of ours into a file of the published code.
+
+    SOURCE: a ddpm-torch, improved-diffusion or published HSIVI file, a folder of diffusers' UNet2DModel, the name of a published teacher (cifar10, imagenet64),
+    an address, or a run's folder. What it is is read from its content; no code in it is run.
+    """
+    from .convert import convert
+
+    for path in convert(source, target):
+        click.echo(f"written: {path}")
+
+
+@hsivi.command(cls=Command, epilog="hsivi export runs/digits --format diffusers --outdir digits_pipeline")
 @click.argument("run")
+@click.option("--format", "form", required=True, type=click.Choice(["safetensors", "diffusers", "aoti"]), help="What the folder is for.")
+@click.option("--outdir", required=True, help="A new folder.")
+@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+def export(run, form, outdir, weights):
+    """Write a run's sampler in a form that others can use, after comparing it with the run's own.
+
+    safetensors: weights, a JSON config and a model card; diffusers: a folder for HSIVIPipeline.from_pretrained; aoti: one compiled file that needs torch alone.
+    """
+    from .export import export_run
+
+    click.echo(f"exported: {export_run(run, form, outdir, weights)}")
+
+
+@hsivi.command(cls=Command, epilog="hsivi report runs/mnist runs/mnist_nfe5 --out comparison.html")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", help="Where the page that compares several runs goes; comparison.html by default.")
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
-def report(run, backend):
-    """Draw a run's pictures and report.html again."""
-    from .report import write_report
+def report(runs, out, backend):
+    """Draw a run's pictures and report.html again; of several runs, one page that compares them."""
+    from .report import compare_runs, write_report
     from .run_folder import RunFolder
 
-    click.echo(f"report: {write_report(RunFolder(run), backend=backend)}")
+    folders = [RunFolder(run) for run in runs]
+    if len(folders) == 1 and out is None:
+        click.echo(f"report: {write_report(folders[0], backend=backend)}")
+    else:
+        click.echo(f"report: {compare_runs(folders, out or 'comparison.html', backend=backend)}")
 
 
 def parse_seeds(text):

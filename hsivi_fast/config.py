@@ -143,7 +143,7 @@ class Config:
     nfe: Count
     data: Optional[Literal["digits", "mnist", "images"]] = None  # reference images for the metric, and the teacher's training data
     data_path: Optional[StrictStr] = None  # mnist: a folder of idx files; images: a folder of pictures or an npz file
-    init: Optional[StrictStr] = None  # a trained run, whose averaged student and score network this one starts from instead of the teacher
+    init: Optional[StrictStr] = None  # a trained run, whose student and score network this one starts from instead of the teacher
     spacing: Literal["quad", "uniform"] = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
@@ -168,6 +168,7 @@ def load_config(config, overrides=()):
     """Read a run's configuration.
 
     `config` is a name in configs/ ("digits") or the path of a YAML file; `overrides` are strings "train.steps=400".
+    A file may start from another one, `base: NAME`, and say only what is different.
     A teacher checkpoint given as a relative path is looked for beside the file, in the working directory, and among the
     teachers that ship with the package.
     Returns a frozen `Config`. Raises ValueError, in one line, for whatever is wrong.
@@ -175,17 +176,7 @@ def load_config(config, overrides=()):
     from omegaconf import OmegaConf
 
     path = _find(config)
-    try:
-        values = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: {error}") from None
-    except Exception as error:  # whatever the YAML parser raises: its message spans lines
-        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(values):
-        raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
-    values = _plain(values, f"config {path}")
-    if isinstance(values.get("network"), str):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
-        values["network"] = {"name": values["network"]}
+    values = _read(path)
     for override in overrides:
         values = _override(values, override)
     values.setdefault("name", Path(path).stem)
@@ -198,9 +189,41 @@ def resolved_dict(config):
     return _listed(dataclasses.asdict(config))
 
 
+def resolved_yaml(config):
+    """The configuration as the text of config.yaml."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(resolved_dict(config)))
+
+
 def config_from_dict(values):
     """The inverse of `resolved_dict`; raises ValueError like `load_config`."""
     return _validated(values)
+
+
+def _read(path, above=()):
+    """The keys of a YAML file, over those of the one that its `base` names."""
+    from omegaconf import OmegaConf
+
+    if path.resolve() in above:
+        raise ValueError(f"config {path}: base leads back to it")
+    try:
+        values = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: {error}") from None
+    except Exception as error:  # whatever the YAML parser raises: its message spans lines
+        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(values):
+        raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
+    values = _plain(values, f"config {path}")
+    if isinstance(values.get("network"), str):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
+        values["network"] = {"name": values["network"]}
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    beside = path.parent / f"{base}.yaml"
+    below = _read(beside if beside.is_file() else _find(base), (*above, path.resolve()))
+    return _plain(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(values)), f"config {path}")
 
 
 def _find(config):

@@ -1,5 +1,7 @@
 """From a configuration to its layer, teacher, student and score network."""
 
+from pathlib import Path
+
 import torch
 
 from . import ops
@@ -9,6 +11,7 @@ from .method.layer import Layer, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
 from .nets import build_unet
 from .nets.checkpoints import load_weights, read_weights
+from .run_folder import RunFolder
 from .targets import CorrectedTeacher, MixtureTeacher
 
 
@@ -100,15 +103,37 @@ def in_form_of(config, network):
 
 
 def build_student(config, teacher, layer):
-    """The student: a network that starts as the teacher, with `log_scaled_gamma` = 0."""
-    return attach_log_gamma(build_score_net(config, teacher), layer).to(layer.tau.device)
+    """The student: a network that starts as the teacher, with `log_scaled_gamma` = 0, or as that of the run `init`."""
+    student = attach_log_gamma(_copy_of(config, teacher), layer).to(layer.tau.device)
+    return _started(config, student, "student")
 
 
 def build_score_net(config, teacher):
-    """The score network f, which starts as the teacher."""
+    """The score network f, which starts as the teacher, or as that of the run `init`."""
+    return _started(config, _copy_of(config, teacher), "score_net")
+
+
+def _copy_of(config, teacher):
     network = build_network(config, device_of(teacher))
     if config.teacher.target is None:
         network.load_state_dict(teacher.state_dict())
+    return network
+
+
+def _started(config, network, stem):
+    """Give a network the weights (raw, not averaged: those that its optimizer left, as in the published code) of the run that the configuration starts from."""
+    if config.init is None:
+        return network
+    folder = Path(config.init)
+    if (folder / "config.yaml").is_file():
+        run = RunFolder(folder)
+        if not run.checkpoints():
+            raise ValueError(f"init: the run {config.init!r} has no checkpoint yet")
+        folder = run.checkpoint_path(run.checkpoints()[-1])
+    file = folder / f"{stem}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"init: {config.init!r} is neither a trained run nor a folder with {stem}.safetensors; train the run first, or say where it is with init=FOLDER")
+    load_weights(network, read_weights(file), file)
     return network
 
 

@@ -37,9 +37,7 @@ class RunFolder(os.PathLike):
         Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or `fresh`
         was asked for and a run is there.
         """
-        from omegaconf import OmegaConf
-
-        from .config import resolved_dict
+        from .config import resolved_dict, resolved_yaml
 
         path = Path(path)
         if path.exists() and not path.is_dir():
@@ -55,7 +53,7 @@ class RunFolder(os.PathLike):
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved_dict(config))).encode())
+        _write_atomically(path / "config.yaml", resolved_yaml(config).encode())
         (path / "checkpoints").mkdir(exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
         return cls(path)

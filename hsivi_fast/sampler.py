@@ -125,5 +125,5 @@ def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=Non
         if len(seeds) == 0:
             raise ValueError("seeds: none given; ask for at least one image")
         x = sampler(world.share(seeds), batch_size, world.counting(on_batch))
-        images = to_uint8(x) if config.data else x
+        images = to_uint8(x) if x.ndim == 4 else x
         return world.gather_shares(images, len(seeds)).cpu()
