@@ -161,9 +161,9 @@ def convert(source, target):
     SOURCE: a ddpm-torch, improved-diffusion or published HSIVI file, a folder of diffusers' UNet2DModel, the name of a published teacher (cifar10, imagenet64),
     an address, or a run's folder. What it is is read from its content; no code in it is run.
     """
-    from .convert import convert
+    from .convert import convert_checkpoint
 
-    for path in convert(source, target):
+    for path in convert_checkpoint(source, target):
         click.echo(f"written: {path}")
 
 

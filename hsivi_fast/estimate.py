@@ -10,7 +10,7 @@ from .nets import build_unet
 MIB = 2**20
 
 
-def estimate(config, world_size=1):
+def estimate_run(config, world_size=1):
     """What a run of a configuration needs, as a flat dict.
 
     parameters: of one network; forward_flops: floating-point operations of one forward call with one image (products and convolutions);
@@ -84,7 +84,7 @@ def _forward_of_one(network):
 
 def estimate_text(config, world_size=1):
     """The estimate in words, for a terminal."""
-    e = estimate(config, world_size)
+    e = estimate_run(config, world_size)
     gib = lambda name: f"{e[name] / MIB:8.1f} MiB"
     return "\n".join([
         f"network          {e['parameters'] / 1e6:.1f} M parameters, {e['forward_flops'] / 1e9:.3g} GFLOP a forward call with one image",

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hsivi_fast.config import load_config
-from hsivi_fast.estimate import estimate
+from hsivi_fast.estimate import estimate_run
 from hsivi_fast.trainer import train
 
 SHARED = dict(steps=200000, f_learning_times=20, warmup=2500, clip=1.0, ema=0.999)
@@ -51,10 +51,10 @@ def test_a_base_is_found_beside_the_file_and_among_the_names(tmp_path):
 
 def test_the_estimate_counts_what_the_design_counts():
     """Section "Training" of the method: a pooled cycle of 20 is 87 forward calls with the batch at any K (72 with redraw 4 at K = 10)."""
-    assert estimate(load_config("cifar10"))["evaluations_per_update"] * 20 == 87
-    assert estimate(load_config("cifar10", ["rollout.redraw=4"]))["evaluations_per_update"] * 20 == pytest.approx(72, abs=0.1)
-    assert estimate(load_config("cifar10", ["rollout.mode=fresh"]))["evaluations_per_update"] * 20 == 60 + 7 + 21 * 9 + 20
-    cifar = estimate(load_config("cifar10"), 8)
+    assert estimate_run(load_config("cifar10"))["evaluations_per_update"] * 20 == 87
+    assert estimate_run(load_config("cifar10", ["rollout.redraw=4"]))["evaluations_per_update"] * 20 == pytest.approx(72, abs=0.1)
+    assert estimate_run(load_config("cifar10", ["rollout.mode=fresh"]))["evaluations_per_update"] * 20 == 60 + 7 + 21 * 9 + 20
+    cifar = estimate_run(load_config("cifar10"), 8)
     assert cifar["parameters"] == 35_746_307 and cifar["samples_per_rank"] == 16
     assert cifar["forward_flops"] == pytest.approx(12.4e9, rel=0.01)  # Ho et al.'s network: 6.2 G multiplications and additions
     assert cifar["weights_bytes"] == 3 * 4 * cifar["parameters"] and cifar["optimizer_bytes"] == round(2 * 4 * 4 * cifar["parameters"] / 8)
