@@ -1,16 +1,19 @@
 """From a configuration to its layer, teacher, student and score network."""
 
+import sys
 from pathlib import Path
 
 import torch
 
 from . import ops
 from .distributed import ALONE
+from .download import locate_checkpoint
 from .frozen import Execution
 from .method.layer import Layer, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
-from .nets import build_unet
+from .nets import build_unet, network_arguments
 from .nets.checkpoints import load_weights, read_weights
+from .nets.formats import NORMS, read_checkpoint
 from .run_folder import RunFolder
 from .targets import CorrectedTeacher, MixtureTeacher
 
@@ -69,13 +72,29 @@ def _schedule(config, nfe, drop_doubles=False):
 
 
 def load_teacher(config, device):
-    """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`."""
+    """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`.
+
+    Its checkpoint is a file or folder of any kind that `read_checkpoint` knows, a known name or an address. Raises ValueError where it cannot be had or
+    read, or is of another network or another noise than the configuration says.
+    """
     if config.teacher.target is not None:
         teacher = _mixture_teacher(config)
     else:
         teacher = _network(config)
-        load_weights(teacher, read_weights(config.teacher.checkpoint), config.teacher.checkpoint)
+        checkpoint = read_checkpoint(locate_checkpoint(config.teacher.checkpoint, progress=sys.stderr.isatty()))
+        load_weights(teacher, checkpoint.weights("teacher"), checkpoint.source)
+        _check_what_weights_do_not_show(checkpoint, config)
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def _check_what_weights_do_not_show(checkpoint, config):
+    """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
+    groups = (("network", {**NORMS, **network_arguments(config.network)}, {key: checkpoint.network[key] for key in checkpoint.stated}),
+              ("teacher", {"betas": config.teacher.betas, "steps": config.teacher.steps}, checkpoint.settings.get("teacher", {})))
+    for group, ours, said in groups:
+        for key in ("norm_eps", "norm_groups", "image_size", "heads", "betas", "steps"):
+            if key in said and key in ours and said[key] != ours[key]:
+                raise ValueError(f"{group}.{key}: {ours[key]!r} is not what the teacher {checkpoint.source!r} was trained with; set {group}.{key}={said[key]}")
 
 
 def build_network(config, device):

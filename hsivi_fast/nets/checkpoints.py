@@ -1,19 +1,15 @@
 """Reading network weights from files."""
 
-from pathlib import Path
+from .formats import read_checkpoint
 
 
-def read_weights(path):
-    """Name -> tensor of a safetensors file, on the CPU. Raises ValueError, in one line, where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_weights(path, part="teacher"):
+    """Name -> float32 tensor, in our layout, of a checkpoint file or folder of any kind that `read_checkpoint` knows, on the CPU.
 
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint {str(path)!r}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: not a readable safetensors file ({error})") from None
+    `part` says which network of a published HSIVI file: "teacher", "student", "student_ema", "score_net" or "score_net_ema"; other files have one network, their "teacher".
+    Raises ValueError, in one line, where it is missing, damaged, of an unknown layout, or has no such part.
+    """
+    return read_checkpoint(path).weights(part)
 
 
 def load_weights(network, weights, source):
