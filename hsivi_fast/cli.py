@@ -116,10 +116,12 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
 @click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+@click.option("--metric", help="Feature network in the place of the run's: digits, mnist or inception.")
+@click.option("--inception", metavar="FILE", help="torch-fidelity's weights of Inception; otherwise those in torch's cache, or a download.")
 @click.option("--save-images", metavar="PATH", help="Write the images too: into a folder as PNGs, or into one FILE.npz (arr_0, uint8 [N, H, W, C]).")
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
 @execution_options
-def evaluate(run, num_samples, ref, weights, save_images, backend, compile, cuda_graphs):
+def evaluate(run, num_samples, ref, weights, metric, inception, save_images, backend, compile, cuda_graphs):
     """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
@@ -128,7 +130,7 @@ def evaluate(run, num_samples, ref, weights, save_images, backend, compile, cuda
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     with tqdm(total=num_samples, unit="image", desc="eval", disable=not _first(), dynamic_ncols=True) as bar:
-        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, save_images=save_images, backend=backend, compile=compile, cuda_graphs=cuda_graphs)
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs, metric=metric, inception=inception, save_images=save_images)
     if _first():
         click.echo(format_table([row]))
 

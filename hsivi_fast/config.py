@@ -108,7 +108,10 @@ class EvalConfig:
     metric: Optional[Literal["digits", "mnist", "inception"]] = None  # the feature network; by default the data set's own, Inception where it has none
     reference: Optional[StrictStr] = None  # an npz file of reference statistics (mu, sigma) in the place of the data
     inception: Optional[StrictStr] = None  # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache
-    ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)
+    kid: StrictBool = False  # kernel distance too, and
+    prc: StrictBool = False  # precision and recall: both need the data itself
+    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)  # other samplers of the teacher in the table; the last two by diffusers' schedulers
+    ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)  # evaluations that each baseline is given
 
 
 @frozen
@@ -121,6 +124,14 @@ class DistributedConfig:
     deepspeed: Optional[StrictStr] = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
     connect_timeout: Positive = 300  # seconds until all processes have to have met
     timeout: Positive = 600  # seconds without progress after which a process counts as hanging, and of one collective
+
+
+@frozen
+class LogConfig:
+    """What is shown of a training besides numbers; nothing here changes what is computed."""
+
+    images_every: Natural = 0  # steps between two grids of samples; 0: one with each measurement and at the end, if the run is measured at all
+    wandb: Optional[StrictStr] = None  # a project of Weights & Biases, which scalars and pictures go to as well
 
 
 @frozen
@@ -159,6 +170,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     teacher_train: TeacherTrainConfig = dataclasses.field(default_factory=TeacherTrainConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
     log_every: Count = 100
     save_every: Count = 5000
     name: StrictStr = "run"

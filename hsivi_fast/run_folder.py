@@ -248,8 +248,9 @@ def config_difference(before, now, prefix=""):
 
 
 def _may_go_on(before, now):
-    """`before` with what may change when a run goes on taken from `now`: more steps, and how many processes do the work and how."""
-    before = {**before, "distributed": now["distributed"]}
+    """`before` with what may change when a run goes on taken from `now`: more steps, how many processes do the work and how, what is shown of it, and how long a
+    teacher's schedule is (its rate follows the new one)."""
+    before = {**before, "distributed": now["distributed"], "log": now["log"], "teacher_train": {**before["teacher_train"], "steps": now["teacher_train"]["steps"]}}
     if now["train"]["steps"] > before["train"]["steps"]:
         before["train"] = {**before["train"], "steps": now["train"]["steps"]}
     return before

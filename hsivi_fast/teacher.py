@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -11,7 +12,8 @@ from . import ops
 from .data import load_data, to_uint8
 from .distributed import processes
 from .engine import PlainEngine
-from .evaluation import DigitsClassifier
+from .evaluation import StreamingMoments
+from .features import CLASSIFIERS, DigitsClassifier
 from .interrupt import Interrupted, StopRequest
 from .method.schedule import signal_levels
 from .models import build_execution, in_form_of, prepare_device
@@ -22,6 +24,7 @@ from .run_folder import RunFolder
 IMAGES, TIMES, NOISE = range(101, 104)
 CLIP = 1.0
 HELD_OUT = 360  # labelled images that the feature network is not trained on
+EPOCHS = {"digits": 40, "mnist": 10}  # of the feature networks
 
 
 def train_teacher(config, outdir, progress=False):
@@ -106,24 +109,26 @@ def _rate(settings, step):
 
 
 def train_feature_network(config, outdir, progress=False):
-    """Train the digits classifier whose penultimate activations are the digits metric's features.
+    """Train the classifier of a data set's labels whose penultimate activations are the features of its metric.
 
-    40 epochs of AdamW with a one-cycle rate and label smoothing, on all but `HELD_OUT` images; prints its accuracy on
-    those. Returns the path of features.safetensors.
+    AdamW with a one-cycle rate and label smoothing, on all but `HELD_OUT` images; prints its accuracy on those. Writes features.safetensors,
+    and reference.npz, the features' mean and covariance over all images. Returns the path of the first. Raises ValueError for a data set without labels or of another size.
     """
     from pathlib import Path
 
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    if config.data != "digits":
-        raise ValueError(f"data: {config.data!r} has no feature network to train; choose digits")
+    if config.data not in CLASSIFIERS:
+        raise ValueError(f"data: {config.data!r} has no feature network to train; choose {' or '.join(CLASSIFIERS)}")
     data = load_data(config.data, config.data_path)
+    if data.labels is None:
+        raise ValueError(f"data_path: {config.data_path!r} holds no labels; a feature network is trained on them")
     images, labels = to_uint8(torch.from_numpy(data.images), data.levels), torch.from_numpy(data.labels)
-    epochs, batch_size = 40, 64
+    epochs, batch_size = EPOCHS[config.data], 64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = DigitsClassifier()
+        network = DigitsClassifier(CLASSIFIERS[config.data])
         held_out, trained = torch.randperm(len(images)).tensor_split([HELD_OUT])
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         steps = epochs * -(-len(trained) // batch_size)
@@ -137,8 +142,14 @@ def train_feature_network(config, outdir, progress=False):
                     optimizer.step()
                     rate.step()
                     bar.update(1)
-            accuracy = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean()
+            with torch.no_grad():
+                accuracy = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean()
             bar.write(f"accuracy on {HELD_OUT} held-out images: {accuracy:.4f}", file=sys.stderr)
+    moments = StreamingMoments()
+    with torch.no_grad():
+        for batch in images.split(250):
+            moments.add(network.features(batch))
+    np.savez(Path(outdir) / "reference.npz", **moments.statistics())
     file = Path(outdir) / "features.safetensors"
     save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
     return file

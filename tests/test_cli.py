@@ -95,7 +95,7 @@ def test_eval_and_report(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["train", "digts"], "config 'digts': neither a file nor one of digits"),
+    (["train", "digts"], "config 'digts': neither a file nor one of celeba64"),
     (["train", "digits", "train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
     (["train", "digits", "nfe=0"], "nfe: input should be greater than or equal to 1, got 0"),
     (["train", "digits", "nfe=60"], "nfe: 60 layers with quad spacing repeat a timestep"),
