@@ -1,8 +1,10 @@
 """A run's folder: its files, and checkpoints that a killed process or a full disk cannot harm.
 
-    config.yaml, environment.json, results.json, report.html, samples/, tensorboard/
+    config.yaml, environment.json, results.json, report.html, tensorboard/
+    samples/               pictures; step_XXXXXXX.png are those of the training
     metrics.jsonl          one record per log step
-saves.jsonl            what each checkpoint took: seconds, bytes
+    saves.jsonl            what each checkpoint took: seconds, bytes
+    wandb.json             the run's id at Weights & Biases, where log.wandb is set
     checkpoints/step_N/    state.json and safetensors files; written beside and renamed; the last two and the best are kept
 """
 
@@ -49,7 +51,7 @@ class RunFolder(os.PathLike):
             before, now = resolved_dict(cls(path).config()), resolved_dict(config)  # keys that are newer than the run have their defaults
             difference = config_difference(_may_go_on(before, now), now)
             if difference:
-                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow and distributed.* change")
+                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, distributed.* and log.* change")
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)

@@ -4,18 +4,17 @@ With several processes every rank runs this same code on its part of each batch 
 """
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from . import ops
 from .distributed import ALONE, connect, processes, refuse_strangers
 from .engine import build_engine, check_distribution
 from .evaluation import build_metric, final_table, measure_row
 from .frozen import EAGER
 from .interrupt import Interrupted, StopRequest
+from .journal import Journal, check_journal, pictures_due
 from .method.losses import score_net_loss_and_grads, student_loss_and_grads
 from .models import build_execution, build_layer, build_score_net, build_student, load_teacher, prepare_device
 from .optim import learning_rate
@@ -24,6 +23,8 @@ from .rollout import Batch, build_rollout
 from .run_folder import RunFolder
 from .sampler import Sampler
 from .telemetry import describe_environment
+
+PICTURED = 64  # samples of a grid during training
 
 
 def train(config, outdir=None, fresh=False, progress=False):
@@ -36,6 +37,7 @@ def train(config, outdir=None, fresh=False, progress=False):
     OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
     """
     check_distribution(config, processes())  # before anybody waits for anybody
+    check_journal(config)
     world = connect(config)
     with world.watched(config.distributed.timeout):
         refuse_strangers(world, config)
@@ -100,6 +102,9 @@ def _train(config, outdir, fresh, progress, world):
                     journal.log(step, student_lr, score_net_lr, distance)
                 if save:
                     journal.saved(step, *_save(folder, step, student, score_net, distance, world))
+                if pictures_due(config, step, measure) and not stopping:
+                    guard.check(folder)
+                    journal.show(step, *measured.pictures())
                 journal.advance(step)
                 if stopping:
                     raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
@@ -191,100 +196,40 @@ class FiniteGuard:
             raise FloatingPointError(f"the loss is not finite at step {step}, layer {layer}{where}; {kept}; try smaller learning rates")
 
 
-class Journal:
-    """The progress bar, metrics.jsonl and TensorBoard of a run. Losses are summed on the device between log steps, and averaged over ranks there."""
-
-    def __init__(self, folder, config, execution, progress, world=ALONE):
-        self.folder, self.config, self.execution, self.progress, self.world = folder, config, execution, progress, world
-        self.sums, self.counts = {}, {}
-
-    def __enter__(self):
-        return self
-
-    def start(self, step, backend, device):
-        """Take up the records at a step, and open the bar and the writers there."""
-        self.logged_step, self.logged_time, self.prepared = step, time.perf_counter(), self.execution.seconds
-        if not self.world.first:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        self.folder.forget_metrics_after(step)
-        self.seconds = max((record["seconds"] for record in self.folder.metrics()), default=0.0)
-        total = self.config.train.steps
-        if self.progress:
-            tqdm.write(f"backend {backend}{' (interpreted)' if backend == 'triton' and ops.triton_is_interpreted() else ''}, device {device}, run folder {self.folder.path}" + (f", going on from step {step} of {total}" if step else ""), file=sys.stderr)
-        self.bar = tqdm(total=total, initial=step, desc=f"train {self.config.name}", unit="step", disable=not self.progress, dynamic_ncols=True)
-        self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
-
-    def add(self, name, losses):
-        """Add the mean of losses [B] to what the next log step reports."""
-        mean = losses.detach().mean()
-        self.sums[name] = self.sums[name] + mean if name in self.sums else mean
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def log(self, step, student_lr, score_net_lr, metric):
-        """Write one record; the host waits for the device here, and the ranks for each other."""
-        means = {name: float(self.world.sum(total)) / (self.counts[name] * self.world.size) for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        if not self.world.first:
-            return
-        now = time.perf_counter()
-        elapsed, steps = now - self.logged_time, step - self.logged_step
-        self.seconds += elapsed
-        preparing = self.execution.seconds - self.prepared  # compiling and recording, which are not the speed of training
-        record = {"step": step, "loss_student": means.get("loss_student"), "loss_score_net": means.get("loss_score_net"),
-                  "student_lr": student_lr, "score_net_lr": score_net_lr,
-                  "images_per_second": steps * self.config.train.batch_size / (elapsed - preparing) if elapsed > preparing else None, "seconds": self.seconds}
-        if preparing:
-            record["preparing_seconds"] = preparing
-        if metric is not None:
-            record["metric"] = metric
-        self.folder.append("metrics.jsonl", record)
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self.tensorboard.add_scalar(name, value, step)
-        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
-        if preparing >= 1 and self.progress:
-            self.bar.write(f"step {step}: compiling and recording took {preparing:.0f} s of {elapsed:.0f} s", file=sys.stderr)
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
-        self.logged_step, self.logged_time, self.prepared = step, now, preparing + self.prepared
-
-    def saved(self, step, seconds, size):
-        """Note that a checkpoint of a step took so many seconds and bytes: in saves.jsonl, and on the terminal where it is worth a line."""
-        if self.world.first:
-            self.folder.append("saves.jsonl", {"step": step, "seconds": seconds, "bytes": size})
-        if seconds >= 1 and self.progress:
-            self.bar.write(f"step {step}: saving {size / 1e6:.0f} MB took {seconds:.1f} s", file=sys.stderr)
-
-    def advance(self, step):
-        """Move the bar."""
-        if self.world.first:
-            self.bar.update(step - self.bar.n)
-
-    def __exit__(self, *exception):
-        if hasattr(self, "bar"):
-            self.bar.close()
-            self.tensorboard.close()
-
-
 class MeasuredStudent:
-    """The student with its averaged weights, for measurements during a run: one network and sampler, whose weights are replaced in place."""
+    """The student with its averaged weights, for measurements and pictures during a run: one network, whose weights are replaced in place.
+
+    All ranks have to ask at the same step: in ZeRO 3 putting the weights together is a collective, and each rank draws its part of the samples.
+    """
 
     def __init__(self, student, config, teacher, layer, execution, world=ALONE):
         self.student, self.config, self.teacher, self.layer, self.execution, self.world = student, config, teacher, layer, execution, world
-        self.sampler = None
+        self.network = self.sampler = None
 
     def distance(self, metric, num_samples):
         """The metric's first column, on one set of seeds; every rank draws its part of them."""
-        averaged = self.student.averaged()
-        if self.sampler is None:
-            network = build_student(self.config, self.teacher, self.layer).requires_grad_(False)
-            self.sampler = Sampler(network, self.layer, network.log_scaled_gamma, self.execution)
-        with torch.no_grad():
-            for name, parameter in self.sampler.network.named_parameters():
-                parameter.copy_(averaged[name])
+        network = self._averaged()
+        self.sampler = self.sampler or Sampler(network, self.layer, network.log_scaled_gamma, self.execution)
         return measure_row("hsivi_ema", self.sampler, metric, num_samples, 1, world=self.world)[metric.columns[0]]
+
+    def pictures(self):
+        """(samples of the seeds 0 .. 63 in the sampler's form, log_gamma). Of a 2-D run no samples are shown, and few are drawn."""
+        network, count = self._averaged(), PICTURED if self.config.teacher.target is None else 1
+        self.world.mark("drawing pictures")
+        # Called eagerly: a sampler that is compiled or recorded keeps the batch of its first call, and measurements have a larger one.
+        sampler = Sampler(network, self.layer, network.log_scaled_gamma)
+        samples = sampler(self.world.share(range(count)), on_batch=self.world.counting(None))
+        return self.world.gather_shares(samples, count), network.log_scaled_gamma
+
+    def _averaged(self):
+        """The network with the weights of now."""
+        averaged = self.student.averaged()
+        if self.network is None:
+            self.network = build_student(self.config, self.teacher, self.layer).requires_grad_(False)
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(averaged[name])
+        return self.network
 
 
 def _load_newest(folder, student, score_net, world):

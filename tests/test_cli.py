@@ -49,7 +49,7 @@ def test_train_prints_the_table_and_fills_the_folder(run):
     assert environment["backend"] == "torch" and environment["world_size"] == 1 and environment["samples_per_rank"] == 8
     assert {path.name for path in (folder / "samples").iterdir()} >= {"teacher.png", "ddim.png", "hsivi.png", "comparison.png", "distance_vs_nfe.png", "losses.png"}
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "HSIVI (EMA)" in page and "src=\"http" not in page
+    assert page.count("data:image/png;base64,") == 6 and "HSIVI (EMA)" in page and "src=\"http" not in page
 
 
 def test_a_finished_run_prints_its_table_again_and_a_grown_one_measures_again(run, tmp_path):
@@ -121,6 +121,14 @@ def test_eval_and_report(run, tmp_path):
     (["eval", "RUN", "--num-samples", "50", "--ref", "nowhere.npz"], "ref 'nowhere.npz': no such file"),
     (["report", "nowhere"], "run 'nowhere': no config.yaml there"),
     (["teacher", "toy2d", "--outdir", "NEW"], "data: missing; a teacher needs images"),
+    (["teacher", "mnist", "--outdir", "NEW"], "data_path: missing; data=mnist is read from a folder of idx files"),
+    (["train", "cifar10_nfe5", "teacher.checkpoint=nowhere.pt", "eval.num_samples=0"], "checkpoint 'nowhere.pt': no such file"),
+    (["train", "digits", "--processes", "2"], "processes: goes with --dry-run"),
+    (["convert", "nowhere.pt", "--to", "NEW"], "'nowhere.pt'"),
+    (["export", "nowhere", "--format", "aoti", "--outdir", "NEW"], "run 'nowhere': no config.yaml there"),
+    (["export", "RUN", "--format", "onnx", "--outdir", "NEW"], "'onnx' is not one of"),
+    (["eval", "RUN", "--num-samples", "50", "--metric", "mnist"], "eval.metric: 'mnist' sees images [1, 32, 32]"),
+    (["eval", "RUN", "--num-samples", "50", "--metric", "inception", "--inception", "nowhere.pth"], "eval.inception: 'nowhere.pth' is not there"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, arguments, message):
     (tmp_path / "file").touch()
@@ -157,7 +165,7 @@ def test_help_has_an_example_and_starts_at_once():
     start = time.perf_counter()
     assert hsivi("--help").returncode == 0
     assert time.perf_counter() - start < 3
-    for command in ("train", "sample", "eval", "teacher", "report"):
+    for command in ("train", "sample", "eval", "teacher", "convert", "export", "report"):
         done = hsivi(command, "--help")
         assert done.returncode == 0 and f"Example:\n  hsivi {command} " in done.stdout
 
