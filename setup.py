@@ -36,5 +36,5 @@ setup(
         "pydantic>=2.5",
         "click>=8.1",
     ],
-    extras_require={"dev": ["pytest", "pytest-benchmark", "pytest-xdist", "diffusers"]},
+    extras_require={"dev": ["pytest", "pytest-benchmark", "pytest-xdist", "diffusers"], "diffusers": ["diffusers"], "wandb": ["wandb"]},
 )

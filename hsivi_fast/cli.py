@@ -181,6 +181,8 @@ def export(run, form, outdir, weights):
     """
     from .export import export_run
 
+    if form == "aoti":
+        click.echo("compiling all layers, which takes minutes", err=True)
     click.echo(f"exported: {export_run(run, form, outdir, weights)}")
 
 
