@@ -66,8 +66,10 @@ def check_baselines(config):
     wanted = [name for name in config.eval.baselines if name in FROM_DIFFUSERS]
     if wanted and find_spec("diffusers") is None:
         raise ValueError(f"eval.baselines: {wanted[0]!r} needs the package diffusers, which is not installed; `pip install diffusers`, or leave it out")
-    if wanted:
-        for nfe in config.eval.ddim_nfe:
+    for nfe in config.eval.ddim_nfe:
+        if nfe >= config.teacher.steps:
+            raise ValueError(f"eval.ddim_nfe: {nfe} evaluations do not fit a teacher of {config.teacher.steps} steps")
+        if wanted:
             _top_knot(config, nfe)
 
 

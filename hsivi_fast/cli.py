@@ -55,9 +55,10 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
     if processes and not dry_run:
         raise ValueError("processes: goes with --dry-run; a launcher says how many processes train")
     if dry_run:
+        from .distributed import processes as launched_processes
         from .estimate import estimate_text
 
-        text = estimate_text(config, processes or int(os.environ.get("WORLD_SIZE", "1")))
+        text = estimate_text(config, processes or launched_processes())
         if _first():
             click.echo(f"{resolved_yaml(config)}\n{text}")
         return
@@ -139,7 +140,7 @@ def evaluate(run, num_samples, ref, weights, metric, inception, save_images, bac
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--outdir", help="Where teacher.safetensors goes; runs/CONFIG_teacher by default.")
-@click.option("--feature-network", is_flag=True, help="Train the metric's classifier instead, to features.safetensors.")
+@click.option("--feature-network", is_flag=True, help="Train the metric's classifier instead, to features.safetensors and reference.npz.")
 def teacher(config, overrides, outdir, feature_network):
     """Train a small noise-prediction teacher on the config's data, where no checkpoint can be had.
 

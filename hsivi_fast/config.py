@@ -19,6 +19,12 @@ if not CONFIGS.is_dir():  # a checkout, or an editable install: configs/ stands 
 
 ASSETS = Path(__file__).parent / "assets"
 
+# Names that `teacher.checkpoint` may have, and where the files are.
+PUBLISHED_TEACHERS = {
+    "cifar10": "https://github.com/tqch/ddpm-torch/releases/download/checkpoints/cifar10_2040.pt",
+    "imagenet64": "https://openaipublic.blob.core.windows.net/diffusion/march-2021/imagenet64_uncond_100M_1500K.pt",
+}
+
 frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 
@@ -111,7 +117,7 @@ class EvalConfig:
     kid: StrictBool = False  # kernel distance too, and
     prc: StrictBool = False  # precision and recall: both need the data itself
     baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)  # other samplers of the teacher in the table; the last two by diffusers' schedulers
-    ddim_nfe: tuple[Count, ...] = (5, 10, 20, 50)  # evaluations that each baseline is given
+    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10, 20, 50)  # evaluations that each baseline is given
 
 
 @frozen
@@ -230,11 +236,13 @@ def _read(path, above=()):
     values = _plain(values, f"config {path}")
     if isinstance(values.get("network"), str):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
         values["network"] = {"name": values["network"]}
+    values = _with_absolute_paths(values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
-    beside = path.parent / f"{base}.yaml"
-    below = _read(beside if beside.is_file() else _find(base), (*above, path.resolve()))
+    # Beside the file first, but for the file itself: a cifar10.yaml of one's own may start from the shipped one.
+    beside = [file for file in (path.parent / f"{base}.yaml", path.parent / str(base)) if file.is_file() and file.resolve() != path.resolve()]
+    below = _read(beside[0] if beside else _find(base), (*above, path.resolve()))
     return _plain(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(values)), f"config {path}")
 
 
@@ -282,7 +290,8 @@ def _with_absolute_paths(values, folder):
     for group, key in ((None, "data_path"), (None, "init"), ("teacher", "checkpoint"), ("eval", "reference"), ("distributed", "deepspeed")):
         settings = values.get(group) if group else values
         file = settings.get(key) if isinstance(settings, dict) else None
-        if isinstance(file, str) and not os.path.isabs(file):
+        known = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
+        if isinstance(file, str) and not os.path.isabs(file) and not known:
             found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
             if found:
                 settings = {**settings, key: str(found[0].resolve())}

@@ -26,7 +26,7 @@ def convert_checkpoint(source, to, step=None):
     What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, `to` is taken or of the other kind, or the
     published code's networks cannot be the run's.
     """
-    to = Path(to)
+    to = Path(to).absolute()
     if (Path(source) / "config.yaml").is_file():
         return [_run_as_published(RunFolder(source), to, step)]
     if step is not None:

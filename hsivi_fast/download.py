@@ -11,24 +11,20 @@ import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from .config import PUBLISHED_TEACHERS
+
 CACHE_VARIABLE = "HSIVI_CACHE"
-KNOWN = {
-    "cifar10": "https://github.com/tqch/ddpm-torch/releases/download/checkpoints/cifar10_2040.pt",
-    "imagenet64": "https://openaipublic.blob.core.windows.net/diffusion/march-2021/imagenet64_uncond_100M_1500K.pt",
-}
 _PIECE = 1 << 20  # bytes read at once
 _PATIENCE = 30  # seconds without an answer
 
 
 def locate_checkpoint(text, progress=False):
     """The path of a checkpoint that a configuration or a command names: a file or folder as it is, a known name or an address through the cache."""
-    if not Path(text).exists() and (str(text) in KNOWN or _is_address(str(text))):
-        return fetch_checkpoint(str(text), progress)
-    return Path(text)
+    return fetch_checkpoint(str(text), progress) if str(text) in PUBLISHED_TEACHERS or _is_address(str(text)) else Path(text)
 
 
 def fetch_checkpoint(name_or_url, progress=False):
-    """The local path of a checkpoint: `name_or_url` is a name of `KNOWN` or an http, https or file address, with "#sha256=HEX" where its sum is known.
+    """The local path of a checkpoint: `name_or_url` is a name of `PUBLISHED_TEACHERS` or an http, https or file address, with "#sha256=HEX" where its sum is known.
 
     It is downloaded once, into $HSIVI_CACHE or torch's cache, beside its place and renamed when it is whole. The names' sums are not known beforehand:
     the sum of the first download (or of a file put there by hand) is written down beside it, in FILE.sha256, and compared at every later use, so a file
@@ -36,9 +32,9 @@ def fetch_checkpoint(name_or_url, progress=False):
 
     Raises ValueError, in one line, for an unknown name, a file that cannot be had (it says where to put it by hand), or a wrong sum (it says both).
     """
-    address = KNOWN.get(name_or_url, name_or_url)
+    address = PUBLISHED_TEACHERS.get(name_or_url, name_or_url)
     if not _is_address(address):
-        raise ValueError(f"checkpoint {name_or_url!r}: neither a known name ({', '.join(KNOWN)}) nor an http, https or file address")
+        raise ValueError(f"checkpoint {name_or_url!r}: neither a known name ({', '.join(PUBLISHED_TEACHERS)}) nor an http, https or file address")
     address, _, fragment = address.partition("#")
     expected = _sum_in(fragment, name_or_url)
     file = cache_folder() / _file_name(address)
@@ -73,7 +69,7 @@ def _sum_in(fragment, address):
 def _file_name(address):
     """A known file keeps its name; others get a part of their address's sum, since two addresses may end alike."""
     name = PurePosixPath(unquote(urlsplit(address).path)).name or "checkpoint"
-    return name if address in KNOWN.values() else f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}"
+    return name if address in PUBLISHED_TEACHERS.values() else f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}"
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .baselines import NAMES, baseline_sampler, check_baselines
+from .baselines import NAMES, baseline_sampler
 from .data import has_data, load_data, to_uint8
 from .distributed import ALONE, connect
+from .download import CACHE_VARIABLE
 from .features import SIZES, check_images, describe_features, feature_extractor, image_features, network_of
 from .frozen import EAGER
 from .images import ImageFiles
@@ -23,7 +24,6 @@ from .sampler import ddim_sampler, load_sampler
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
 FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
-CACHE = "HSIVI_CACHE"  # the environment variable of the folder that reference statistics are kept in
 TITLES = {"frechet_distance": "Frechet distance", "kernel_inception_distance": "kernel distance", "precision": "precision", "recall": "recall",
           "f_score": "F-score", "js_divergence": "JS divergence", "sliced_wasserstein": "sliced Wasserstein"}
 SAMPLERS = {"ddim": "DDIM", "ddim_eta": "start (DDIM, run's eta)", "ddpm": "DDPM (ancestral)", "dpmpp_2m": "DPM-Solver++(2M)", "unipc": "UniPC",
@@ -79,11 +79,11 @@ def load_statistics(path):
         with np.load(path) as file:
             statistics = {"mu": file["mu"], "sigma": file["sigma"], **({"features": str(file["features"])} if "features" in file else {})}
     except FileNotFoundError:
-        raise ValueError(f"ref {str(path)!r}: no such file") from None
+        raise ValueError(f"reference {str(path)!r}: no such file") from None
     except Exception as error:  # not a zip, no such array, pickled objects: numpy raises many kinds
-        raise ValueError(f"ref {str(path)!r}: expected an npz file with mu and sigma ({' '.join(str(error).split())})") from None
+        raise ValueError(f"reference {str(path)!r}: expected an npz file with mu and sigma ({' '.join(str(error).split())})") from None
     if statistics["mu"].ndim != 1 or statistics["sigma"].shape != 2 * statistics["mu"].shape:
-        raise ValueError(f"ref {str(path)!r}: mu {statistics['mu'].shape} and sigma {statistics['sigma'].shape} do not fit each other")
+        raise ValueError(f"reference {str(path)!r}: mu {statistics['mu'].shape} and sigma {statistics['sigma'].shape} do not fit each other")
     return statistics
 
 
@@ -127,15 +127,17 @@ class ImageMetric:
     """Frechet distance of samples to reference images, on a feature network, after rounding to the data's grey levels.
 
     reference: statistics; otherwise those of the file `eval.reference`, otherwise of the run's data, which are kept in a folder of the user (`cached_statistics`).
+    event_shape: that of the run's images, which the data must have; world: where progress is noted.
     With eval.kid and eval.prc kernel distance, precision and recall too: they need the data, and look at up to `FEATURES_KEPT` images of each side.
     Raises ValueError where there is nothing to compare with, or the reference comes from another feature network.
     """
 
     batch_size = 250  # samples per network call
 
-    def __init__(self, config, device, reference=None):
-        settings = config.eval
-        self.name, self.weights, self.device = network_of(config), settings.inception, device
+    def __init__(self, config, device, reference=None, event_shape=None, world=ALONE):
+        settings, self.world = config.eval, world
+        self.name, self.device = network_of(config), device
+        self.weights = settings.inception if self.name == "inception" else None
         self.levels = load_data("digits").levels if config.data == "digits" else 256
         self.kid, self.prc = settings.kid, settings.prc
         self.columns = ("frechet_distance", *["kernel_inception_distance"] * self.kid, *["precision", "recall", "f_score"] * self.prc)
@@ -147,8 +149,9 @@ class ImageMetric:
             raise ValueError(f"data_path: missing; {what}" + ("" if reference is not None else " (eval.num_samples=0 switches measuring off)"))
         self.extractor = feature_extractor(self.name, device, self.weights)
         images = torch.from_numpy(load_data(config.data, config.data_path).images) if needs_images else None
+        if images is not None and event_shape is not None and tuple(images.shape[1:]) != tuple(event_shape):
+            raise ValueError(f"data_path: holds images {list(images.shape[1:])}, the run makes {list(event_shape)}")
         if reference is None:
-            check_images(self.name, images.shape[1:])
             # What comes with the package is small, and measured sooner than looked up.
             reference = self.statistics(images) if config.data_path is None else self.cached_statistics(images)
         self.reference = reference
@@ -173,6 +176,7 @@ class ImageMetric:
         counted = None if count is None else world.counted(count)
         moments, first = StreamingMoments(), 0
         for batch in batches:
+            self.world.mark_part("measuring images")
             features = image_features(self.extractor, self.rounded(batch.to(self.device)))
             if kept:
                 kept.add(features)
@@ -200,8 +204,9 @@ class ImageMetric:
         features = describe_features(self.name, self.weights)
         digest = hashlib.sha256(f"{features} {list(images.shape)} {self.levels} {self.device.type} {torch.__version__} {torch.backends.cudnn.allow_tf32}".encode())
         for batch in images.split(self.batch_size):
+            self.world.mark_part("reading reference images")
             digest.update(self.rounded(batch).numpy().tobytes())
-        file = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "hsivi_fast") / f"statistics_{self.name}_{digest.hexdigest()[:20]}.npz"
+        file = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hsivi_fast") / f"statistics_{self.name}_{digest.hexdigest()[:20]}.npz"
         if file.is_file():
             return load_statistics(file)
         statistics = {**self.statistics(images), "features": features}
@@ -272,15 +277,17 @@ class PlaneMetric:
         return float(difference.square().mean().sqrt())
 
 
-def build_metric(config, teacher, reference=None):
-    """What measures a run's samples; ValueError where the configuration names nothing to compare with, or a baseline that cannot be had here."""
-    check_baselines(config)
+def build_metric(config, teacher, reference=None, world=ALONE):
+    """What measures a run's samples; ValueError where the configuration names nothing to compare with.
+
+    teacher: any network with the run's `event_shape`; for a 2-D target the exact one. Called by all of several processes at once.
+    """
     if config.teacher.target is not None:
         return PlaneMetric(teacher)
     if config.data is None and config.eval.reference is None and reference is None:
         raise ValueError("data: missing; without reference images or statistics (eval.reference) there is nothing to measure against (eval.num_samples=0 switches measuring off)")
     check_images(network_of(config), teacher.event_shape)
-    return ImageMetric(config, device_of(teacher), reference)
+    return ImageMetric(config, device_of(teacher), reference, teacher.event_shape, world)
 
 
 def measure_row(name, sampler, metric, num_samples, seed_sets, on_batch=None, nfe=None, world=ALONE, files=None):
@@ -382,7 +389,7 @@ def evaluate(run, num_samples=50000, ref=None, weights="ema", on_batch=None, bac
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metric=metric, reference=None))
         if inception is not None:
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, inception=str(inception)))
-        measure = build_metric(config, load_teacher(config, sampler.layer.tau.device), reference)
+        measure = build_metric(config, load_teacher(config, sampler.layer.tau.device) if plane else sampler.network, reference, world)
         files = ImageFiles(save_images, world) if save_images is not None else None
         row = measure_row(f"hsivi_{weights}", sampler, measure, num_samples, 1, on_batch, world=world, files=files)
         if files:

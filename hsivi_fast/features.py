@@ -90,9 +90,9 @@ def image_features(extractor, images):
 
 
 def weights_file(name, weights=None):
-    """The file that holds a feature network's weights; Inception's need not be there yet."""
+    """The file that holds a feature network's weights, `weights` if given; Inception's need not be there yet."""
     if name in CLASSIFIERS:
-        return ASSETS / f"{name}_features.safetensors"
+        return Path(weights) if weights else ASSETS / f"{name}_features.safetensors"
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     return Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(URL_INCEPTION_V3)

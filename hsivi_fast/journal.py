@@ -91,16 +91,15 @@ class Journal:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
         self.logged_step, self.logged_time, self.prepared, self.drawing = step, now, preparing + self.prepared, 0.0
 
-    def show(self, step, samples, log_gamma):
+    def show(self, step, samples, log_gamma, began):
         """Write pictures of the averaged student: samples/step_XXXXXXX.png, and both to TensorBoard and Weights & Biases.
 
-        samples: images [N, C, H, W] in -1 .. 1 of fixed seeds, or points [N, 2], which are not shown; log_gamma: as of `Layer`. The time is kept out of the rate.
+        samples: images [N, C, H, W] in -1 .. 1 of fixed seeds, or points [N, 2], which are not shown; log_gamma: as of `Layer`; began: when sampling them began (`time.perf_counter()`): the time is kept out of the rate.
         """
         if not self.world.first:
             return
         from .figures import image_grid, log_gamma_picture
 
-        start = time.perf_counter()
         pictures = {"log_gamma": log_gamma_picture(log_gamma.detach().cpu().numpy(), self.config.gamma.per_step, self.config.gamma.per_pixel)}
         if samples.ndim == 4:
             pictures["samples"] = image_grid(to_uint8(samples).cpu().numpy())
@@ -110,7 +109,7 @@ class Journal:
             self.tensorboard.add_image(name, pixels, step, dataformats="HWC")
         if self.wandb:
             self.wandb.show(step, arrays)
-        self.drawing += time.perf_counter() - start
+        self.drawing += time.perf_counter() - began
 
     def saved(self, step, seconds, size):
         """Note that a checkpoint of a step took so many seconds and bytes: in saves.jsonl, and on the terminal where it is worth a line."""
@@ -127,6 +126,7 @@ class Journal:
     def __exit__(self, kind, *exception):
         if hasattr(self, "bar"):
             self.bar.close()
+        if hasattr(self, "tensorboard"):
             self.tensorboard.close()
         if hasattr(self, "gpu"):
             self.gpu.stop()

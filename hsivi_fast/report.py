@@ -7,6 +7,7 @@ from . import figures, page
 from .config import resolved_dict
 from .data import to_uint8
 from .evaluation import table_lines
+from .features import network_of
 from .figures import GRID, image_grid
 from .models import load_teacher
 from .run_folder import RunFolder
@@ -44,7 +45,7 @@ def write_report(folder, teacher=None, backend=None):
         sections["Samples"] = page.paragraph("The same seeds for every sampler.") + page.gallery(grids)
     if results:
         pictures["distance_vs_nfe"] = figures.distance_against_nfe(results)
-        if config.eval.metric == "inception" or config.data == "images":
+        if config.teacher.target is None and network_of(config) == "inception":
             pictures["fid_vs_nfe"] = pictures["distance_vs_nfe"]
         sections["Table"] = page.table(table_lines(results))
         sections["Distance against network evaluations"] = page.chart(pictures["distance_vs_nfe"], "distance against network evaluations")
@@ -143,10 +144,11 @@ def _summary_lines(runs, configs, results, metrics):
         rates = [record["images_per_second"] for record in records if record.get("images_per_second")]
         measured = [record["metric"] for record in records if record.get("metric") is not None]
         final = [value for row in results[label] if row["sampler"] == "hsivi_ema" for value in [row.get("frechet_distance", row.get("js_divergence"))]] or measured[-1:]
+        seconds = [record["seconds"] for record in records if "seconds" in record]
         rollout = config.rollout.mode + (f", {config.rollout.redraw} draws" if config.rollout.redraw > 1 else "")
         lines.append([label, _data_title(config), config.nfe, step if step == config.train.steps else f"{step} of {config.train.steps}", config.train.batch_size, config.precision, rollout,
                       environment.get("world_size", "-"), environment.get("device_name") or environment.get("device", "-"), f"{statistics.median(rates):.0f}" if rates else "-",
-                      *(f"{min(values):.4g}" if values else "-" for values in (measured + final, final)), f"{max(record['seconds'] for record in records):.0f}" if records else "-"])
+                      *(f"{min(values):.4g}" if values else "-" for values in (measured + final, final)), f"{max(seconds):.0f}" if seconds else "-"])
     return lines
 
 

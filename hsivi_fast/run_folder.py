@@ -34,7 +34,7 @@ class RunFolder(os.PathLike):
 
     @classmethod
     def start(cls, path, config, fresh=False):
-        """Create the folder, or take it up again if it holds a run of the same configuration (train.steps may have grown, `distributed` may differ).
+        """Create the folder, or take it up again if it holds a run of the same configuration (train.steps may have grown, `distributed`, `log` and teacher_train.steps may differ).
 
         Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or `fresh`
         was asked for and a run is there.
@@ -51,7 +51,7 @@ class RunFolder(os.PathLike):
             before, now = resolved_dict(cls(path).config()), resolved_dict(config)  # keys that are newer than the run have their defaults
             difference = config_difference(_may_go_on(before, now), now)
             if difference:
-                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, distributed.* and log.* change")
+                raise ValueError(f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, distributed.*, log.* and teacher_train.steps change")
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -12,8 +11,8 @@ from . import ops
 from .data import load_data, to_uint8
 from .distributed import processes
 from .engine import PlainEngine
-from .evaluation import StreamingMoments
-from .features import CLASSIFIERS, DigitsClassifier
+from .evaluation import StreamingMoments, save_statistics
+from .features import CLASSIFIERS, DigitsClassifier, describe_features
 from .interrupt import Interrupted, StopRequest
 from .method.schedule import signal_levels
 from .models import build_execution, in_form_of, prepare_device
@@ -149,7 +148,7 @@ def train_feature_network(config, outdir, progress=False):
     with torch.no_grad():
         for batch in images.split(250):
             moments.add(network.features(batch))
-    np.savez(Path(outdir) / "reference.npz", **moments.statistics())
     file = Path(outdir) / "features.safetensors"
     save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
+    save_statistics(Path(outdir) / "reference.npz", {**moments.statistics(), "features": describe_features(config.data, file)})
     return file

@@ -4,11 +4,13 @@ With several processes every rank runs this same code on its part of each batch 
 """
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
 import torch
 
+from .baselines import check_baselines
 from .distributed import ALONE, connect, processes, refuse_strangers
 from .engine import build_engine, check_distribution
 from .evaluation import build_metric, final_table, measure_row
@@ -38,6 +40,8 @@ def train(config, outdir=None, fresh=False, progress=False):
     """
     check_distribution(config, processes())  # before anybody waits for anybody
     check_journal(config)
+    if config.eval.num_samples:
+        check_baselines(config)
     world = connect(config)
     with world.watched(config.distributed.timeout):
         refuse_strangers(world, config)
@@ -51,12 +55,14 @@ def _train(config, outdir, fresh, progress, world):
     teacher = load_teacher(config, device)
     world.send_from_first([*teacher.parameters(), *teacher.buffers()])  # should a machine have another file under that name
     world.mark("preparing the student")
-    student = build_engine(config, build_student(config, teacher, layer), execution, world)
+    # A run that goes on has its own checkpoint: what it started from may be gone.
+    start = dataclasses.replace(config, init=None) if world.from_first(lambda: any((Path(outdir) / "checkpoints").glob("step_*"))) else config
+    student = build_engine(config, build_student(start, teacher, layer), execution, world)
     world.mark("preparing the score network")
-    score_net = build_engine(config, build_score_net(config, teacher), execution, world)
+    score_net = build_engine(config, build_score_net(start, teacher), execution, world)
     rollout = build_rollout(config, layer, student.network, execution, world)
     updates = Updates(student, score_net, teacher, layer, execution)
-    metric = build_metric(config, teacher) if config.eval.num_samples else None
+    metric = build_metric(config, teacher, world=world) if config.eval.num_samples else None
     measured = MeasuredStudent(student, config, teacher, layer, execution, world)
 
     folder = world.from_first(lambda: RunFolder.start(outdir, config, fresh))
@@ -104,7 +110,8 @@ def _train(config, outdir, fresh, progress, world):
                     journal.saved(step, *_save(folder, step, student, score_net, distance, world))
                 if pictures_due(config, step, measure) and not stopping:
                     guard.check(folder)
-                    journal.show(step, *measured.pictures())
+                    began = time.perf_counter()
+                    journal.show(step, *measured.pictures(), began)
                 journal.advance(step)
                 if stopping:
                     raise Interrupted(f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there", stopping)
@@ -225,7 +232,7 @@ class MeasuredStudent:
         """The network with the weights of now."""
         averaged = self.student.averaged()
         if self.network is None:
-            self.network = build_student(self.config, self.teacher, self.layer).requires_grad_(False)
+            self.network = build_student(dataclasses.replace(self.config, init=None), self.teacher, self.layer).requires_grad_(False)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(averaged[name])

@@ -150,7 +150,7 @@ def test_what_cannot_be_had_is_said_before_the_training(config, teacher, monkeyp
     monkeypatch.setattr(baselines, "find_spec", lambda name: None)
     check_baselines(config)
     with pytest.raises(ValueError, match="eval.baselines: 'unipc' needs the package diffusers.*pip install diffusers") as caught:
-        build_metric(wanted, teacher)
+        check_baselines(wanted)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="eval.baselines.0: input should be"):
         load_config("toy2d", ["eval.baselines=[euler]"])

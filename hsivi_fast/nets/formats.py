@@ -333,6 +333,8 @@ def _diffusers_network(folder, config):
     for key, values in _NEEDED.items():
         if config[key] not in values:
             refuse(key, " or ".join(map(repr, values)))
+    if not config["block_out_channels"] or not all(isinstance(width, int) and width > 0 for width in config["block_out_channels"]):
+        raise ValueError(f"{where}: block_out_channels {config['block_out_channels']!r} are no widths")
     widths, channels = config["block_out_channels"], config["block_out_channels"][0]
     for key, types in _BLOCKS.items():
         if len(config[key]) != len(widths) or not set(config[key]) <= set(types):
