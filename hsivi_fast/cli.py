@@ -181,10 +181,12 @@ def export(run, form, outdir, weights):
     safetensors: weights, a JSON config and a model card; diffusers: a folder for HSIVIPipeline.from_pretrained; aoti: one compiled file that needs torch alone.
     """
     from .export import export_run
+    from .run_folder import RunFolder
 
+    folder = RunFolder(run)
     if form == "aoti":
         click.echo("compiling all layers, which takes minutes", err=True)
-    click.echo(f"exported: {export_run(run, form, outdir, weights)}")
+    click.echo(f"exported: {export_run(folder, form, outdir, weights)}")
 
 
 @hsivi.command(cls=Command, epilog="hsivi report runs/mnist runs/mnist_nfe5 --out comparison.html")
