@@ -118,7 +118,7 @@ def test_eval_and_report(run, tmp_path):
     (["sample", "nowhere", "--seeds", "0-3"], "run 'nowhere': no config.yaml there"),
     (["eval", "RUN", "--num-samples", "0"], "num-samples: 0 is too few"),
     (["eval", "RUN", "--num-samples", "50", "--ref", "SMALL"], "ref: has 32 features, the feature network digits gives 64"),
-    (["eval", "RUN", "--num-samples", "50", "--ref", "nowhere.npz"], "ref 'nowhere.npz': no such file"),
+    (["eval", "RUN", "--num-samples", "50", "--ref", "nowhere.npz"], "reference 'nowhere.npz': no such file"),
     (["report", "nowhere"], "run 'nowhere': no config.yaml there"),
     (["teacher", "toy2d", "--outdir", "NEW"], "data: missing; a teacher needs images"),
     (["teacher", "mnist", "--outdir", "NEW"], "data_path: missing; data=mnist is read from a folder of idx files"),
