@@ -12,7 +12,7 @@ from . import ops
 from .frozen import EAGER
 from .method.schedule import knots, signal_levels
 from .models import device_of
-from .sampler import SMALLEST_CPU_BATCH, ddim_sampler
+from .sampler import Batches, ddim_sampler
 
 NAMES = {"ddim": "ddim", "ddpm": "ddpm", "dpmpp": "dpmpp_2m", "unipc": "unipc"}  # of eval.baselines -> of results.json
 FROM_DIFFUSERS = ("dpmpp", "unipc")
@@ -29,28 +29,12 @@ class SchedulerSampler:
         self.network, self.scheduler, self.nfe, self.execution = network, scheduler, nfe, execution
         predict = execution.compiled(network)
         self._predict = execution.graphed(lambda x, t: predict(x, t))
-        self._size = None  # the batch that was compiled or recorded
+        self._batches = Batches(execution)
 
     @torch.no_grad()
     def __call__(self, seeds, batch_size=250, on_batch=None):
         """Draw one sample a seed: arguments, result and errors as of `Sampler`."""
-        if len(seeds) == 0:
-            raise ValueError("seeds: none given; ask for at least one image")
-        if batch_size < 1:
-            raise ValueError(f"batch: {batch_size} must be at least 1")
-        device = device_of(self.network)
-        smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
-        if self.execution.fixed_shapes:
-            batch_size = smallest = self._size = self._size or max(smallest, min(batch_size, len(seeds)))
-        parts = []
-        for chunk in torch.as_tensor(list(seeds), dtype=torch.int64, device=device).split(batch_size):
-            wanted = len(chunk)
-            if wanted < smallest:
-                chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
-            parts.append(self._all_steps(chunk)[:wanted])
-            if on_batch:
-                on_batch(wanted)
-        return torch.cat(parts)
+        return self._batches(self._all_steps, seeds, device_of(self.network), batch_size, on_batch)
 
     def _all_steps(self, seeds):
         """x_0 of the seeds [B], from x_K."""

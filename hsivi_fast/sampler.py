@@ -20,6 +20,34 @@ WEIGHTS = ("ema", "raw")
 SMALLEST_CPU_BATCH = 16
 
 
+class Batches:
+    """Seeds in batches of a size that `execution` can take: whole ones where shapes are fixed, and on a CPU none too small."""
+
+    def __init__(self, execution):
+        self.execution = execution
+        self.size = None  # the batch that was compiled or recorded
+
+    def __call__(self, draw, seeds, device, batch_size, on_batch=None):
+        """draw(seeds [B] int64) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
+        if len(seeds) == 0:
+            raise ValueError("seeds: none given; ask for at least one image")
+        if batch_size < 1:
+            raise ValueError(f"batch: {batch_size} must be at least 1")
+        seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
+        smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
+        if self.execution.fixed_shapes:
+            batch_size = smallest = self.size = self.size or max(smallest, min(batch_size, len(seeds)))
+        parts = []
+        for chunk in seeds.split(batch_size):
+            wanted = len(chunk)
+            if wanted < smallest:
+                chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
+            parts.append(draw(chunk)[:wanted])
+            if on_batch:
+                on_batch(wanted)
+        return torch.cat(parts)
+
+
 class Sampler:
     """A noise-prediction network with the layers that it runs through.
 
@@ -31,7 +59,7 @@ class Sampler:
         self.network, self.layer, self.log_gamma, self.execution = network, layer, log_gamma, execution
         self.predict = execution.compiled(network)
         self._draw = execution.graphed(self._all_layers)
-        self._size = None  # the batch that was compiled or recorded
+        self._batches = Batches(execution)
 
     @torch.no_grad()
     def __call__(self, seeds, batch_size=250, on_batch=None):
@@ -40,24 +68,7 @@ class Sampler:
         A sample depends on its own seed alone, not on the batch that it is drawn in. `on_batch(n)` is called after every
         batch with the number of samples in it. Raises ValueError for no seeds or a batch of none.
         """
-        if len(seeds) == 0:
-            raise ValueError("seeds: none given; ask for at least one image")
-        if batch_size < 1:
-            raise ValueError(f"batch: {batch_size} must be at least 1")
-        device = self.layer.tau.device
-        seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
-        smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
-        if self.execution.fixed_shapes:
-            batch_size = smallest = self._size = self._size or max(smallest, min(batch_size, len(seeds)))
-        parts = []
-        for chunk in seeds.split(batch_size):
-            wanted = len(chunk)
-            if wanted < smallest:
-                chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
-            parts.append(self._draw(chunk)[:wanted])
-            if on_batch:
-                on_batch(wanted)
-        return torch.cat(parts)
+        return self._batches(self._draw, seeds, self.layer.tau.device, batch_size, on_batch)
 
     @torch.no_grad()
     def _all_layers(self, seeds):
