@@ -88,10 +88,10 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     A seed always gives the same image.
     """
     import numpy as np
-    from PIL import Image
     from tqdm import tqdm
 
-    from .report import image_grid
+    from .figures import image_grid
+    from .images import write_pictures
     from .run_folder import RunFolder
     from .sampler import sample
 
@@ -106,8 +106,7 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
         np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
         click.echo(f"{len(images)} points: {target / 'points.npz'}")
         return
-    for number, image in zip(numbers, images):
-        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(target / f"{number:06d}.png")
+    write_pictures(target, numbers, images.transpose(0, 2, 3, 1))
     (target / "grid.png").write_bytes(image_grid(images[:256]))
     click.echo(f"{len(images)} images and grid.png: {target}")
 

@@ -86,7 +86,7 @@ def _alone(file):
 
 def _check_cached(file, expected):
     recorded = file.with_name(f"{file.name}.sha256")
-    found = _sum_of(file)
+    found = file_sha256(file)
     wanted = expected or (recorded.read_text().split()[0] if recorded.is_file() and recorded.read_text().split() else None)
     if wanted is None:
         _record(file, found)
@@ -98,7 +98,8 @@ def _record(file, found):
     file.with_name(f"{file.name}.sha256").write_text(f"{found}  {file.name}\n")
 
 
-def _sum_of(file):
+def file_sha256(file):
+    """The sha256 of a file's bytes, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

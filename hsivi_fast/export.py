@@ -3,7 +3,6 @@
 Every export is compared with the run's own sampler before it is there: it is written beside, checked, then renamed.
 """
 
-import hashlib
 import inspect
 import json
 import math
@@ -17,6 +16,7 @@ from torch import nn
 
 from .config import config_from_dict
 from .data import to_uint8
+from .download import file_sha256
 from .evaluation import table_lines
 from .method.layer import attach_log_gamma
 from .models import build_execution, build_layer, build_network, prepare_device
@@ -131,7 +131,7 @@ def load_exported(folder, device="auto", backend="auto"):
         raise ValueError(f"export {str(folder)!r}: config.json does not describe a sampler of this version ({' '.join(repr(error).split())}); give the folder of an export") from None
     file = folder / "model.safetensors"
     tensors = read_weights(file)
-    if _sha256(file) != weights_hash:
+    if file_sha256(file) != weights_hash:
         raise ValueError(f"export {str(folder)!r}: model.safetensors is not the file that config.json describes (its sha256 differs); export the run again")
     config = config_from_dict(values | {"device": device})
     device, _ = prepare_device(config, backend)
@@ -201,14 +201,9 @@ def _final(x, config):
 
 def _write_config(folder, description, weights):
     """Write config.json, with the hash of the file that holds the weights; returns what it holds."""
-    description = {**description, "sha256": _sha256(weights)}
+    description = {**description, "sha256": file_sha256(weights)}
     (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n")
     return description
-
-
-def _sha256(file):
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check(got, own, pixels_off=0.0, coordinate_off=0.0):

@@ -1,6 +1,5 @@
 """Feature networks that distances are measured on: a classifier of digits in two sizes, and torch-fidelity's port of Inception."""
 
-import hashlib
 import os
 import socket
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import ASSETS
+from .download import file_sha256
 from .nets.checkpoints import load_weights, read_weights
 
 INCEPTION = "inception-v3-compat"  # its name in torch-fidelity's registry
@@ -101,8 +101,7 @@ def weights_file(name, weights=None):
 def describe_features(name, weights=None):
     """What made a set of statistics, in words that say so exactly: whose port, which layer, which weights."""
     port = f"torch-fidelity {INCEPTION}" if name == "inception" else f"hsivi_fast {name}"
-    with open(weights_file(name, weights), "rb") as file:
-        return f"{port}, {SIZES[name]} features, weights sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return f"{port}, {SIZES[name]} features, weights sha256 {file_sha256(weights_file(name, weights))[:16]}"
 
 
 def _classifier_features():

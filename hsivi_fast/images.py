@@ -9,6 +9,14 @@ import torch
 from .distributed import ALONE
 
 
+def write_pictures(folder, seeds, pixels):
+    """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs that are called by their seeds [N], six digits."""
+    from PIL import Image
+
+    for seed, image in zip(seeds, pixels, strict=True):
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(Path(folder) / f"{seed:06d}.png")
+
+
 class ImageFiles:
     """Images that arrive in batches, written as PNGs `SEED.png` (six digits), each at once, or as one npz at the end.
 
@@ -41,10 +49,7 @@ class ImageFiles:
         if self.one_file:
             self.parts.append(np.ascontiguousarray(pixels))
             return
-        from PIL import Image
-
-        for seed, image in zip(seeds, pixels, strict=True):
-            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(self.path / f"{seed:06d}.png")
+        write_pictures(self.path, seeds, pixels)
 
     def finish(self, count):
         """Write the npz of `count` images, if it is to be one; every rank has to come here, with its whole share."""
