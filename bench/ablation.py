@@ -14,16 +14,30 @@ from pathlib import Path
 import torch
 
 from hsivi_fast import ops
+from hsivi_fast.build import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.models import build_execution, build_layer, in_form_of, prepare_device
-from hsivi_fast.sampler import Sampler
+from hsivi_fast.sampling.sampler import Sampler
 
 from .measure import counted_flops, describe, table, timed_rounds, use_torch_defaults, write_rows
 from .published import cycle_work, published_sample
 from .sampling import EQUAL
-from .train_step import CALLS, PUBLISHED_CALLS, OurTraining, cycle_sum, published_parts, published_training, small_teacher
+from .train_step import (
+    CALLS,
+    PUBLISHED_CALLS,
+    OurTraining,
+    cycle_sum,
+    published_parts,
+    published_training,
+    small_teacher,
+)
 
-BF16, LAST, COMPILE, GRAPHS, FUSED = {"precision": "bf16"}, {"channels_last": True}, {"compile": True}, {"cuda_graphs": True}, {"backend": "triton"}
+BF16, LAST, COMPILE, GRAPHS, FUSED = (
+    {"precision": "bf16"},
+    {"channels_last": True},
+    {"compile": True},
+    {"cuda_graphs": True},
+    {"backend": "triton"},
+)
 # technique -> (what it is added to, the configuration then). Where backend is not named it is torch's.
 TRAINING = {
     "two-stage gradient, fresh rollout": ("published", {"rollout": {"mode": "fresh"}}),
@@ -48,21 +62,31 @@ SAMPLING = {
     "compile in bf16, channels_last": ("channels_last in bf16", {**BF16, **LAST, **COMPILE}),
     "fused kernels in bf16": ("bf16", {**BF16, **FUSED}),
     "graphs": ("eager fp32", GRAPHS),
-    "graphs, compiled in bf16, channels_last": ("compile in bf16, channels_last", {**BF16, **LAST, **COMPILE, **GRAPHS}),
+    "graphs, compiled in bf16, channels_last": (
+        "compile in bf16, channels_last",
+        {**BF16, **LAST, **COMPILE, **GRAPHS},
+    ),
 }
 WARM_UP = 5  # calls: with graphs, the last is replayed
 
 
 def runnable(techniques, device):
     """Those that the device can run; kernels and graphs need a GPU."""
-    return {name: row for name, row in techniques.items() if device.type == "cuda" or not row[1].get("cuda_graphs") and row[1].get("backend") != "triton"}
+    return {
+        name: row
+        for name, row in techniques.items()
+        if device.type == "cuda" or not row[1].get("cuda_graphs") and row[1].get("backend") != "triton"
+    }
 
 
 def training_rows(network, batch, nfe, f_updates, rounds, device):
     """Rows of a training cycle; the published side is one of them."""
     teacher = small_teacher(network, device)
     published = published_training(teacher, nfe)
-    sides = {("published", part): (function, PUBLISHED_CALLS[part]) for part, function in published_parts(published, batch).items()}
+    sides = {
+        ("published", part): (function, PUBLISHED_CALLS[part])
+        for part, function in published_parts(published, batch).items()
+    }
     state = torch.zeros(batch, *teacher.event_shape, device=device)
     forward = counted_flops(lambda: teacher(state, published.tau[:1].expand(batch)))
     work, preparing, made = {"published": cycle_work(nfe, batch, f_updates) * forward}, {}, {}
@@ -74,14 +98,22 @@ def training_rows(network, batch, nfe, f_updates, rounds, device):
             function()
         if "fresh" in name:  # its rollout is within its updates
             del parts["rollout"]
-        if not ours.execution.fixed_shapes and (changes.get("rollout") or not changes):  # the others do the work of `pooled`
-            work[name] = cycle_sum({part: counted_flops(function) for part, function in parts.items()}, f_updates) if changes.get("rollout", {}).get("mode") != "fresh" else work["published"]
+        if not ours.execution.fixed_shapes and (
+            changes.get("rollout") or not changes
+        ):  # the others do the work of `pooled`
+            work[name] = (
+                cycle_sum({part: counted_flops(function) for part, function in parts.items()}, f_updates)
+                if changes.get("rollout", {}).get("mode") != "fresh"
+                else work["published"]
+            )
         made[name], preparing[name] = ours, ours.execution.seconds
         sides |= {(name, part): (function, CALLS[part]) for part, function in parts.items()}
     seconds = timed_rounds(sides, device, rounds)
     totals = {}
     for name in ("published", *made):
-        totals[name] = cycle_sum({part: statistics.median(values) for (of, part), values in seconds.items() if of == name}, f_updates)
+        totals[name] = cycle_sum(
+            {part: statistics.median(values) for (of, part), values in seconds.items() if of == name}, f_updates
+        )
     return _rows("training", TRAINING, totals, work, "pooled", preparing, "s a cycle")
 
 
@@ -94,12 +126,26 @@ def sampling_rows(network, images, nfe, rounds, device):
     expected = published_sample(published, images, ops.draw_noise(seeds, 0, teacher.event_shape), noise)
     sides, preparing = {"published": (lambda: (use_torch_defaults(), published_sample(published, images)), 1)}, {}
     for name, (_, changes) in runnable(SAMPLING, device).items():
-        config = config_from_dict({"network": network, "teacher": {"checkpoint": "random weights"}, "nfe": nfe, "eta": 0.2, "backend": "torch", **changes})
+        config = config_from_dict(
+            {
+                "network": network,
+                "teacher": {"checkpoint": "random weights"},
+                "nfe": nfe,
+                "eta": 0.2,
+                "backend": "torch",
+                **changes,
+            }
+        )
         prepare_device(config)
         student = in_form_of(config, small_teacher(network, device))
         execution = build_execution(config, device)
-        sampler = Sampler(student, build_layer(config, device), torch.zeros(student.event_shape, device=device), execution)
-        draw = lambda config=config, sampler=sampler: (prepare_device(config), sampler(range(images), batch_size=images))[1]
+        sampler = Sampler(
+            student, build_layer(config, device), torch.zeros(student.event_shape, device=device), execution
+        )
+        draw = lambda config=config, sampler=sampler: (
+            prepare_device(config),
+            sampler(range(images), batch_size=images),
+        )[1]
         for _ in range(WARM_UP if config.cuda_graphs else 1):
             got = draw()
         difference = float((got - expected).abs().max() / expected.abs().max())
@@ -110,12 +156,36 @@ def sampling_rows(network, images, nfe, rounds, device):
 
 
 def _rows(what, techniques, totals, work, same_work, preparing, unit):
-    rows = [{"case": f"{what}: published", "technique": "published", "against": None, "ours": totals["published"], "published": totals["published"], "ratio": 1.0, "unit": unit,
-             "counted_ratio": 1.0, "ratio_against": None, "preparing_seconds": 0.0}]
+    rows = [
+        {
+            "case": f"{what}: published",
+            "technique": "published",
+            "against": None,
+            "ours": totals["published"],
+            "published": totals["published"],
+            "ratio": 1.0,
+            "unit": unit,
+            "counted_ratio": 1.0,
+            "ratio_against": None,
+            "preparing_seconds": 0.0,
+        }
+    ]
     for name, (against, _) in techniques.items():
         if name in totals:
-            rows.append({"case": f"{what}: {name}", "technique": name, "against": against, "ours": totals[name], "published": totals["published"], "ratio": totals["published"] / totals[name], "unit": unit,
-                         "counted_ratio": work["published"] / work.get(name, work.get(same_work, 1)), "ratio_against": totals[against] / totals[name], "preparing_seconds": preparing[name]})
+            rows.append(
+                {
+                    "case": f"{what}: {name}",
+                    "technique": name,
+                    "against": against,
+                    "ours": totals[name],
+                    "published": totals["published"],
+                    "ratio": totals["published"] / totals[name],
+                    "unit": unit,
+                    "counted_ratio": work["published"] / work.get(name, work.get(same_work, 1)),
+                    "ratio_against": totals[against] / totals[name],
+                    "preparing_seconds": preparing[name],
+                }
+            )
     return rows
 
 
@@ -136,14 +206,39 @@ def main():
     if arguments.only != "training":
         rows += sampling_rows(network, arguments.images, arguments.nfe, arguments.rounds, device)
     if arguments.only != "sampling":
-        rows += training_rows(network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, device)
-    facts = {"network": network, "batch": arguments.batch, "images": arguments.images, "nfe": arguments.nfe, "f_learning_times": arguments.f_learning_times, **describe(device)}
+        rows += training_rows(
+            network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, device
+        )
+    facts = {
+        "network": network,
+        "batch": arguments.batch,
+        "images": arguments.images,
+        "nfe": arguments.nfe,
+        "f_learning_times": arguments.f_learning_times,
+        **describe(device),
+    }
     rows = [{**row, **facts} for row in rows]
     if arguments.json:
         write_rows(arguments.json, rows)
-    print(f"cifar10, {arguments.width} channels, on {facts['device']}; kernels and graphs need a GPU" if device.type == "cpu" else f"cifar10, {arguments.width} channels, on {facts['device']}")
-    print(table(rows, {"case": lambda r: r["case"], "s": lambda r: f"{r['ours']:.2f}", "against": lambda r: r["against"] or "-", "x against": lambda r: f"{r['ratio_against']:.2f}" if r["against"] else "-",
-                       "x published": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}", "preparing s": lambda r: f"{r['preparing_seconds']:.0f}"}))
+    print(
+        f"cifar10, {arguments.width} channels, on {facts['device']}; kernels and graphs need a GPU"
+        if device.type == "cpu"
+        else f"cifar10, {arguments.width} channels, on {facts['device']}"
+    )
+    print(
+        table(
+            rows,
+            {
+                "case": lambda r: r["case"],
+                "s": lambda r: f"{r['ours']:.2f}",
+                "against": lambda r: r["against"] or "-",
+                "x against": lambda r: f"{r['ratio_against']:.2f}" if r["against"] else "-",
+                "x published": lambda r: f"{r['ratio']:.2f}",
+                "counted": lambda r: f"{r['counted_ratio']:.2f}",
+                "preparing s": lambda r: f"{r['preparing_seconds']:.0f}",
+            },
+        )
+    )
     return 0
 
 

@@ -20,23 +20,49 @@ def jobs(gpu, device):
     """(name of the results file, module, arguments), the most important first."""
     cases = lambda *names: [word for name in names for word in ("--case", name)]
     if not gpu:
-        return [(f"sampling_{device}", "sampling", ["--rounds", "2", *cases("sampling_fp32", "sampling_bf16_eager")]),
-                (f"train_step_{device}", "train_step", ["--rounds", "1", *cases("train_cycle_fp32", "train_cycle_bf16")]),
-                (f"fid_{device}", "fid", ["--rounds", "1"]),
-                (f"start_{device}", "start", ["--rounds", "3"])]
-    full = ["--width", "128"]
-    return [(f"sampling_{device}", "sampling", [*full, "--images", "64", *cases("sampling_fp32", "sampling_bf16_graphs", "latency_bf16_graphs")]),
-            (f"train_step_{device}", "train_step", [*full, "--rounds", "2", *cases("train_cycle_fp32", "train_cycle_bf16_graphs", "train_cycle_bf16_graphs_redraw4")]),
-            (f"sampling_{device}_512", "sampling", [*full, "--images", "512", *cases("sampling_bf16_graphs")]),
-            (f"train_step_{device}_128", "train_step", [*full, "--batch", "128", "--rounds", "1", *cases("train_cycle_bf16_graphs")]),
-            (f"ops_{device}", "ops", ["--minutes", "1"]),
+        return [
+            (f"sampling_{device}", "sampling", ["--rounds", "2", *cases("sampling_fp32", "sampling_bf16_eager")]),
+            (f"train_step_{device}", "train_step", ["--rounds", "1", *cases("train_cycle_fp32", "train_cycle_bf16")]),
             (f"fid_{device}", "fid", ["--rounds", "1"]),
-            (f"ablation_{device}", "ablation", [*full, "--rounds", "2"])]
+            (f"start_{device}", "start", ["--rounds", "3"]),
+        ]
+    full = ["--width", "128"]
+    return [
+        (
+            f"sampling_{device}",
+            "sampling",
+            [*full, "--images", "64", *cases("sampling_fp32", "sampling_bf16_graphs", "latency_bf16_graphs")],
+        ),
+        (
+            f"train_step_{device}",
+            "train_step",
+            [
+                *full,
+                "--rounds",
+                "2",
+                *cases("train_cycle_fp32", "train_cycle_bf16_graphs", "train_cycle_bf16_graphs_redraw4"),
+            ],
+        ),
+        (f"sampling_{device}_512", "sampling", [*full, "--images", "512", *cases("sampling_bf16_graphs")]),
+        (
+            f"train_step_{device}_128",
+            "train_step",
+            [*full, "--batch", "128", "--rounds", "1", *cases("train_cycle_bf16_graphs")],
+        ),
+        (f"ops_{device}", "ops", ["--minutes", "1"]),
+        (f"fid_{device}", "fid", ["--rounds", "1"]),
+        (f"ablation_{device}", "ablation", [*full, "--rounds", "2"]),
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="when to stop; a benchmark that runs then is ended, and keeps the cases that it has written")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="when to stop; a benchmark that runs then is ended, and keeps the cases that it has written",
+    )
     parser.add_argument("--outdir", type=Path, default=ROOT / "bench" / "results")
     arguments = parser.parse_args()
     import torch
@@ -51,7 +77,14 @@ def main():
             missing.append(name)
             continue
         print(f"\n== {name}: python -m bench.{module} {' '.join(options)}", flush=True)
-        command = [sys.executable, "-m", f"bench.{module}", *options, "--json", str((arguments.outdir / f"{name}.jsonl").resolve())]
+        command = [
+            sys.executable,
+            "-m",
+            f"bench.{module}",
+            *options,
+            "--json",
+            str((arguments.outdir / f"{name}.jsonl").resolve()),
+        ]
         try:
             code |= subprocess.run(command, cwd=ROOT, timeout=left).returncode != 0
         except subprocess.TimeoutExpired:

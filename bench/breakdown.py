@@ -13,14 +13,20 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hsivi_fast.models import prepare_device
-from hsivi_fast.sampler import Sampler
+from hsivi_fast.build import prepare_device
+from hsivi_fast.sampling.sampler import Sampler
 
 from .measure import describe, table, write_rows
 from .train_step import OurTraining, small_teacher
 
 KINDS = {  # kind -> parts of operators' names, the first that fits
-    "the method's own": ("hsivi_fast::affine", "hsivi_fast::denoising", "hsivi_fast::fisher", "hsivi_fast::draw", "philox"),
+    "the method's own": (
+        "hsivi_fast::affine",
+        "hsivi_fast::denoising",
+        "hsivi_fast::fisher",
+        "hsivi_fast::draw",
+        "philox",
+    ),
     "convolution": ("convolution",),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
     "matrix product": ("::mm", "::addmm", "::bmm", "::linear"),
@@ -64,15 +70,37 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, rows = {"name": "cifar10", "channels": arguments.width}, []
     for precision in ("fp32", "bf16"):
-        ours = OurTraining(precision, {"precision": precision}, small_teacher(network, device), network, arguments.batch, 10, 20)
-        sampler = Sampler(ours.updates.teacher, ours.layer, torch.zeros(ours.student.network.event_shape, device=device))
+        ours = OurTraining(
+            precision, {"precision": precision}, small_teacher(network, device), network, arguments.batch, 10, 20
+        )
+        sampler = Sampler(
+            ours.updates.teacher, ours.layer, torch.zeros(ours.student.network.event_shape, device=device)
+        )
         parts = {**ours.parts(), "sampling": lambda: (prepare_device(ours.config), sampler(range(64), batch_size=64))}
         for part, function in parts.items():
             kinds, seconds = shares(function, device)
-            rows.append({"case": f"{part}, {precision}", "seconds": seconds, "shares": kinds, "network": network, "batch": arguments.batch, **describe(device)})
+            rows.append(
+                {
+                    "case": f"{part}, {precision}",
+                    "seconds": seconds,
+                    "shares": kinds,
+                    "network": network,
+                    "batch": arguments.batch,
+                    **describe(device),
+                }
+            )
     if arguments.json:
         write_rows(arguments.json, rows)
-    print(table(rows, {"part": lambda r: r["case"], "s": lambda r: f"{r['seconds']:.2f}", **{kind: lambda r, kind=kind: f"{r['shares'][kind]:.1%}" for kind in (*KINDS, "all else")}}))
+    print(
+        table(
+            rows,
+            {
+                "part": lambda r: r["case"],
+                "s": lambda r: f"{r['seconds']:.2f}",
+                **{kind: lambda r, kind=kind: f"{r['shares'][kind]:.1%}" for kind in (*KINDS, "all else")},
+            },
+        )
+    )
     return 0
 
 

@@ -29,7 +29,11 @@ REPORT = Path(__file__).parent / "scaling.md"
 GPUS = (8, 64, 512)
 F_UPDATES, NFE, CHUNK = 20, 10, 4096  # f_learning_times and K of the published runs; rollout.chunk's default
 FLOAT = 4  # bytes: weights, gradients and the pool are float32 in every precision of a run
-PUBLISHED = {"cifar10": (16, 128), "celeba64": (16, 128), "imagenet64": (32, 2048)}  # network -> (samples a GPU, batch) of the published settings
+PUBLISHED = {
+    "cifar10": (16, 128),
+    "celeba64": (16, 128),
+    "imagenet64": (32, 2048),
+}  # network -> (samples a GPU, batch) of the published settings
 POOL_LIMIT = 10e9  # bytes of pool on every GPU that the report calls too many; a choice, as are the next two
 LARGEST_SHARE = 0.2  # of a cycle that communication may take where a batch is recommended
 NEAR = 0.05  # stages whose times differ by less than this are called equal: the model knows no better
@@ -44,7 +48,9 @@ class Cluster:
     bf16: float = 989e12  # operations, dense (half of the 1,979 with sparsity); NVIDIA H100 data sheet, SXM
     tf32: float = 495e12  # operations, dense (half of the 989 with sparsity); the same
     precision: str = "bf16"  # which of the two rates is used
-    utilisation: float = 0.30  # share of that rate which the networks reach. ASSUMED: nothing of this project has been timed on a GPU
+    utilisation: float = (
+        0.30  # share of that rate which the networks reach. ASSUMED: nothing of this project has been timed on a GPU
+    )
     memory: float = 80e9  # bytes; NVIDIA H100 data sheet, SXM
     memory_bandwidth: float = 3.35e12  # bytes; the same. Optimizer and average are taken to run at all of it
     nvlink: float = 450e9  # bytes in one direction (900 GB/s in both); the same, NVLink 4
@@ -108,11 +114,23 @@ class Collective:
 
     def seconds(self, world_size, cluster):
         """Seconds in a cycle."""
-        return self.times * self.calls * cluster.latency(self.operation, world_size) + self.sent(world_size) / cluster.bandwidth(world_size)
+        return self.times * self.calls * cluster.latency(self.operation, world_size) + self.sent(
+            world_size
+        ) / cluster.bandwidth(world_size)
 
 
-def collectives(parameters_student, parameters_score_net, pool_floats, world_size, zero, f_learning_times, accumulation=1, rollout_calls=NFE,
-                reduction="reduce_scatter", cluster=H100):
+def collectives(
+    parameters_student,
+    parameters_score_net,
+    pool_floats,
+    world_size,
+    zero,
+    f_learning_times,
+    accumulation=1,
+    rollout_calls=NFE,
+    reduction="reduce_scatter",
+    cluster=H100,
+):
     """The collectives of a cycle, as a list.
 
     parameters_*: how many parameters; pool_floats: numbers in the whole pool; zero: DeepSpeed's stage; accumulation: micro-batches an update; rollout_calls:
@@ -122,32 +140,65 @@ def collectives(parameters_student, parameters_score_net, pool_floats, world_siz
     """
     found = []
     reduction = {0: "all_reduce", 3: "reduce_scatter"}.get(zero, reduction)
-    for name, parameters, updates in (("student", parameters_student, 1), ("score_net", parameters_score_net, f_learning_times)):
+    for name, parameters, updates in (
+        ("student", parameters_student, 1),
+        ("score_net", parameters_score_net, f_learning_times),
+    ):
         buckets, fetches = (-(-parameters // size) for size in (cluster.bucket, cluster.prefetch))
-        reductions = updates * (accumulation if zero >= 2 else 1)  # ZeRO 2 and 3 keep no whole gradient, so they average each micro-batch's
+        reductions = updates * (
+            accumulation if zero >= 2 else 1
+        )  # ZeRO 2 and 3 keep no whole gradient, so they average each micro-batch's
         calls = buckets * (world_size if reduction == "reduces" else 1)
         found.append(Collective("gradients", reduction, parameters, reductions, calls, f"{name} backward"))
         if zero in (1, 2):
-            found.append(Collective("parameters", "all_gather", parameters, updates))  # after the step, before anything can use them
+            found.append(
+                Collective("parameters", "all_gather", parameters, updates)
+            )  # after the step, before anything can use them
         if zero == 3:
             passes = [(f"{name} forward", updates * accumulation), (f"{name} backward", updates * accumulation)]
             # Of the student in the rollout, and of the score network in the student's update; the teacher is whole everywhere.
-            passes += [("rollout", rollout_calls)] if name == "student" else [("frozen forward", accumulation), ("frozen backward", accumulation)]
-            found += [Collective("parameters", "all_gather", parameters, times, fetches, behind) for behind, times in passes]
+            passes += (
+                [("rollout", rollout_calls)]
+                if name == "student"
+                else [("frozen forward", accumulation), ("frozen backward", accumulation)]
+            )
+            found += [
+                Collective("parameters", "all_gather", parameters, times, fetches, behind) for behind, times in passes
+            ]
     found.append(Collective("pool", "all_gather", pool_floats))
     return found
 
 
-def sent_per_cycle(parameters_student, parameters_score_net, pool_floats, world_size, zero, f_learning_times, accumulation=1, rollout_calls=NFE,
-                   reduction="reduce_scatter"):
+def sent_per_cycle(
+    parameters_student,
+    parameters_score_net,
+    pool_floats,
+    world_size,
+    zero,
+    f_learning_times,
+    accumulation=1,
+    rollout_calls=NFE,
+    reduction="reduce_scatter",
+):
     """Bytes that each rank sends in a cycle with ring algorithms, {"gradients", "parameters", "pool"}; arguments as of `collectives`."""
     sent = dict.fromkeys(("gradients", "parameters", "pool"), 0.0)
-    for each in collectives(parameters_student, parameters_score_net, pool_floats, world_size, zero, f_learning_times, accumulation, rollout_calls, reduction):
+    for each in collectives(
+        parameters_student,
+        parameters_score_net,
+        pool_floats,
+        world_size,
+        zero,
+        f_learning_times,
+        accumulation,
+        rollout_calls,
+        reduction,
+    ):
         sent[each.kind] += each.sent(world_size)
     return sent
 
 
 # ---- what is computed and kept ----------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Network:
@@ -170,7 +221,10 @@ def counted(name):
     """The `Network` of a name of `nets.NETWORKS`, counted on tensors without memory."""
     with torch.device("meta"):
         network = build_unet(name)
-        x, t = torch.empty(1, *network.event_shape, requires_grad=True), torch.zeros(1, dtype=torch.int64)  # [1, *event]
+        x, t = (
+            torch.empty(1, *network.event_shape, requires_grad=True),
+            torch.zeros(1, dtype=torch.int64),
+        )  # [1, *event]
     forward = counted_flops(lambda: network(x, t))
     with_backward = counted_flops(lambda: network(x.detach(), t).sum().backward())
     network.requires_grad_(False)
@@ -208,8 +262,15 @@ class Case:
 
     def passes(self):
         """{pass: its work on a GPU in a cycle, in forwards of one sample}. A backward is two forwards, one to the input alone is one."""
-        return {"rollout": NFE * self.trajectories, "student forward": self.samples, "frozen forward": 2 * self.samples, "frozen backward": 2 * self.samples,
-                "student backward": 2 * self.samples, "score_net forward": F_UPDATES * self.samples, "score_net backward": 2 * F_UPDATES * self.samples}
+        return {
+            "rollout": NFE * self.trajectories,
+            "student forward": self.samples,
+            "frozen forward": 2 * self.samples,
+            "frozen backward": 2 * self.samples,
+            "student backward": 2 * self.samples,
+            "score_net forward": F_UPDATES * self.samples,
+            "score_net backward": 2 * F_UPDATES * self.samples,
+        }
 
     @property
     def rollout_calls(self):
@@ -237,7 +298,9 @@ def update_bytes(parameters, world_size, zero):
     each rank does that for its part. The average reads itself and the parameter and writes itself: all of it, but in ZeRO 3.
     """
     clip_and_adam, average = 3 + 9, 3
-    return FLOAT * parameters * (clip_and_adam / (world_size if zero else 1) + average / (world_size if zero == 3 else 1))
+    return (
+        FLOAT * parameters * (clip_and_adam / (world_size if zero else 1) + average / (world_size if zero == 3 else 1))
+    )
 
 
 def state_bytes(parameters, world_size, zero):
@@ -254,9 +317,13 @@ def memory(case, zero, cluster=H100):
     """
     network = case.network
     trained = (network.student_parameters, network.parameters)
-    return {"states": sum(state_bytes(parameters, case.gpus, zero) for parameters in trained) + FLOAT * network.parameters,  # the teacher's
-            "buckets": FLOAT * cluster.bucket * (0, 1, 1, 2)[zero], "gathered": FLOAT * network.student_parameters if zero == 3 else 0,
-            "pool": FLOAT * (case.pool_floats + (case.pool_floats // case.gpus if case.gpus > 1 else 0))}
+    return {
+        "states": sum(state_bytes(parameters, case.gpus, zero) for parameters in trained)
+        + FLOAT * network.parameters,  # the teacher's
+        "buckets": FLOAT * cluster.bucket * (0, 1, 1, 2)[zero],
+        "gathered": FLOAT * network.student_parameters if zero == 3 else 0,
+        "pool": FLOAT * (case.pool_floats + (case.pool_floats // case.gpus if case.gpus > 1 else 0)),
+    }
 
 
 def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
@@ -267,7 +334,9 @@ def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
     """
     network = case.network
     passes = {name: forwards * network.forward_flops / cluster.rate() for name, forwards in case.passes().items()}
-    moved = update_bytes(network.student_parameters, case.gpus, zero) + F_UPDATES * update_bytes(network.parameters, case.gpus, zero)
+    moved = update_bytes(network.student_parameters, case.gpus, zero) + F_UPDATES * update_bytes(
+        network.parameters, case.gpus, zero
+    )
     update = moved / cluster.memory_bandwidth
     times, hidden = dict.fromkeys(("gradients", "parameters", "pool"), 0.0), dict.fromkeys(passes, 0.0)
     for each in case.collectives(zero, reduction, spread, cluster):
@@ -278,7 +347,14 @@ def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
     compute, communication = sum(passes.values()), sum(times.values())
     no_overlap = compute + update + communication
     saved = sum(min(passes[name], hidden[name]) for name in passes)
-    return {"compute": compute, "update": update, **times, "no_overlap": no_overlap, "full_overlap": no_overlap - saved, "share": communication / no_overlap}
+    return {
+        "compute": compute,
+        "update": update,
+        **times,
+        "no_overlap": no_overlap,
+        "full_overlap": no_overlap - saved,
+        "share": communication / no_overlap,
+    }
 
 
 def all_to_all(case, cluster=H100):
@@ -290,11 +366,13 @@ def all_to_all(case, cluster=H100):
 
 # ---- what follows -----------------------------------------------------------------------------------------------------
 
+
 def needed_samples(network, gpus, share, cluster=H100, spread=False):
     """The least number of samples a GPU from which communication takes at most `share` of a cycle (ZeRO 0, no overlap); None where no batch reaches that.
 
     Work and communication both grow linearly with the samples, of which each has F_UPDATES / NFE trajectories exactly.
     """
+
     def parts(samples):
         times = cycle(Case(network, gpus, samples), 0, cluster=cluster, spread=spread)
         return times["compute"] + times["update"], times["gradients"] + times["pool"]
@@ -343,19 +421,38 @@ def advice(case, cluster=H100):
     hidden = {way: parts["full_overlap" if way[0] else "no_overlap"] for way, parts in times.items()}
     way, if_hidden = first(seconds), first(hidden)
     others = {other: seconds[other] / seconds[way] - 1 for other in seconds}
-    return {"way": way, "seconds": seconds[way], "if_hidden": if_hidden, "seconds_if_hidden": hidden[if_hidden], "memory": needed[way], "others": others,
-            "samples": needed_samples(case.network, case.gpus, LARGEST_SHARE, cluster)}
+    return {
+        "way": way,
+        "seconds": seconds[way],
+        "if_hidden": if_hidden,
+        "seconds_if_hidden": hidden[if_hidden],
+        "memory": needed[way],
+        "others": others,
+        "samples": needed_samples(case.network, case.gpus, LARGEST_SHARE, cluster),
+    }
 
 
 # ---- the report: every number in its text is computed -----------------------------------------------------------------
 
 # ZeRO 1 has the first of these only on paper; ZeRO 2 takes as long as ZeRO 1.
-STAGES = [(0, "all_reduce", "0"), (1, "reduce_scatter", "1, as a reduce-scatter (not in DeepSpeed)"), (1, "all_reduce", "1, DeepSpeed's default"),
-          (1, "reduces", "1, single reduces"), (2, "all_reduce", "2, DeepSpeed's default"), (3, "reduce_scatter", "3")]
+STAGES = [
+    (0, "all_reduce", "0"),
+    (1, "reduce_scatter", "1, as a reduce-scatter (not in DeepSpeed)"),
+    (1, "all_reduce", "1, DeepSpeed's default"),
+    (1, "reduces", "1, single reduces"),
+    (2, "all_reduce", "2, DeepSpeed's default"),
+    (3, "reduce_scatter", "3"),
+]
 
 
 def milliseconds(seconds):
-    return f"{1e3 * seconds:.2f}" if seconds < 0.01 else f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
+    return (
+        f"{1e3 * seconds:.2f}"
+        if seconds < 0.01
+        else f"{1e3 * seconds:.1f}"
+        if seconds < 0.1
+        else f"{1e3 * seconds:,.0f}"
+    )
 
 
 def bounds(times):
@@ -375,13 +472,13 @@ def way_name(way):
 
 
 def join(words):
-    """"a, b and c"."""
+    """ "a, b and c"."""
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def of_each(networks, value):
-    """"1 (cifar10), 2 (celeba64) and 3 (imagenet64)"."""
+    """ "1 (cifar10), 2 (celeba64) and 3 (imagenet64)"."""
     return join(f"{value(network)} ({network.name})" for network in networks)
 
 
@@ -390,8 +487,20 @@ def prose(text):
     blocks = []
     for block in textwrap.dedent(text).strip().split("\n\n"):
         items = [" ".join(item.split()) for item in block.replace("\n- ", "\0- ").split("\0")]
-        blocks.append("\n".join(item if item.startswith("#") else textwrap.fill(item, 150, subsequent_indent="  " if item.startswith("- ") else "",
-                                                                               break_long_words=False, break_on_hyphens=False) for item in items))
+        blocks.append(
+            "\n".join(
+                item
+                if item.startswith("#")
+                else textwrap.fill(
+                    item,
+                    150,
+                    subsequent_indent="  " if item.startswith("- ") else "",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for item in items
+            )
+        )
     return "\n\n".join(blocks) + "\n\n"
 
 
@@ -404,22 +513,59 @@ def report(networks, cluster=H100):
     """The whole report as Markdown, from the counted networks."""
     cases = [Case(network, gpus, PUBLISHED[network.name][0]) for network in networks for gpus in GPUS]  # weak scaling
     rails = replace(cluster, rails=cluster.node)
-    return "".join([
-        _beginning(networks, cluster, rails), _step_times(networks, cases, cluster), _stages(networks, cases, cluster),
-        _domination(networks, cases, cluster, rails), _pool(networks, cases, cluster, rails), _memory(cases, cluster),
-        _sensitivity(networks, cases, cluster, rails), _advice(networks, cases, cluster, rails)]).rstrip("\n") + "\n"
+    return (
+        "".join(
+            [
+                _beginning(networks, cluster, rails),
+                _step_times(networks, cases, cluster),
+                _stages(networks, cases, cluster),
+                _domination(networks, cases, cluster, rails),
+                _pool(networks, cases, cluster, rails),
+                _memory(cases, cluster),
+                _sensitivity(networks, cases, cluster, rails),
+                _advice(networks, cases, cluster, rails),
+            ]
+        ).rstrip("\n")
+        + "\n"
+    )
 
 
 def _beginning(networks, cluster, rails):
     work = Case(networks[0], 1, 1).passes()
-    student, score_net = (sum(value for name, value in work.items() if name.startswith(names)) for names in (("student", "frozen"), "score_net"))
-    titles = ["network", "forward, GFLOP", "with backward, forwards", "with input-only backward, forwards", "parameters, million", "event, floats",
-              "gradients in float32, MB", "a cycle, TFLOP a sample"]
-    rows = [[n.name, f"{n.forward_flops / 1e9:.2f}", f"{n.with_backward:.3f}", f"{n.with_input_backward:.3f}", f"{n.parameters / 1e6:.2f}", f"{n.event:,}",
-             megabytes(FLOAT * n.parameters), f"{sum(work.values()) * n.forward_flops / 1e12:.2f}"] for n in networks]
-    latencies = {operation: ", ".join(milliseconds(cluster.latency(operation, gpus)) for gpus in GPUS) for operation in ("all_reduce", "all_gather")}
+    student, score_net = (
+        sum(value for name, value in work.items() if name.startswith(names))
+        for names in (("student", "frozen"), "score_net")
+    )
+    titles = [
+        "network",
+        "forward, GFLOP",
+        "with backward, forwards",
+        "with input-only backward, forwards",
+        "parameters, million",
+        "event, floats",
+        "gradients in float32, MB",
+        "a cycle, TFLOP a sample",
+    ]
+    rows = [
+        [
+            n.name,
+            f"{n.forward_flops / 1e9:.2f}",
+            f"{n.with_backward:.3f}",
+            f"{n.with_input_backward:.3f}",
+            f"{n.parameters / 1e6:.2f}",
+            f"{n.event:,}",
+            megabytes(FLOAT * n.parameters),
+            f"{sum(work.values()) * n.forward_flops / 1e12:.2f}",
+        ]
+        for n in networks
+    ]
+    latencies = {
+        operation: ", ".join(milliseconds(cluster.latency(operation, gpus)) for gpus in GPUS)
+        for operation in ("all_reduce", "all_gather")
+    }
     far = cluster.node + 1
-    return prose(f"""
+    return (
+        prose(f"""
         # A training cycle on {join(GPUS)} GPUs: a model, not a measurement
 
         `python -m bench.cluster` computes all of this from counted work and bytes, the data sheets of an H100 SXM, and one assumption. **Nothing here was
@@ -436,7 +582,9 @@ def _beginning(networks, cluster, rails):
         {work["rollout"]} for the rollout, {student} for the student's update (its forward and backward, and forward and input-only backward of score network
         and teacher), {score_net} for the score network's. A backward counts two forwards, an input-only one one; the counted ratios say how good these units
         are.
-        """) + markdown(titles, rows) + prose(f"""
+        """)
+        + markdown(titles, rows)
+        + prose(f"""
         ## Assumed
 
         - **The networks reach {cluster.utilisation:.0%} of the peak rate** ({cluster.bf16 / 1e12:.0f} TFLOP/s, dense bfloat16), at any batch. No data sheet
@@ -455,11 +603,25 @@ def _beginning(networks, cluster, rails):
         - Not in it: activations; operations other than products and convolutions; the host, which with batches as small as these may be the limit; other
         traffic, slow ranks, failures; saving.
         """)
+    )
 
 
 def _step_times(networks, cases, cluster):
-    titles = ["network", "GPUs", "samples a GPU", "batch", "ZeRO", "networks, ms", "clipping, Adam, average, ms", "gradients and parameters sent, ms",
-              "pool sent, ms", "cycle, ms: no / full overlap", "images/s", "efficiency", "communication, no overlap"]
+    titles = [
+        "network",
+        "GPUs",
+        "samples a GPU",
+        "batch",
+        "ZeRO",
+        "networks, ms",
+        "clipping, Adam, average, ms",
+        "gradients and parameters sent, ms",
+        "pool sent, ms",
+        "cycle, ms: no / full overlap",
+        "images/s",
+        "efficiency",
+        "communication, no overlap",
+    ]
 
     def row(network, gpus, batch):
         if gpus > batch:
@@ -468,35 +630,69 @@ def _step_times(networks, cases, cluster):
         way = advice(case, cluster)["way"]
         times = cycle(case, *way, cluster)
         both = times["no_overlap"], times["full_overlap"]
-        alone = cycle(Case(network, 1, published), 0, cluster=cluster)["no_overlap"] / published  # a sample's seconds on one GPU that waits for nobody
-        return [network.name, gpus, case.samples, f"{batch:,}", way_name(way), *(milliseconds(times[part]) for part in ("compute", "update")),
-                milliseconds(times["gradients"] + times["parameters"]), milliseconds(times["pool"]), bounds(times),
-                " / ".join(f"{batch * F_UPDATES / seconds:,.0f}" for seconds in both), " / ".join(f"{alone * case.samples / seconds:.0%}" for seconds in both),
-                f"{times['share']:.0%}"]
+        alone = (
+            cycle(Case(network, 1, published), 0, cluster=cluster)["no_overlap"] / published
+        )  # a sample's seconds on one GPU that waits for nobody
+        return [
+            network.name,
+            gpus,
+            case.samples,
+            f"{batch:,}",
+            way_name(way),
+            *(milliseconds(times[part]) for part in ("compute", "update")),
+            milliseconds(times["gradients"] + times["parameters"]),
+            milliseconds(times["pool"]),
+            bounds(times),
+            " / ".join(f"{batch * F_UPDATES / seconds:,.0f}" for seconds in both),
+            " / ".join(f"{alone * case.samples / seconds:.0%}" for seconds in both),
+            f"{times['share']:.0%}",
+        ]
 
-    return prose(f"""
+    return (
+        prose(f"""
         ## Weak scaling: the published samples a GPU
 
         {of_each(networks, lambda network: PUBLISHED[network.name][0])} samples a GPU, with the stage that is advised below ("1" is DeepSpeed's default way of
         it). Images/s and efficiency: no / full overlap. Efficiency is images/s a GPU against one GPU with the published samples and ZeRO 0 that waits for
         nobody; where ZeRO shares out Adam's work, or more samples share it, it can be more than all.
-        """) + markdown(titles, [row(case.network, case.gpus, case.batch) for case in cases]) + prose("""
+        """)
+        + markdown(titles, [row(case.network, case.gpus, case.batch) for case in cases])
+        + prose("""
         ## Strong scaling: the published batch
-        """) + markdown(titles, [row(network, gpus, PUBLISHED[network.name][1]) for network in networks for gpus in GPUS])
+        """)
+        + markdown(titles, [row(network, gpus, PUBLISHED[network.name][1]) for network in networks for gpus in GPUS])
+    )
 
 
 def _stages(networks, cases, cluster):
     middle, parts = [case for case in cases if case.gpus == GPUS[1]], 4  # of the accumulation that is shown
     largest = max(networks, key=lambda network: network.parameters)
-    of_updates = {zero: sum(middle[0].sent(zero, "all_reduce")[kind] for kind in ("gradients", "parameters")) for zero in (0, 1)}
+    of_updates = {
+        zero: sum(middle[0].sent(zero, "all_reduce")[kind] for kind in ("gradients", "parameters")) for zero in (0, 1)
+    }
     rows = []
     for case in middle:
         for zero, reduction, title in STAGES:
             sent, accumulated = case.sent(zero, reduction), case.sent(zero, reduction, parts)
-            rows.append([case.network.name, title, *(megabytes(value) for value in (*sent.values(), sum(sent.values()), sum(accumulated.values())))])
-    times = [[network.name, title, *(bounds(cycle(case, zero, reduction, cluster)) for case in cases if case.network is network)]
-             for network in networks for zero, reduction, title in STAGES if zero != 2]
-    return prose(f"""
+            rows.append(
+                [
+                    case.network.name,
+                    title,
+                    *(megabytes(value) for value in (*sent.values(), sum(sent.values()), sum(accumulated.values()))),
+                ]
+            )
+    times = [
+        [
+            network.name,
+            title,
+            *(bounds(cycle(case, zero, reduction, cluster)) for case in cases if case.network is network),
+        ]
+        for network in networks
+        for zero, reduction, title in STAGES
+        if zero != 2
+    ]
+    return (
+        prose(f"""
         ## What each stage sends
 
         MB that a GPU sends in a cycle, on {GPUS[1]} GPUs with the published samples a GPU. ZeRO 1 and 2 are meant to reduce-scatter gradients, but
@@ -504,9 +700,13 @@ def _stages(networks, cases, cluster):
         {of_updates[1] / of_updates[0]:.1f} times what ZeRO 0 sends for an update**. With that switched off it makes one reduce for each rank's part ("single
         reduces"): the bytes of a reduce-scatter, and the latency of as many collectives as there are ranks. With accumulation, ZeRO 2 and 3 average every
         micro-batch.
-        """) + markdown(["network", "ZeRO", "gradients", "parameters", "pool", "all", f"all, accumulation {parts}"], rows) + prose("""
+        """)
+        + markdown(["network", "ZeRO", "gradients", "parameters", "pool", "all", f"all, accumulation {parts}"], rows)
+        + prose("""
         Milliseconds of a cycle with the published samples a GPU, no / full overlap:
-        """) + markdown(["network", "ZeRO", *(f"{gpus} GPUs" for gpus in GPUS)], times) + prose(f"""
+        """)
+        + markdown(["network", "ZeRO", *(f"{gpus} GPUs" for gpus in GPUS)], times)
+        + prose(f"""
         ZeRO 2 takes as long as ZeRO 1. ZeRO 3 and single reduces are upper bounds: DeepSpeed keeps small parameters whole, and gathered ones where it expects
         to use them again soon, which may save the gathering in the backward; and NCCL has a protocol of less latency for small pieces.
 
@@ -514,6 +714,7 @@ def _stages(networks, cases, cluster):
         {largest.parameters / 1e6:.0f} million, so all gradients leave in one piece after the backward. It takes `overlap_comm: true` and a
         `reduce_bucket_size` of a fraction of the network.
         """)
+    )
 
 
 def _domination(networks, cases, cluster, rails):
@@ -521,41 +722,87 @@ def _domination(networks, cases, cluster, rails):
         each = [needed_samples(network, gpus, share, links, spread) for share in (0.5, LARGEST_SHARE)]
         return ", ".join("never" if value is None else str(value) for value in each)
 
-    titles = ["network", "published", *(f"{gpus} GPUs" for gpus in GPUS), f"{GPUS[-1]} GPUs, pool by all-to-all",
-              *(f"{gpus} GPUs, a ring through each NIC" for gpus in GPUS[1:])]
-    rows = [[network.name, PUBLISHED[network.name][0], *(samples(network, gpus, cluster) for gpus in GPUS), samples(network, GPUS[-1], cluster, True),
-             *(samples(network, gpus, rails) for gpus in GPUS[1:])] for network in networks]
+    titles = [
+        "network",
+        "published",
+        *(f"{gpus} GPUs" for gpus in GPUS),
+        f"{GPUS[-1]} GPUs, pool by all-to-all",
+        *(f"{gpus} GPUs, a ring through each NIC" for gpus in GPUS[1:]),
+    ]
+    rows = [
+        [
+            network.name,
+            PUBLISHED[network.name][0],
+            *(samples(network, gpus, cluster) for gpus in GPUS),
+            samples(network, GPUS[-1], cluster, True),
+            *(samples(network, gpus, rails) for gpus in GPUS[1:]),
+        ]
+        for network in networks
+    ]
     shares = {case: cycle(case, 0, cluster=cluster)["share"] for case in cases}
-    dominated = [f"{case.network.name} on {case.gpus} GPUs ({share:.0%})" for case, share in shares.items() if share > 0.5]
-    return prose(f"""
+    dominated = [
+        f"{case.network.name} on {case.gpus} GPUs ({share:.0%})" for case, share in shares.items() if share > 0.5
+    ]
+    return (
+        prose(f"""
         ## Where communication dominates
 
         Two numbers of samples a GPU: from which on communication takes less than the rest of a cycle, and at most {LARGEST_SHARE:.0%} of it (ZeRO 0, no
         overlap). "never": gathering the pool grows with the batch too, so no batch gets there.
-        """) + markdown(titles, rows) + (prose(f"""
+        """)
+        + markdown(titles, rows)
+        + (
+            prose(f"""
         With the published samples a GPU, communication takes more than half of a cycle for {join(dominated)}.
-        """) if dominated else "")
+        """)
+            if dominated
+            else ""
+        )
+    )
 
 
 def _pool(networks, cases, cluster, rails):
     rows = []
     for case in cases:
         times, other = cycle(case, 0, cluster=cluster), all_to_all(case, cluster)
-        rows.append([case.network.name, case.gpus, f"{case.batch:,}", gigabytes(FLOAT * case.pool_floats), milliseconds(times["pool"]),
-                     f"{times['pool'] / times['no_overlap']:.0%}", megabytes(other["memory"]), megabytes(other["sent"]), milliseconds(other["seconds"])])
-    titles = ["network", "GPUs", "batch", "pool on every GPU, GB", "gathered in, ms", "of a cycle, ZeRO 0",
-              "all-to-all: on a GPU, MB", "sent by a GPU, MB", "in, ms"]
+        rows.append(
+            [
+                case.network.name,
+                case.gpus,
+                f"{case.batch:,}",
+                gigabytes(FLOAT * case.pool_floats),
+                milliseconds(times["pool"]),
+                f"{times['pool'] / times['no_overlap']:.0%}",
+                megabytes(other["memory"]),
+                megabytes(other["sent"]),
+                milliseconds(other["seconds"]),
+            ]
+        )
+    titles = [
+        "network",
+        "GPUs",
+        "batch",
+        "pool on every GPU, GB",
+        "gathered in, ms",
+        "of a cycle, ZeRO 0",
+        "all-to-all: on a GPU, MB",
+        "sent by a GPU, MB",
+        "in, ms",
+    ]
 
     def limit(network):
         batch, samples = pool_limit_batch(network), PUBLISHED[network.name][0]
         return f"{batch:,} ({network.name}: more than {batch // samples:,} GPUs with {samples} samples)"
 
-    return prose(f"""
+    return (
+        prose(f"""
         ## The pool
 
         It has {NFE + 1} states of {F_UPDATES} B / {NFE} trajectories for the whole batch B, on every GPU. With the same samples a GPU, its bytes and the time
         to gather it grow with the number of GPUs:
-        """) + markdown(titles, rows) + prose(f"""
+        """)
+        + markdown(titles, rows)
+        + prose(f"""
         **The pool passes {POOL_LIMIT / 1e9:.0f} GB on every GPU above a batch of {join(limit(network) for network in networks)}.** From
         {of_each(networks, lambda network: f"{pool_limit_gpus(network, cluster):,}")} GPUs on gathering it takes longer than all work of the networks,
         whatever the batch; with a ring through each NIC from {join(f"{pool_limit_gpus(network, rails):,}" for network in networks)}.
@@ -564,33 +811,60 @@ def _pool(networks, cases, cluster, rails):
         trajectories where they were rolled. What a GPU holds and sends does not grow with the number of GPUs then, as the columns on the right say (their
         time is latency). Every rank knows all seeds and the order of the pool, so it would change no result.
         """)
+    )
 
 
 def _memory(cases, cluster):
     kept = {case: [memory(case, zero, cluster) for zero in range(4)] for case in cases}
-    titles = ["network", "GPUs", *(f"states, ZeRO {zero}" for zero in range(4)), *(f"all, ZeRO {zero}" for zero in range(4)), "of it the pool"]
-    rows = [[case.network.name, case.gpus, *(gigabytes(each["states"]) for each in stages), *(gigabytes(sum(each.values())) for each in stages),
-             gigabytes(stages[0]["pool"])] for case, stages in kept.items()]
+    titles = [
+        "network",
+        "GPUs",
+        *(f"states, ZeRO {zero}" for zero in range(4)),
+        *(f"all, ZeRO {zero}" for zero in range(4)),
+        "of it the pool",
+    ]
+    rows = [
+        [
+            case.network.name,
+            case.gpus,
+            *(gigabytes(each["states"]) for each in stages),
+            *(gigabytes(sum(each.values())) for each in stages),
+            gigabytes(stages[0]["pool"]),
+        ]
+        for case, stages in kept.items()
+    ]
     fits = max(sum(each.values()) for stages in kept.values() for each in stages) <= cluster.memory
     saved, bucket = max(stages[0]["states"] - stages[3]["states"] for stages in kept.values()), FLOAT * cluster.bucket
-    return prose(f"""
+    return (
+        prose(f"""
         ## Memory
 
         GB on a GPU. For each trained network: parameter {FLOAT} bytes, gradient {FLOAT}, Adam with amsgrad {3 * FLOAT}, average {FLOAT}; the teacher {FLOAT}.
         ZeRO 1 shards Adam's and a master copy of the parameter ({FLOAT} more) that DeepSpeed makes, ZeRO 2 the gradient too, ZeRO 3 everything (and holds one
         network gathered). In "all" are DeepSpeed's gradient buckets of {gigabytes(bucket)} GB by default, one at a time in ZeRO 1 and 2 and one for each
         network in ZeRO 3, and the pool with a GPU's own share of it. **Activations are not counted.**
-        """) + markdown(titles, rows) + (prose(f"""
+        """)
+        + markdown(titles, rows)
+        + (
+            prose(f"""
         Everything fits into {cluster.memory / 1e9:.0f} GB in every stage. Sharding saves at most {gigabytes(saved)} GB, of which the default buckets take
         {gigabytes(bucket)} back in ZeRO 1 and 2 and {gigabytes(2 * bucket)} in ZeRO 3.
-        """) if fits else "")
+        """)
+            if fits
+            else ""
+        )
+    )
 
 
 def _sensitivity(networks, cases, cluster, rails):
     far = [case for case in cases if case.gpus > cluster.node]
     shares = cluster.utilisation / 2, cluster.utilisation, 1.5 * cluster.utilisation
-    variants = {f"{cluster.precision}, {share:.0%} of the peak rate": replace(cluster, utilisation=share) for share in shares}
-    variants[f"tf32 ({cluster.tf32 / 1e12:.0f} TFLOP/s), {cluster.utilisation:.0%}"] = replace(cluster, precision="tf32")
+    variants = {
+        f"{cluster.precision}, {share:.0%} of the peak rate": replace(cluster, utilisation=share) for share in shares
+    }
+    variants[f"tf32 ({cluster.tf32 / 1e12:.0f} TFLOP/s), {cluster.utilisation:.0%}"] = replace(
+        cluster, precision="tf32"
+    )
     variants[f"{cluster.precision}, {cluster.utilisation:.0%}, a ring through each of {cluster.node} NICs"] = rails
     rows = []
     for title, other in variants.items():
@@ -601,54 +875,91 @@ def _sensitivity(networks, cases, cluster, rails):
         samples = PUBLISHED[network.name][0]
         return f"{F_UPDATES * samples / cycle(Case(network, 1, samples), 0, cluster=cluster)['no_overlap']:,.0f}"
 
-    return prose("""
+    return (
+        prose("""
         ## How much depends on the assumptions
 
         A cycle in ms, no / full overlap, and communication's share without overlap; ZeRO 0, the published samples a GPU:
-        """) + markdown(["assumed", *(f"{case.network.name}, {case.gpus} GPUs" for case in far)], rows) + prose(f"""
+        """)
+        + markdown(["assumed", *(f"{case.network.name}, {case.gpus} GPUs" for case in far)], rows)
+        + prose(f"""
         One GPU alone would make {of_each(networks, alone)} images/s: the assumed share of the peak rate, said in another way.
         """)
+    )
 
 
 def _advice(networks, cases, cluster, rails):
     chosen = {case: advice(case, cluster) for case in cases}
 
     def row(case, each):
-        compared = {way: more for way, more in each["others"].items() if way[0] not in (2, each["way"][0]) and way[1] != "reduces"}
+        compared = {
+            way: more
+            for way, more in each["others"].items()
+            if way[0] not in (2, each["way"][0]) and way[1] != "reduces"
+        }
         samples = [needed_samples(case.network, case.gpus, LARGEST_SHARE, links) for links in (cluster, rails)]
-        return [case.network.name, case.gpus, way_name(each["way"]), f"{gigabytes(each['memory'])} GB before activations",
-                ", ".join(f"ZeRO {way_name(way)} {more:+.0%}" for way, more in compared.items()),
-                f"{way_name(each['if_hidden'])} ({each['seconds_if_hidden'] / each['seconds'] - 1:+.0%})", way_name(advice(case, rails)["way"]),
-                case.samples, *("none" if least is None else max(least, case.samples) for least in samples)]
+        return [
+            case.network.name,
+            case.gpus,
+            way_name(each["way"]),
+            f"{gigabytes(each['memory'])} GB before activations",
+            ", ".join(f"ZeRO {way_name(way)} {more:+.0%}" for way, more in compared.items()),
+            f"{way_name(each['if_hidden'])} ({each['seconds_if_hidden'] / each['seconds'] - 1:+.0%})",
+            way_name(advice(case, rails)["way"]),
+            case.samples,
+            *("none" if least is None else max(least, case.samples) for least in samples),
+        ]
 
     def named(wanted):
         return join(f"{case.network.name} on {case.gpus}" for case in wanted)
 
-    titles = ["network", "GPUs", "ZeRO", "memory", "others", "if all overlap worked", "ZeRO, a ring through each NIC",
-              "published samples a GPU", "samples a GPU", "samples a GPU, a ring through each NIC"]
+    titles = [
+        "network",
+        "GPUs",
+        "ZeRO",
+        "memory",
+        "others",
+        "if all overlap worked",
+        "ZeRO, a ring through each NIC",
+        "published samples a GPU",
+        "samples a GPU",
+        "samples a GPU, a ring through each NIC",
+    ]
     stages = sorted({each["way"][0] for each in chosen.values()})
-    lines = [f"- **ZeRO {zero}** for {named(case for case in cases if chosen[case]['way'][0] == zero)} GPUs." for zero in stages]
+    lines = [
+        f"- **ZeRO {zero}** for {named(case for case in cases if chosen[case]['way'][0] == zero)} GPUs."
+        for zero in stages
+    ]
     far = [case for case in cases if case.gpus > cluster.node]
     gains = {case: 1 - cycle(case, 1, "all_reduce", cluster)["full_overlap"] / chosen[case]["seconds"] for case in far}
     gains = {case: f"{gain:.0%}" for case, gain in gains.items() if gain > NEAR}
     if gains:
-        lines.append(f"""- ZeRO 1 with `overlap_comm` and small buckets is worth a trial for {named(gains)} GPUs: at best {join(gains.values())} less.""")
+        lines.append(
+            f"""- ZeRO 1 with `overlap_comm` and small buckets is worth a trial for {named(gains)} GPUs: at best {join(gains.values())} less."""
+        )
     stuck = [case for case in cases if chosen[case]["samples"] is None]
     if stuck:
-        spread, with_rails = ([needed_samples(network, GPUS[-1], LARGEST_SHARE, *how) for network in networks] for how in ((cluster, True), (rails,)))
+        spread, with_rails = (
+            [needed_samples(network, GPUS[-1], LARGEST_SHARE, *how) for network in networks]
+            for how in ((cluster, True), (rails,))
+        )
         lines.append(f"""- For {named(stuck)} GPUs no batch brings communication to {LARGEST_SHARE:.0%} of a cycle. The pool's all-to-all comes first there,
             and then {join(spread)} samples a GPU; if NCCL does use all NICs, {join(with_rails)} are enough as it is.""")
     slower = [chosen[case]["others"][1, "reduces"] + 1 for case in far]
     lines.append(f"""- `use_multi_rank_bucket_allreduce: false` at most within a node: over more, its reduces make a cycle {min(slower):.1f} to {max(slower):.0f}
         times as long.""")
-    return prose(f"""
+    return (
+        prose(f"""
         ## What it says to use
 
         The smallest stage that fits into {cluster.memory / 1e9:.0f} GB and is at most {NEAR:.0%} slower than the fastest, without overlap; what the others
         take against it; and the same if all overlap worked (with ZeRO 3 the least likely: its hooks take the host's time, and it goes neither with `compile`
         nor with graphs). Samples a GPU: from which on communication takes at most {LARGEST_SHARE:.0%} (ZeRO 0, no overlap), but no fewer than published.
         **How larger batches than the published ones train was not tried.**
-        """) + markdown(titles, [row(case, each) for case, each in chosen.items()]) + prose("\n".join(lines))
+        """)
+        + markdown(titles, [row(case, each) for case, each in chosen.items()])
+        + prose("\n".join(lines))
+    )
 
 
 def main():

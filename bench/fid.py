@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hsivi_fast.data import to_uint8
-from hsivi_fast.evaluation import StreamingMoments, frechet_distance
+from hsivi_fast.metrics.evaluation import StreamingMoments, frechet_distance
 
 from .measure import describe, print_rows, run_cases, span, timed_rounds
 from .published import published_frechet_distance
@@ -62,7 +62,10 @@ def measure(case, images, rounds, facts):
     moments.add(network(to_uint8(real)))
     reference = moments.statistics()
     rounded = to_uint8(generated).float() / 127.5 - 1 + 1e-4  # what truncation turns into the same levels
-    expected, got = published_frechet_distance(rounded, rows_first, reference), our_distance(generated, network, reference)
+    expected, got = (
+        published_frechet_distance(rounded, rows_first, reference),
+        our_distance(generated, network, reference),
+    )
     if not abs(got - expected) <= EQUAL * abs(expected):
         return {"case": case, "failed": f"distances differ: ours {got}, published {expected}", **facts}
 
@@ -73,9 +76,13 @@ def measure(case, images, rounds, facts):
             network.seconds = 0.0
             function()
             own[name].append(network.seconds)
+
         return run
 
-    sides = {"ours": side("ours", lambda: our_distance(generated, network, reference)), "published": side("published", lambda: published_frechet_distance(generated, rows_first, reference))}
+    sides = {
+        "ours": side("ours", lambda: our_distance(generated, network, reference)),
+        "published": side("published", lambda: published_frechet_distance(generated, rows_first, reference)),
+    }
     seconds = timed_rounds({name: (function, 1) for name, function in sides.items()}, device, rounds)
     net = {name: [total - features for total, features in zip(values, own[name])] for name, values in seconds.items()}
     statistics_now = StreamingMoments()
@@ -83,10 +90,24 @@ def measure(case, images, rounds, facts):
     ready = statistics_now.statistics()
     distance = min(timed_rounds({"distance": (lambda: frechet_distance(ready, reference), 1)}, device, 2)["distance"])
     medians = {name: statistics.median(values) for name, values in net.items()}
-    return {"case": case, "ours": medians["ours"], "published": medians["published"], "ratio": medians["published"] / medians["ours"], "unit": "s without features", "counted_ratio": None,
-            "ours_range": [min(net["ours"]), max(net["ours"])], "published_range": [min(net["published"]), max(net["published"])],
-            "feature_seconds": {name: statistics.median(values) for name, values in own.items()}, "ours_distance_seconds": distance, "distance": got, "published_distance": expected,
-            "images": images, "features": int(case.removeprefix("fid_")), "baseline": "bench/published.py", **facts}
+    return {
+        "case": case,
+        "ours": medians["ours"],
+        "published": medians["published"],
+        "ratio": medians["published"] / medians["ours"],
+        "unit": "s without features",
+        "counted_ratio": None,
+        "ours_range": [min(net["ours"]), max(net["ours"])],
+        "published_range": [min(net["published"]), max(net["published"])],
+        "feature_seconds": {name: statistics.median(values) for name, values in own.items()},
+        "ours_distance_seconds": distance,
+        "distance": got,
+        "published_distance": expected,
+        "images": images,
+        "features": int(case.removeprefix("fid_")),
+        "baseline": "bench/published.py",
+        **facts,
+    }
 
 
 def main():
@@ -97,10 +118,22 @@ def main():
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
     arguments = parser.parse_args()
     facts = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = run_cases(arguments.case or CASES, lambda case: measure(case, arguments.images, arguments.rounds, facts), arguments.json)
+    rows = run_cases(
+        arguments.case or CASES, lambda case: measure(case, arguments.images, arguments.rounds, facts), arguments.json
+    )
     print(f"{arguments.images} images 3x32x32, on {facts['device']}")
-    return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "range": lambda r: span(r["ours_range"]), "published s": lambda r: f"{r['published']:.2f}",
-                       "range ": lambda r: span(r["published_range"]), "ratio": lambda r: f"{r['ratio']:.2f}", "of which our distance": lambda r: f"{r['ours_distance_seconds']:.2f}"})
+    return print_rows(
+        rows,
+        {
+            "case": lambda r: r["case"],
+            "ours s": lambda r: f"{r['ours']:.2f}",
+            "range": lambda r: span(r["ours_range"]),
+            "published s": lambda r: f"{r['published']:.2f}",
+            "range ": lambda r: span(r["published_range"]),
+            "ratio": lambda r: f"{r['ratio']:.2f}",
+            "of which our distance": lambda r: f"{r['ours_distance_seconds']:.2f}",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from hsivi_fast.nets.blocks import NoisePredictor
-from hsivi_fast.telemetry import EnergyMeter, commit
+from hsivi_fast.training.telemetry import EnergyMeter, commit
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -109,7 +109,9 @@ def timed_rounds(sides, device, rounds):
 def counted_calls(function):
     """Calls of networks (`NoisePredictor`) in one call."""
     calls = []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: calls.append(module) if isinstance(module, NoisePredictor) else None)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: calls.append(module) if isinstance(module, NoisePredictor) else None
+    )
     try:
         function()
     finally:
@@ -129,7 +131,10 @@ def peak_bytes(function, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held = most = 0
-    for event in sorted((event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(
+        (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    ):
         held += event.nbytes()
         most = max(most, held)
     return most
@@ -150,7 +155,23 @@ def joules_per_image(function, device, images):
 class _Traffic(TorchDispatchMode):
     """Adds up the bytes that every operator reads and writes; views move nothing."""
 
-    VIEWS = ("view", "expand", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "detach", "alias", "as_strided", "t", "split", "unbind")
+    VIEWS = (
+        "view",
+        "expand",
+        "reshape",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "detach",
+        "alias",
+        "as_strided",
+        "t",
+        "split",
+        "unbind",
+    )
 
     def __init__(self):
         super().__init__()
@@ -159,7 +180,11 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         name = function._schema.name.partition("::")[2]
-        if name.rstrip("_") not in self.VIEWS and not name.startswith("_unsafe_view") and name not in ("empty", "empty_like", "new_empty"):
+        if (
+            name.rstrip("_") not in self.VIEWS
+            and not name.startswith("_unsafe_view")
+            and name not in ("empty", "empty_like", "new_empty")
+        ):
             tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
@@ -203,7 +228,10 @@ def describe(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in ("torch", "triton", "hsivi_fast")}}
+    versions = {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("torch", "triton", "hsivi_fast")},
+    }
     return {"commit": commit(), "device": name, "versions": versions}
 
 
@@ -219,7 +247,13 @@ def table(rows, columns):
     """Rows (dicts) as aligned text; columns: {title: function of a row}."""
     cells = [list(columns), *[[str(cell(row)) for cell in columns.values()] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths))) for line in cells)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in cells
+    )
 
 
 def run_cases(cases, measure_case, file):
@@ -229,7 +263,11 @@ def run_cases(cases, measure_case, file):
         if "bf16" in case and not has_fast_bfloat16():
             print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
         rows.append(measure_case(case))
-        print(f"{case}: {rows[-1]['failed']}" if "failed" in rows[-1] else f"{case}: x{rows[-1]['ratio']:.2f}", file=sys.stderr, flush=True)
+        print(
+            f"{case}: {rows[-1]['failed']}" if "failed" in rows[-1] else f"{case}: x{rows[-1]['ratio']:.2f}",
+            file=sys.stderr,
+            flush=True,
+        )
         if file:
             write_rows(file, rows)
     return rows

@@ -11,9 +11,9 @@ implementation does. An operation whose check fails prints no speed, and the exi
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
@@ -71,23 +71,59 @@ def method_cases(device, event, batch, dtype, per_pixel):
         g = x - e
         losses = (column(weight) * (2 * g * (target - e) - g.square())).flatten(1).sum(1)
         slope = -2 * column(weight) * g * target / batch
-        return (losses, 2 * column(weight) * (target - x) / batch, -2 * column(weight) * (target - e) / batch,
-                slope.sum(0).reshape(1, -1) if per_pixel else slope.sum().reshape(1, 1))
+        return (
+            losses,
+            2 * column(weight) * (target - x) / batch,
+            -2 * column(weight) * (target - e) / batch,
+            slope.sum(0).reshape(1, -1) if per_pixel else slope.sum().reshape(1, 1),
+        )
 
     tables = (a, b, s, log_gamma, seeds, k)
     calls = {
-        "affine_noise_step": (lambda: ops.affine_noise_step(x, e, *tables), plain_step, 3,
-                              lambda: reference.affine_noise_step(*map(_exact, (x, e, a, b, s, log_gamma)), None, k, noise=noise.double())),
-        "affine_noise_step backward": (lambda: library.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, k, None, None, backend), plain_backward, 2,
-                                       lambda: reference.affine_noise_step_backward(*map(_exact, (dy, e, b, s, log_gamma)), None, k, noise=noise.double())),
-        "denoising_loss_and_grads": (lambda: ops.denoising_loss_and_grads(e, weight, s, log_gamma, seeds, k), plain_denoising, 2,
-                                     lambda: reference.denoising_loss_and_grads(*map(_exact, (e, weight, s, log_gamma)), None, k, noise=noise.double())),
-        "fisher_loss_and_grads": (lambda: ops.fisher_loss_and_grads(x, e, weight, s, log_gamma, seeds, k), plain_fisher, 4,
-                                  lambda: reference.fisher_loss_and_grads(*map(_exact, (x, e, weight, s, log_gamma)), None, k, noise=noise.double())),
+        "affine_noise_step": (
+            lambda: ops.affine_noise_step(x, e, *tables),
+            plain_step,
+            3,
+            lambda: reference.affine_noise_step(
+                *map(_exact, (x, e, a, b, s, log_gamma)), None, k, noise=noise.double()
+            ),
+        ),
+        "affine_noise_step backward": (
+            lambda: library.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, k, None, None, backend),
+            plain_backward,
+            2,
+            lambda: reference.affine_noise_step_backward(
+                *map(_exact, (dy, e, b, s, log_gamma)), None, k, noise=noise.double()
+            ),
+        ),
+        "denoising_loss_and_grads": (
+            lambda: ops.denoising_loss_and_grads(e, weight, s, log_gamma, seeds, k),
+            plain_denoising,
+            2,
+            lambda: reference.denoising_loss_and_grads(
+                *map(_exact, (e, weight, s, log_gamma)), None, k, noise=noise.double()
+            ),
+        ),
+        "fisher_loss_and_grads": (
+            lambda: ops.fisher_loss_and_grads(x, e, weight, s, log_gamma, seeds, k),
+            plain_fisher,
+            4,
+            lambda: reference.fisher_loss_and_grads(
+                *map(_exact, (x, e, weight, s, log_gamma)), None, k, noise=noise.double()
+            ),
+        ),
     }
     shape = f"{'x'.join(map(str, (batch, *event)))} {_name(dtype)}{' per pixel' if per_pixel else ''}"
     for name, (ours, plain, passes, exact) in calls.items():
-        yield Case(f"{name} {shape}", ours, plain, passes * x.numel() * x.element_size(), x.numel(), x.element_size(), _check(ours, exact))
+        yield Case(
+            f"{name} {shape}",
+            ours,
+            plain,
+            passes * x.numel() * x.element_size(),
+            x.numel(),
+            x.element_size(),
+            _check(ours, exact),
+        )
 
 
 def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, channels_last):
@@ -119,14 +155,27 @@ def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, c
         def run():
             y = function(*leaves)
             return torch.autograd.grad(y, wanted, dy)
+
         return run
 
     def exact_grads():
         doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
         return torch.autograd.grad(forward(*doubles), [t for t in doubles if t is not None], dy.double())
 
-    ours = both(lambda x, weight, bias, scale, shift, add: ops.group_norm_silu(x, groups, weight, bias, 1e-5, True, scale, shift, add))
-    yield Case(f"group_norm_silu forward+backward {name}", ours, both(forward), 5 * moved, x.numel(), x.element_size(), _check(ours, exact_grads))
+    ours = both(
+        lambda x, weight, bias, scale, shift, add: ops.group_norm_silu(
+            x, groups, weight, bias, 1e-5, True, scale, shift, add
+        )
+    )
+    yield Case(
+        f"group_norm_silu forward+backward {name}",
+        ours,
+        both(forward),
+        5 * moved,
+        x.numel(),
+        x.element_size(),
+        _check(ours, exact_grads),
+    )
 
 
 def noise_cases(device, event, batch):
@@ -136,11 +185,26 @@ def noise_cases(device, event, batch):
     elements = torch.Size(shape).numel()
     ours = lambda: ops.draw_noise(seeds, k, event)
     check = _check(ours, lambda: philox.normal(seeds, k, event).double())
-    yield Case(f"draw_noise {'x'.join(map(str, shape))}", ours, lambda: torch.randn(shape, device=device), 4 * elements, elements, 4, check)
+    yield Case(
+        f"draw_noise {'x'.join(map(str, shape))}",
+        ours,
+        lambda: torch.randn(shape, device=device),
+        4 * elements,
+        elements,
+        4,
+        check,
+    )
     if device.type == "cpu":
         compiled = torch.compile(lambda: philox.normal(seeds, k, event), dynamic=False)
-        yield Case(f"draw_noise, plain Philox compiled {'x'.join(map(str, shape))}", compiled, lambda: torch.randn(shape, device=device), 4 * elements, elements, 4,
-                   _check(compiled, lambda: philox.normal(seeds, k, event).double()))
+        yield Case(
+            f"draw_noise, plain Philox compiled {'x'.join(map(str, shape))}",
+            compiled,
+            lambda: torch.randn(shape, device=device),
+            4 * elements,
+            elements,
+            4,
+            _check(compiled, lambda: philox.normal(seeds, k, event).double()),
+        )
 
 
 def all_cases(device):
@@ -170,8 +234,22 @@ def all_cases(device):
 
 
 # (height = width, channels, modulated, added): what the published networks spend most of their normalisation on, and the extremes.
-NORMS = [(32, 128, False, True), (32, 256, False, True), (32, 384, False, False), (32, 640, False, False), (16, 256, False, True), (16, 512, False, False), (16, 896, False, False),
-         (8, 256, False, True), (8, 512, True, False), (8, 1024, False, False), (4, 256, False, True), (64, 128, True, False), (64, 256, False, False), (64, 384, False, False)]
+NORMS = [
+    (32, 128, False, True),
+    (32, 256, False, True),
+    (32, 384, False, False),
+    (32, 640, False, False),
+    (16, 256, False, True),
+    (16, 512, False, False),
+    (16, 896, False, False),
+    (8, 256, False, True),
+    (8, 512, True, False),
+    (8, 1024, False, False),
+    (4, 256, False, True),
+    (64, 128, True, False),
+    (64, 256, False, False),
+    (64, 384, False, False),
+]
 
 
 def _exact(tensor):
@@ -184,13 +262,17 @@ def _name(dtype):
 
 def _check(ours, exact):
     """Ours against float64: 16-bit results to two units, float32 ones to a relative error that long sums allow."""
+
     def run():
         values, truths = ours(), exact()
         for value, truth in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (values, truths))):
             unit = torch.finfo(value.dtype).eps
-            allowed = 2 * unit * truth.abs() + (1e-4 if value.dtype == torch.float32 else unit) * truth.abs().max() * (0.1 if value.numel() > 1 else 10)
+            allowed = 2 * unit * truth.abs() + (1e-4 if value.dtype == torch.float32 else unit) * truth.abs().max() * (
+                0.1 if value.numel() > 1 else 10
+            )
             worst = float(((value.double() - truth).abs() - allowed).max())
             assert worst <= 0, f"off by {worst:.2e} more than allowed"
+
     return run
 
 
@@ -208,11 +290,23 @@ def measure(case, device, bandwidth, facts):
     seconds = interleaved({"ours": case.ours, "eager": case.plain, "compiled": compiled}, device)
     plain_bytes = counted_bytes(case.plain)
     rate = case.bytes / seconds["ours"]
-    return {"case": case.name, "ours": seconds["ours"] * 1e6, "published": seconds["eager"] * 1e6, "compiled": seconds["compiled"] * 1e6, "unit": "us",
-            "ratio": seconds["eager"] / seconds["ours"], "ratio_compiled": seconds["compiled"] / seconds["ours"], "counted_ratio": plain_bytes / case.bytes,
-            "bytes": case.bytes, "plain_bytes": plain_bytes, "transfers_per_element": case.bytes / case.elements / case.element_size,
-            "plain_transfers_per_element": plain_bytes / case.elements / case.element_size,
-            "gigabytes_per_second": rate / 1e9, "share_of_copy": rate / bandwidth if bandwidth else None, **facts}
+    return {
+        "case": case.name,
+        "ours": seconds["ours"] * 1e6,
+        "published": seconds["eager"] * 1e6,
+        "compiled": seconds["compiled"] * 1e6,
+        "unit": "us",
+        "ratio": seconds["eager"] / seconds["ours"],
+        "ratio_compiled": seconds["compiled"] / seconds["ours"],
+        "counted_ratio": plain_bytes / case.bytes,
+        "bytes": case.bytes,
+        "plain_bytes": plain_bytes,
+        "transfers_per_element": case.bytes / case.elements / case.element_size,
+        "plain_transfers_per_element": plain_bytes / case.elements / case.element_size,
+        "gigabytes_per_second": rate / 1e9,
+        "share_of_copy": rate / bandwidth if bandwidth else None,
+        **facts,
+    }
 
 
 def main():
@@ -220,13 +314,19 @@ def main():
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this long, and say which were left out")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no case after this long, and say which were left out"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     backend = ops.choose_backend("auto", device)
     facts = describe(device)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
-    print(f"ours: backend {backend}, on {facts['device']}" + (f", whose copy moves {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""), flush=True)
+    print(
+        f"ours: backend {backend}, on {facts['device']}"
+        + (f", whose copy moves {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""),
+        flush=True,
+    )
     rows, left_out, start = [], [], time.monotonic()
     for case in all_cases(device):
         if arguments.only not in case.name:
@@ -238,14 +338,31 @@ def main():
         rows.append(row)
         if arguments.json:
             write_rows(arguments.json, rows)  # after every case, so that a run that is cut off leaves what it has
-        said = row["failed"] if "failed" in row else f"{row['ours']:.1f} us, x{row['ratio']:.2f} eager, x{row['ratio_compiled']:.2f} compiled"
+        said = (
+            row["failed"]
+            if "failed" in row
+            else f"{row['ours']:.1f} us, x{row['ratio']:.2f} eager, x{row['ratio_compiled']:.2f} compiled"
+        )
         print(f"{case.name}: {said}", file=sys.stderr, flush=True)
-    columns = {"operation": lambda r: r["case"], "ours us": lambda r: f"{r['ours']:.1f}", "eager us": lambda r: f"{r['published']:.1f}", "compiled us": lambda r: f"{r['compiled']:.1f}",
-               "x eager": lambda r: f"{r['ratio']:.2f}", "x compiled": lambda r: f"{r['ratio_compiled']:.2f}"}
+    columns = {
+        "operation": lambda r: r["case"],
+        "ours us": lambda r: f"{r['ours']:.1f}",
+        "eager us": lambda r: f"{r['published']:.1f}",
+        "compiled us": lambda r: f"{r['compiled']:.1f}",
+        "x eager": lambda r: f"{r['ratio']:.2f}",
+        "x compiled": lambda r: f"{r['ratio_compiled']:.2f}",
+    }
     if bandwidth:
-        columns |= {"GB/s": lambda r: f"{r['gigabytes_per_second']:.0f}", "of a copy": lambda r: f"{r['share_of_copy']:.0%}"}
-    columns |= {"fused MB": lambda r: f"{r['bytes'] / 1e6:.1f}", "eager MB": lambda r: f"{r['plain_bytes'] / 1e6:.1f}",
-                "fused transfers/element": lambda r: f"{r['transfers_per_element']:.1f}", "eager transfers/element": lambda r: f"{r['plain_transfers_per_element']:.1f}"}
+        columns |= {
+            "GB/s": lambda r: f"{r['gigabytes_per_second']:.0f}",
+            "of a copy": lambda r: f"{r['share_of_copy']:.0%}",
+        }
+    columns |= {
+        "fused MB": lambda r: f"{r['bytes'] / 1e6:.1f}",
+        "eager MB": lambda r: f"{r['plain_bytes'] / 1e6:.1f}",
+        "fused transfers/element": lambda r: f"{r['transfers_per_element']:.1f}",
+        "eager transfers/element": lambda r: f"{r['plain_transfers_per_element']:.1f}",
+    }
     code = print_rows(rows, columns)
     if left_out:
         print(f"NOT TIMED for want of time: {', '.join(left_out)}")

@@ -32,12 +32,20 @@ class PublishedTraining:
         c1 = eta * torch.sqrt((1 - (1 - high) / (1 - low)) * low / high)
         a = torch.sqrt((1 - low) / (1 - high))
         b = torch.sqrt(low - c1**2) - a * torch.sqrt(high)
-        self.a, self.b, self.c1, self.sigma = (torch.cat([torch.zeros(1), table.float()]).to(device) for table in (a, b, c1, low.sqrt()))  # indexed by k = 1 .. K
+        self.a, self.b, self.c1, self.sigma = (
+            torch.cat([torch.zeros(1), table.float()]).to(device) for table in (a, b, c1, low.sqrt())
+        )  # indexed by k = 1 .. K
         shape = ((schedule.nfe,) if per_step else ()) + (tuple(student.event_shape) if per_pixel else ()) or (1,)
         self.log_gamma = torch.nn.Parameter(torch.zeros(shape, device=device))
         student.register_parameter("log_scaled_gamma", self.log_gamma)
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True) for name, network in (("student", student), ("score_net", score_net))}
-        self.averages = {name: {key: value.detach().clone() for key, value in network.named_parameters()} for name, network in (("student", student), ("score_net", score_net))}
+        self.optimizers = {
+            name: torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True)
+            for name, network in (("student", student), ("score_net", score_net))
+        }
+        self.averages = {
+            name: {key: value.detach().clone() for key, value in network.named_parameters()}
+            for name, network in (("student", student), ("score_net", score_net))
+        }
         self.updates = {"student": 0, "score_net": 0}
 
     def layer(self, x, k, noise):
@@ -131,7 +139,12 @@ def through_png(images, folder=None):
         values = ((images + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         for index, value in enumerate(values):
             Image.fromarray(value.squeeze()).save(Path(place) / f"{index}.png")
-        return np.stack([np.asarray(Image.open(Path(place) / f"{index}.png")).reshape(values.shape[1:]) for index in range(len(values))])
+        return np.stack(
+            [
+                np.asarray(Image.open(Path(place) / f"{index}.png")).reshape(values.shape[1:])
+                for index in range(len(values))
+            ]
+        )
 
 
 def published_frechet_distance(images, features, reference):
@@ -143,12 +156,16 @@ def published_frechet_distance(images, features, reference):
 
     images, total, outer = through_png(images), 0, 0
     for first in range(0, len(images), 64):
-        part = features(torch.from_numpy(images[first:first + 64])).double()
+        part = features(torch.from_numpy(images[first : first + 64])).double()
         total, outer = total + part.sum(0), outer + part.T @ part
     mu = total / len(images)
     sigma = ((outer - len(images) * torch.outer(mu, mu)) / (len(images) - 1)).cpu().numpy()
     root = scipy.linalg.sqrtm(sigma @ reference["sigma"])
-    return float(np.square(mu.cpu().numpy() - reference["mu"]).sum() + np.trace(sigma + reference["sigma"]) - 2 * np.trace(root).real)
+    return float(
+        np.square(mu.cpu().numpy() - reference["mu"]).sum()
+        + np.trace(sigma + reference["sigma"])
+        - 2 * np.trace(root).real
+    )
 
 
 def expected_layers(nfe, batch):

@@ -22,8 +22,22 @@ from hsivi_fast import load_config, train
 
 from .measure import describe, table, write_rows
 
-PLANE = ["train.steps=4000", "train.f_learning_times=20", "eval.every=1000", "eval.num_samples=20000", "eval.seeds=3", "eval.ddim_nfe=[5]"]
-DIGITS = ["train.steps=250", "eval.every=50", "eval.num_samples=2000", "eval.seeds=1", "eval.ddim_nfe=[5]", "save_every=50"]
+PLANE = [
+    "train.steps=4000",
+    "train.f_learning_times=20",
+    "eval.every=1000",
+    "eval.num_samples=20000",
+    "eval.seeds=3",
+    "eval.ddim_nfe=[5]",
+]
+DIGITS = [
+    "train.steps=250",
+    "eval.every=50",
+    "eval.num_samples=2000",
+    "eval.seeds=1",
+    "eval.ddim_nfe=[5]",
+    "save_every=50",
+]
 STUDIES = {  # name -> (config, overrides, seeds, metric)
     "checkerboard": ("toy2d", [*PLANE, "teacher.target=checkerboard"], 5, "js_divergence"),
     "ring": ("toy2d", [*PLANE, "teacher.target=ring"], 5, "js_divergence"),
@@ -41,8 +55,14 @@ VARIANTS = {  # name -> (what it is compared with, overrides)
 def all_runs():
     """(study, variant, seed) of every run, a seed of everything before the next seed."""
     most = max(seeds for _, _, seeds, _ in STUDIES.values())
-    return [(study, variant, seed) for seed in range(most) for study, (_, _, seeds, _) in STUDIES.items() if seed < seeds
-            for variant in VARIANTS if study == "digits" or "bf16" not in variant]
+    return [
+        (study, variant, seed)
+        for seed in range(most)
+        for study, (_, _, seeds, _) in STUDIES.items()
+        if seed < seeds
+        for variant in VARIANTS
+        if study == "digits" or "bf16" not in variant
+    ]
 
 
 def one_run(study, variant, seed, outdir):
@@ -53,9 +73,20 @@ def one_run(study, variant, seed, outdir):
     folder = train(settings, Path(outdir) / f"{study}_{variant.replace(', ', '_').replace(' ', '')}_{seed}")
     rows = {row["sampler"]: row for row in folder.read_json("results.json")}
     records = folder.metrics()
-    return {"study": study, "variant": variant, "seed": seed, "metric": metric, "steps": settings.train.steps, "value": rows["hsivi_ema"][metric],
-            "raw": rows["hsivi_raw"][metric], "start": rows["ddim_eta"][metric], "ddim": rows["ddim"][metric], "seconds": records[-1]["seconds"],
-            "course": [[record["step"], record["metric"]] for record in records if record.get("metric") is not None], **describe(torch.device("cpu"))}
+    return {
+        "study": study,
+        "variant": variant,
+        "seed": seed,
+        "metric": metric,
+        "steps": settings.train.steps,
+        "value": rows["hsivi_ema"][metric],
+        "raw": rows["hsivi_raw"][metric],
+        "start": rows["ddim_eta"][metric],
+        "ddim": rows["ddim"][metric],
+        "seconds": records[-1]["seconds"],
+        "course": [[record["step"], record["metric"]] for record in records if record.get("metric") is not None],
+        **describe(torch.device("cpu")),
+    }
 
 
 def summary(rows):
@@ -69,8 +100,19 @@ def summary(rows):
             base = {row["seed"]: row["value"] for row in rows if row["study"] == study and row["variant"] == reference}
             paired = [100 * (row["value"] / base[seed] - 1) for seed, row in values.items() if seed in base]
             first = next(iter(values.values()))
-            lines.append({"study": study, "variant": variant, "metric": first["metric"], "seeds": len(values), "steps": first["steps"], "start": first["start"], "reference": reference,
-                          "value": _mean_and_error([row["value"] for row in values.values()]), "difference": _mean_and_error(paired) if paired else None})
+            lines.append(
+                {
+                    "study": study,
+                    "variant": variant,
+                    "metric": first["metric"],
+                    "seeds": len(values),
+                    "steps": first["steps"],
+                    "start": first["start"],
+                    "reference": reference,
+                    "value": _mean_and_error([row["value"] for row in values.values()]),
+                    "difference": _mean_and_error(paired) if paired else None,
+                }
+            )
     return lines
 
 
@@ -78,22 +120,38 @@ def _mean_and_error(values):
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-COLUMNS = {"on": lambda r: r["study"], "rollout": lambda r: r["variant"], "seeds": lambda r: r["seeds"], "start": lambda r: f"{r['start']:.4f}",
-           "end": lambda r: "{:.4f} +- {:.4f}".format(*r["value"]),
-           "difference": lambda r: "{:+.1f} % +- {:.1f} to {}".format(*r["difference"], r["reference"]) if r["difference"] else "-"}
+COLUMNS = {
+    "on": lambda r: r["study"],
+    "rollout": lambda r: r["variant"],
+    "seeds": lambda r: r["seeds"],
+    "start": lambda r: f"{r['start']:.4f}",
+    "end": lambda r: "{:.4f} +- {:.4f}".format(*r["value"]),
+    "difference": lambda r: (
+        "{:+.1f} % +- {:.1f} to {}".format(*r["difference"], r["reference"]) if r["difference"] else "-"
+    ),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="the rows, one JSON object a line; runs that are in it are not repeated")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        required=True,
+        help="the rows, one JSON object a line; runs that are in it are not repeated",
+    )
     parser.add_argument("--outdir", type=Path, default=Path("runs/quality"), help="where the runs themselves go")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="print the table of the rows that are there, and run nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the rows that are there, and run nothing"
+    )
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.is_file() else []
     done = {(row["study"], row["variant"], row["seed"]) for row in rows}
     wanted = [] if arguments.table else [run for run in all_runs() if run not in done]
-    with concurrent.futures.ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.processes, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         for future in concurrent.futures.as_completed([pool.submit(one_run, *run, arguments.outdir) for run in wanted]):
             rows.append(future.result())
             rows.sort(key=lambda row: all_runs().index((row["study"], row["variant"], row["seed"])))

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hsivi_fast.build import build_execution, build_layer, prepare_device
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.distributed import connect
-from hsivi_fast.engine import build_engine
-from hsivi_fast.method.layer import attach_log_gamma
-from hsivi_fast.models import build_execution, build_layer, prepare_device
-from hsivi_fast.rollout import build_rollout
-from hsivi_fast.trainer import Updates
+from hsivi_fast.method.layers import attach_log_gamma
+from hsivi_fast.parallel.world import connect
+from hsivi_fast.training.engine import build_engine
+from hsivi_fast.training.rollout import build_rollout
+from hsivi_fast.training.trainer import Updates
 
 from .cluster import sent_per_cycle
 from .measure import describe, print_rows, write_rows
@@ -39,8 +39,15 @@ from .train_step import RATE, small_teacher, three_networks
 ROOT = Path(__file__).resolve().parent.parent
 NFE, F_UPDATES = 5, 4
 # collective -> which argument has the tensor whose bytes count, and the ring's factor of (W-1)/W of them
-COLLECTIVES = {"all_reduce": (0, 2), "all_gather_into_tensor": (0, 1), "all_gather_single": (0, 1), "reduce_scatter_tensor": (1, 1), "reduce_scatter_single": (1, 1),
-               "broadcast": (0, 1), "reduce": (0, 1)}
+COLLECTIVES = {
+    "all_reduce": (0, 2),
+    "all_gather_into_tensor": (0, 1),
+    "all_gather_single": (0, 1),
+    "reduce_scatter_tensor": (1, 1),
+    "reduce_scatter_single": (1, 1),
+    "broadcast": (0, 1),
+    "reduce": (0, 1),
+}
 
 
 class Finished:
@@ -74,32 +81,51 @@ class Recorder:
                 return function(*arguments, **options)
             if self.mode == "leave out":
                 return Finished() if options.get("async_op") else None
-            value = arguments[tensor] if len(arguments) > tensor else options.get("tensor", options.get("output_tensor", options.get("output")))
-            self.sent += factor * (dist.get_world_size() - 1) / dist.get_world_size() * value.numel() * value.element_size()
+            value = (
+                arguments[tensor]
+                if len(arguments) > tensor
+                else options.get("tensor", options.get("output_tensor", options.get("output")))
+            )
+            self.sent += (
+                factor * (dist.get_world_size() - 1) / dist.get_world_size() * value.numel() * value.element_size()
+            )
             self.calls.append(lambda: function(*arguments, **{**options, "async_op": False}))
             self.inside, start = True, time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
                 self.inside, self.seconds = False, self.seconds + time.perf_counter() - start
+
         return collective
 
 
 def measure_rank(case):
     """One rank's cycles; rank 0 returns {seconds, computing, communicating, sent, parameters}."""
     recorder = Recorder()  # before DeepSpeed takes hold of the functions
-    config = config_from_dict({
-        "network": {"name": "cifar10", "channels": case["channels"]}, "teacher": {"checkpoint": "random weights"}, "nfe": NFE, "name": "scaling", "device": "cpu",
-        "train": {"batch_size": case["batch"], "f_learning_times": F_UPDATES},
-        "distributed": {"engine": case["engine"], "zero": case["zero"], "deepspeed": case["settings"]}})
+    config = config_from_dict(
+        {
+            "network": {"name": "cifar10", "channels": case["channels"]},
+            "teacher": {"checkpoint": "random weights"},
+            "nfe": NFE,
+            "name": "scaling",
+            "device": "cpu",
+            "train": {"batch_size": case["batch"], "f_learning_times": F_UPDATES},
+            "distributed": {"engine": case["engine"], "zero": case["zero"], "deepspeed": case["settings"]},
+        }
+    )
     world = connect(config)
     device, _ = prepare_device(config, world=world)
     execution, layer = build_execution(config, device), build_layer(config, device)
     networks = three_networks(small_teacher(config.network, device))
     attach_log_gamma(networks[0], layer)
-    parameters = [sum(parameter.numel() for parameter in network.parameters()) for network in networks[:2]]  # before ZeRO-3 cuts them
+    parameters = [
+        sum(parameter.numel() for parameter in network.parameters()) for network in networks[:2]
+    ]  # before ZeRO-3 cuts them
     student, score_net = (build_engine(config, network, execution, world) for network in networks[:2])
-    rollout, updates = build_rollout(config, layer, student.network, execution, world), Updates(student, score_net, networks[2], layer, execution)
+    rollout, updates = (
+        build_rollout(config, layer, student.network, execution, world),
+        Updates(student, score_net, networks[2], layer, execution),
+    )
 
     def cycle():
         updates.student(rollout.student_batch(0), RATE)
@@ -118,7 +144,14 @@ def measure_rank(case):
 
     rollout.start_cycle(0)
     cycle()  # libraries and optimizers set themselves up
-    measured = {"seconds": [], "computing": [], "communicating": [], "in_collectives": [], "sent": [], "parameters": parameters}
+    measured = {
+        "seconds": [],
+        "computing": [],
+        "communicating": [],
+        "in_collectives": [],
+        "sent": [],
+        "parameters": parameters,
+    }
     for _ in range(case["cycles"]):
         recorder.clear()
         measured["seconds"].append(timed(cycle))
@@ -142,10 +175,26 @@ def run_case(case):
         port = probe.getsockname()[1]
     ranks = []
     for rank in range(case["ranks"]):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                       "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        ranks.append(subprocess.Popen([sys.executable, "-m", "bench.scaling", "--rank", json.dumps(case)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True))
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(case["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "bench.scaling", "--rank", json.dumps(case)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"{case}: {' '.join(error for _, error in outputs)[-2000:]}")
@@ -156,13 +205,30 @@ def cases(ranks, samples, channels, cycles):
     """The cases to be measured, the yardsticks first: {name: case}."""
     common = {"channels": channels, "cycles": cycles, "settings": None}
     most = max(ranks)
-    found = {f"plain, batch {batch}": {**common, "engine": "plain", "zero": 0, "ranks": 1, "batch": batch, "kind": None} for batch in sorted({samples, samples * most})}
-    found["deepspeed, batch %d" % samples] = {**common, "engine": "deepspeed", "zero": 1, "ranks": 1, "batch": samples, "kind": "weak"}
+    found = {
+        f"plain, batch {batch}": {**common, "engine": "plain", "zero": 0, "ranks": 1, "batch": batch, "kind": None}
+        for batch in sorted({samples, samples * most})
+    }
+    found["deepspeed, batch %d" % samples] = {
+        **common,
+        "engine": "deepspeed",
+        "zero": 1,
+        "ranks": 1,
+        "batch": samples,
+        "kind": "weak",
+    }
     for kind in ("weak", "strong"):
         for size in ranks:
             for zero in range(4) if size > 1 else ():
                 batch = samples * (size if kind == "weak" else most)
-                found[f"{kind}, {size} ranks, ZeRO {zero}"] = {**common, "engine": "deepspeed", "zero": zero, "ranks": size, "batch": batch, "kind": kind}
+                found[f"{kind}, {size} ranks, ZeRO {zero}"] = {
+                    **common,
+                    "engine": "deepspeed",
+                    "zero": zero,
+                    "ranks": size,
+                    "batch": batch,
+                    "kind": kind,
+                }
     return found
 
 
@@ -177,25 +243,54 @@ def rows_of(found, results):
         ratio = middle(yardstick, "seconds") / seconds * (size if case["kind"] == "weak" else 1)  # in images/s
         student, score_net = results[name][0]["parameters"]
         pool = (NFE + 1) * -(-F_UPDATES * case["batch"] // NFE) * 3 * 32 * 32
-        modelled = sent_per_cycle(student, score_net, pool, size, case["zero"], F_UPDATES, rollout_calls=NFE, reduction="all_reduce")
+        modelled = sent_per_cycle(
+            student, score_net, pool, size, case["zero"], F_UPDATES, rollout_calls=NFE, reduction="all_reduce"
+        )
         computing = middle(name, "computing") if results[name][0]["computing"] else None
         communicating = middle(name, "communicating") if size > 1 else 0.0
-        rows.append({
-            "case": name, "ours": seconds, "published": None, "ratio": ratio, "counted_ratio": size, "unit": "s", "ranks": size, "batch": case["batch"], "zero": case["zero"] if case["engine"] == "deepspeed" else None,
-            "ours_range": [min(v for r in results[name] for v in r["seconds"]), max(v for r in results[name] for v in r["seconds"])], "efficiency": ratio / size,
-            "sent_bytes": middle(name, "sent"), "modelled_bytes": sum(modelled.values()) if size > 1 else 0.0, "computing": computing, "communicating": communicating,
-            "in_collectives": middle(name, "in_collectives"),
-            "overlapped": None if not communicating or computing is None else min(max(1 - (seconds - computing) / communicating, 0.0), 1.0),
-            "cores": os.cpu_count(), **describe(torch.device("cpu")), "threads": 1})
+        rows.append(
+            {
+                "case": name,
+                "ours": seconds,
+                "published": None,
+                "ratio": ratio,
+                "counted_ratio": size,
+                "unit": "s",
+                "ranks": size,
+                "batch": case["batch"],
+                "zero": case["zero"] if case["engine"] == "deepspeed" else None,
+                "ours_range": [
+                    min(v for r in results[name] for v in r["seconds"]),
+                    max(v for r in results[name] for v in r["seconds"]),
+                ],
+                "efficiency": ratio / size,
+                "sent_bytes": middle(name, "sent"),
+                "modelled_bytes": sum(modelled.values()) if size > 1 else 0.0,
+                "computing": computing,
+                "communicating": communicating,
+                "in_collectives": middle(name, "in_collectives"),
+                "overlapped": None
+                if not communicating or computing is None
+                else min(max(1 - (seconds - computing) / communicating, 0.0), 1.0),
+                "cores": os.cpu_count(),
+                **describe(torch.device("cpu")),
+                "threads": 1,
+            }
+        )
     return rows
 
 
 COLUMNS = {
-    "case": lambda r: r["case"], "seconds a cycle (range)": lambda r: f"{r['ours']:.2f} ({r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f})",
-    "images/s, times one process": lambda r: f"**{r['ratio']:.2f}**", "efficiency": lambda r: f"{r['efficiency']:.0%}",
-    "computing, s": lambda r: "-" if r["computing"] is None else f"{r['computing']:.2f}", "collectives alone, s": lambda r: f"{r['communicating']:.2f}",
+    "case": lambda r: r["case"],
+    "seconds a cycle (range)": lambda r: f"{r['ours']:.2f} ({r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f})",
+    "images/s, times one process": lambda r: f"**{r['ratio']:.2f}**",
+    "efficiency": lambda r: f"{r['efficiency']:.0%}",
+    "computing, s": lambda r: "-" if r["computing"] is None else f"{r['computing']:.2f}",
+    "collectives alone, s": lambda r: f"{r['communicating']:.2f}",
     "in collectives, s": lambda r: f"{r['in_collectives']:.2f}",
-    "overlapped": lambda r: "-" if r["overlapped"] is None else f"{r['overlapped']:.0%}", "MB sent a rank": lambda r: f"{r['sent_bytes'] / 1e6:.1f}", "modelled": lambda r: f"{r['modelled_bytes'] / 1e6:.1f}",
+    "overlapped": lambda r: "-" if r["overlapped"] is None else f"{r['overlapped']:.0%}",
+    "MB sent a rank": lambda r: f"{r['sent_bytes'] / 1e6:.1f}",
+    "modelled": lambda r: f"{r['modelled_bytes'] / 1e6:.1f}",
 }
 
 

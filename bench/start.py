@@ -1,6 +1,6 @@
 """How long a user waits before anything happens: import and the command's first answers, in new processes.
 
-    python -m bench.start
+python -m bench.start
 """
 
 import argparse
@@ -31,10 +31,30 @@ def main():
         run = lambda: subprocess.run(command, capture_output=True)
         run()  # once, so that the files are in memory
         seconds = [synchronized_seconds(run, torch.device("cpu")) for _ in range(arguments.rounds)]
-        rows.append({"case": case, "ours": statistics.median(seconds), "published": None, "ratio": None, "counted_ratio": None, "unit": "s", "ours_range": [min(seconds), max(seconds)], **facts})
+        rows.append(
+            {
+                "case": case,
+                "ours": statistics.median(seconds),
+                "published": None,
+                "ratio": None,
+                "counted_ratio": None,
+                "unit": "s",
+                "ours_range": [min(seconds), max(seconds)],
+                **facts,
+            }
+        )
     if arguments.json:
         write_rows(arguments.json, rows)
-    print(table(rows, {"case": lambda r: r["case"], "s": lambda r: f"{r['ours']:.2f}", "range": lambda r: f"{r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f}"}))
+    print(
+        table(
+            rows,
+            {
+                "case": lambda r: r["case"],
+                "s": lambda r: f"{r['ours']:.2f}",
+                "range": lambda r: f"{r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f}",
+            },
+        )
+    )
     return 0
 
 

@@ -17,16 +17,28 @@ from pathlib import Path
 
 import torch
 
+from hsivi_fast.build import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.engine import PlainEngine
-from hsivi_fast.method.layer import attach_log_gamma
+from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
-from hsivi_fast.models import build_execution, build_layer, in_form_of, prepare_device
 from hsivi_fast.nets import build_unet
-from hsivi_fast.rollout import Batch, build_rollout, one_layer_on, roll_down
-from hsivi_fast.trainer import Updates
+from hsivi_fast.training.engine import PlainEngine
+from hsivi_fast.training.rollout import Batch, build_rollout, one_layer_on, roll_down
+from hsivi_fast.training.trainer import Updates
 
-from .measure import counted_calls, counted_flops, describe, joules_per_image, peak_bytes, print_rows, product_rate, run_cases, span, timed_rounds, use_torch_defaults
+from .measure import (
+    counted_calls,
+    counted_flops,
+    describe,
+    joules_per_image,
+    peak_bytes,
+    print_rows,
+    product_rate,
+    run_cases,
+    span,
+    timed_rounds,
+    use_torch_defaults,
+)
 from .published import PublishedTraining, cycle_calls, cycle_work
 from .upstream import UpstreamTraining
 
@@ -49,7 +61,11 @@ PUBLISHED_CALLS = {"student": 1, "score_net": 2}  # long, and they vary with the
 
 def default_cases(device, full):
     """The cases that are timed where none is named: on a CPU, compilers take minutes and graphs do not exist."""
-    return [name for name, changes in CASES.items() if device.type == "cuda" or not changes.get("cuda_graphs") and (full or not changes.get("compile"))]
+    return [
+        name
+        for name, changes in CASES.items()
+        if device.type == "cuda" or not changes.get("cuda_graphs") and (full or not changes.get("compile"))
+    ]
 
 
 def small_teacher(network, device):
@@ -73,7 +89,14 @@ def three_networks(teacher):
 
 def published_training(teacher, nfe, upstream=None):
     """The published side on copies of the teacher: `bench.published`, or the code of the clone at `upstream`."""
-    arguments = (*three_networks(teacher), make_schedule("linear", 1000, "quad", nfe), 0.2, False, True, [lambda step: RATE] * 2)
+    arguments = (
+        *three_networks(teacher),
+        make_schedule("linear", 1000, "quad", nfe),
+        0.2,
+        False,
+        True,
+        [lambda step: RATE] * 2,
+    )
     return UpstreamTraining(upstream, *arguments) if upstream else PublishedTraining(*arguments)
 
 
@@ -82,9 +105,17 @@ class OurTraining:
 
     def __init__(self, case, changes, teacher, network, batch, nfe, f_updates):
         self.batch, self.f_updates = batch, f_updates
-        self.config = config_from_dict({
-            "network": network, "teacher": {"checkpoint": "random weights"}, "nfe": nfe, "eta": 0.2, "name": case,
-            "train": {"batch_size": batch, "f_learning_times": f_updates}, **changes})
+        self.config = config_from_dict(
+            {
+                "network": network,
+                "teacher": {"checkpoint": "random weights"},
+                "nfe": nfe,
+                "eta": 0.2,
+                "name": case,
+                "train": {"batch_size": batch, "f_learning_times": f_updates},
+                **changes,
+            }
+        )
         self.device, self.backend = prepare_device(self.config)
         self.layer, self.execution = build_layer(self.config, self.device), build_execution(self.config, self.device)
         student, score_net, frozen = networks = three_networks(teacher)
@@ -102,19 +133,34 @@ class OurTraining:
         k, x, noise = published.draw(self.batch)
         lowest = int(k.min())
         rolled = torch.randn(self.layer.nfe - lowest, *x.shape, device=self.device)
-        expected = [published.update_student(1, k, x, noise, rolled), published.update_score_net(1, k, x, noise, rolled)]
+        expected = [
+            published.update_student(1, k, x, noise, rolled),
+            published.update_score_net(1, k, x, noise, rolled),
+        ]
         prepare_device(self.config)
         student, log_gamma = self.student.predict, self.student.network.log_scaled_gamma
-        states = lambda: Batch(roll_down(student, self.layer, log_gamma, x, k, None, lowest, rolled), k, None, noise=noise)
+        states = lambda: Batch(
+            roll_down(student, self.layer, log_gamma, x, k, None, lowest, rolled), k, None, noise=noise
+        )
         # A pair of updates of its own: what `self.updates` records later has no noise given to it.
-        updates = Updates(self.student, self.score_net, self.updates.teacher, self.layer, build_execution(self.config, self.device))
-        got = [float(updates.student(states(), RATE)[0].mean()), float(updates.score_net(one_layer_on(student, self.layer, log_gamma, states()), RATE)[0].mean())]
+        updates = Updates(
+            self.student, self.score_net, self.updates.teacher, self.layer, build_execution(self.config, self.device)
+        )
+        got = [
+            float(updates.student(states(), RATE)[0].mean()),
+            float(updates.score_net(one_layer_on(student, self.layer, log_gamma, states()), RATE)[0].mean()),
+        ]
         allowed = EQUAL[self.config.precision]
-        for ours, theirs in zip(got, expected):  # the student's loss is a small difference of terms that are as large as the other loss
-            assert abs(ours - theirs) <= allowed * (abs(theirs) + 0.02 * abs(expected[1])), f"losses differ: ours {got}, published {expected}"
+        for ours, theirs in zip(
+            got, expected
+        ):  # the student's loss is a small difference of terms that are as large as the other loss
+            assert abs(ours - theirs) <= allowed * (abs(theirs) + 0.02 * abs(expected[1])), (
+                f"losses differ: ours {got}, published {expected}"
+            )
 
     def parts(self):
         """{part: function of nothing}: what a cycle is made of."""
+
         def start_cycle():
             prepare_device(self.config)
             self.cycle += 1
@@ -134,10 +180,12 @@ class OurTraining:
 
 def published_parts(published, batch):
     """The same of the published side."""
+
     def part(update):
         def run():
             use_torch_defaults()
             update(1, *published.draw(batch))
+
         return run
 
     return {"student": part(published.update_student), "score_net": part(published.update_score_net)}
@@ -152,62 +200,139 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts, upstream=None):
     """The row of one case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = small_teacher(network, device)
-    published, ours = published_training(teacher, nfe, upstream), OurTraining(case, CASES[case], teacher, network, batch, nfe, f_updates)
+    published, ours = (
+        published_training(teacher, nfe, upstream),
+        OurTraining(case, CASES[case], teacher, network, batch, nfe, f_updates),
+    )
     try:
         ours.check(published)
     except AssertionError as error:
         return {"case": case, "failed": str(error), **facts}
     mine, theirs = ours.parts(), published_parts(published, batch)
-    for function in [*mine.values(), *theirs.values()] * (4 if ours.config.cuda_graphs else 1):  # warm up: compile, record
+    for function in [*mine.values(), *theirs.values()] * (
+        4 if ours.config.cuda_graphs else 1
+    ):  # warm up: compile, record
         function()
-    sides = {**{("ours", part): (function, CALLS[part]) for part, function in mine.items()}, **{("published", part): (function, PUBLISHED_CALLS[part]) for part, function in theirs.items()}}
+    sides = {
+        **{("ours", part): (function, CALLS[part]) for part, function in mine.items()},
+        **{("published", part): (function, PUBLISHED_CALLS[part]) for part, function in theirs.items()},
+    }
     seconds = timed_rounds(sides, device, rounds)
-    cycle = lambda side, value: cycle_sum({part: value(values) for (of, part), values in seconds.items() if of == side}, f_updates)
+    cycle = lambda side, value: cycle_sum(
+        {part: value(values) for (of, part), values in seconds.items() if of == side}, f_updates
+    )
     median = {side: cycle(side, statistics.median) for side in ("ours", "published")}
-    quartiles = {side: [cycle(side, lambda values: statistics.quantiles(values, n=4)[index]) for index in (0, 2)] for side in median}
+    quartiles = {
+        side: [cycle(side, lambda values: statistics.quantiles(values, n=4)[index]) for index in (0, 2)]
+        for side in median
+    }
     # Published work depends on the lowest layer drawn; its expectation is known, in forwards (checked against counts in tests/test_published.py). What is
     # compiled or recorded does the same products and convolutions as its eager twin, on which they can be counted.
-    eager = ours if not ours.execution.fixed_shapes else OurTraining(case, {**CASES[case], "compile": False, "cuda_graphs": False}, teacher, network, batch, nfe, f_updates)
+    eager = (
+        ours
+        if not ours.execution.fixed_shapes
+        else OurTraining(
+            case, {**CASES[case], "compile": False, "cuda_graphs": False}, teacher, network, batch, nfe, f_updates
+        )
+    )
     state = torch.zeros(batch, *teacher.event_shape, device=device)
     forward = counted_flops(lambda: teacher(state, ours.layer.tau[:1].expand(batch)))
-    counted = {count: cycle_sum({part: count(function) for part, function in eager.parts().items()}, f_updates) for count in (counted_flops, counted_calls)}
+    counted = {
+        count: cycle_sum({part: count(function) for part, function in eager.parts().items()}, f_updates)
+        for count in (counted_flops, counted_calls)
+    }
     work = {"published": cycle_work(nfe, batch, f_updates) * forward, "ours": counted[counted_flops]}
-    peaks = {side: max(peak_bytes(function, device) for function in parts.values()) for side, parts in (("ours", mine), ("published", theirs))}
+    peaks = {
+        side: max(peak_bytes(function, device) for function in parts.values())
+        for side, parts in (("ours", mine), ("published", theirs))
+    }
     rate = product_rate(device, torch.bfloat16 if ours.config.precision == "bf16" else torch.float32)
-    return {"case": case, "ours": median["ours"], "published": median["published"], "ratio": median["published"] / median["ours"], "unit": "s a cycle",
-           "counted_ratio": work["published"] / work["ours"], "ours_quartiles": quartiles["ours"], "published_quartiles": quartiles["published"],
-           "ours_flops": work["ours"], "published_flops": work["published"], "ours_network_calls": counted[counted_calls], "published_network_calls": cycle_calls(nfe, batch, f_updates),
-           "ours_peak_bytes": peaks["ours"], "published_peak_bytes": peaks["published"], "joules_per_image": joules_per_image(mine["score_net"], device, batch), "product_flops_per_second": rate, "utilisation": work["ours"] / median["ours"] / rate,
-           "ours_images_per_second": batch * f_updates / median["ours"], "parts": {f"{side} {part}": statistics.median(values) for (side, part), values in seconds.items()},
-           "preparing_seconds": ours.execution.seconds, "baseline": "a clone of the published code" if upstream else "bench/published.py",
-           "batch": batch, "nfe": nfe, "f_learning_times": f_updates, "network": network, "backend": ours.backend, **facts}
+    return {
+        "case": case,
+        "ours": median["ours"],
+        "published": median["published"],
+        "ratio": median["published"] / median["ours"],
+        "unit": "s a cycle",
+        "counted_ratio": work["published"] / work["ours"],
+        "ours_quartiles": quartiles["ours"],
+        "published_quartiles": quartiles["published"],
+        "ours_flops": work["ours"],
+        "published_flops": work["published"],
+        "ours_network_calls": counted[counted_calls],
+        "published_network_calls": cycle_calls(nfe, batch, f_updates),
+        "ours_peak_bytes": peaks["ours"],
+        "published_peak_bytes": peaks["published"],
+        "joules_per_image": joules_per_image(mine["score_net"], device, batch),
+        "product_flops_per_second": rate,
+        "utilisation": work["ours"] / median["ours"] / rate,
+        "ours_images_per_second": batch * f_updates / median["ours"],
+        "parts": {f"{side} {part}": statistics.median(values) for (side, part), values in seconds.items()},
+        "preparing_seconds": ours.execution.seconds,
+        "baseline": "a clone of the published code" if upstream else "bench/published.py",
+        "batch": batch,
+        "nfe": nfe,
+        "f_learning_times": f_updates,
+        "network": network,
+        "backend": ours.backend,
+        **facts,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=CASES, help="one case; may be repeated; those that fit the device by default")
+    parser.add_argument(
+        "--case", action="append", choices=CASES, help="one case; may be repeated; those that fit the device by default"
+    )
     parser.add_argument("--full", action="store_true", help="on a CPU, the compiled cases too")
     parser.add_argument("--width", type=int, default=64, help="base channels of CIFAR-10's network; 128 is full width")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--nfe", type=int, default=10)
     parser.add_argument("--f-learning-times", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--upstream", type=Path, help="a clone of github.com/longinYu/HSIVI to be timed instead of bench/published.py")
+    parser.add_argument(
+        "--upstream", type=Path, help="a clone of github.com/longinYu/HSIVI to be timed instead of bench/published.py"
+    )
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
     arguments = parser.parse_args()
     network = {"name": "cifar10", "channels": arguments.width}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = describe(device)
     try:
-        rows = run_cases(arguments.case or default_cases(device, arguments.full), lambda case: measure(
-            case, network, arguments.batch, arguments.nfe, arguments.f_learning_times, arguments.rounds, facts, arguments.upstream), arguments.json)
+        rows = run_cases(
+            arguments.case or default_cases(device, arguments.full),
+            lambda case: measure(
+                case,
+                network,
+                arguments.batch,
+                arguments.nfe,
+                arguments.f_learning_times,
+                arguments.rounds,
+                facts,
+                arguments.upstream,
+            ),
+            arguments.json,
+        )
     except ValueError as error:  # a clone that is none, a device that cannot do what a case needs
         parser.error(str(error))
-    print(f"{network['name']}, {arguments.width} channels, batch {arguments.batch}, K = {arguments.nfe}, {arguments.f_learning_times} score-network updates a cycle, on {facts['device']}")
-    return print_rows(rows, {"case": lambda r: r["case"], "ours s": lambda r: f"{r['ours']:.2f}", "quartiles": lambda r: span(r["ours_quartiles"]), "published s": lambda r: f"{r['published']:.2f}",
-                       "quartiles ": lambda r: span(r["published_quartiles"]), "ratio": lambda r: f"{r['ratio']:.2f}", "counted": lambda r: f"{r['counted_ratio']:.2f}",
-                       "calls": lambda r: f"{r['ours_network_calls']:.0f} / {r['published_network_calls']:.0f}", "peak MB": lambda r: f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}",
-                       "of a product's rate": lambda r: f"{r['utilisation']:.0%}", "preparing s": lambda r: f"{r['preparing_seconds']:.0f}"})
+    print(
+        f"{network['name']}, {arguments.width} channels, batch {arguments.batch}, K = {arguments.nfe}, {arguments.f_learning_times} score-network updates a cycle, on {facts['device']}"
+    )
+    return print_rows(
+        rows,
+        {
+            "case": lambda r: r["case"],
+            "ours s": lambda r: f"{r['ours']:.2f}",
+            "quartiles": lambda r: span(r["ours_quartiles"]),
+            "published s": lambda r: f"{r['published']:.2f}",
+            "quartiles ": lambda r: span(r["published_quartiles"]),
+            "ratio": lambda r: f"{r['ratio']:.2f}",
+            "counted": lambda r: f"{r['counted_ratio']:.2f}",
+            "calls": lambda r: f"{r['ours_network_calls']:.0f} / {r['published_network_calls']:.0f}",
+            "peak MB": lambda r: f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}",
+            "of a product's rate": lambda r: f"{r['utilisation']:.0%}",
+            "preparing s": lambda r: f"{r['preparing_seconds']:.0f}",
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -37,28 +37,54 @@ class UpstreamTraining:
     rates: (student_lr, score_net_lr) as functions of the step = 1, 2, ... Raises ValueError where `path` is no such clone, and for events other than [channels, size, size].
     """
 
-    def __init__(self, path, student, score_net, teacher, schedule, eta, per_step, per_pixel, rates, clip=1.0, ema=0.999):
+    def __init__(
+        self, path, student, score_net, teacher, schedule, eta, per_step, per_pixel, rates, clip=1.0, ema=0.999
+    ):
         self.modules = modules = _import_clone(path)
         if len(student.event_shape) != 3 or student.event_shape[1] != student.event_shape[2]:
-            raise ValueError(f"upstream: the published code takes images [channels, size, size], not {list(student.event_shape)}")
+            raise ValueError(
+                f"upstream: the published code takes images [channels, size, size], not {list(student.event_shape)}"
+            )
         self.student, self.score_net, self.teacher, self.nfe = student, score_net, teacher, schedule.nfe
         device = next(teacher.parameters()).device
         use = {True: "use", False: "dis"}
         self.config = config = SimpleNamespace(
-            n_discrete_steps=schedule.nfe + 1, eta=eta, independent_log_gamma=use[per_step], image_gamma=use[per_pixel],
-            image_channels=student.event_shape[0], image_size=student.event_shape[1], device=device, f_learning_times=1, grad_clip=clip,
-            optimizer="Adam", weight_decay=0.0, phi_learning_rate=0.0, f_learning_rate=0.0, n_warmup_iters=0, cosine_lr_decay="dis", autocast_train=False)
-        with mock.patch.object(modules.ddpm_cifar, "UNet", iter((teacher, student, score_net)).__next__):  # it builds its networks in this order
+            n_discrete_steps=schedule.nfe + 1,
+            eta=eta,
+            independent_log_gamma=use[per_step],
+            image_gamma=use[per_pixel],
+            image_channels=student.event_shape[0],
+            image_size=student.event_shape[1],
+            device=device,
+            f_learning_times=1,
+            grad_clip=clip,
+            optimizer="Adam",
+            weight_decay=0.0,
+            phi_learning_rate=0.0,
+            f_learning_rate=0.0,
+            n_warmup_iters=0,
+            cosine_lr_decay="dis",
+            autocast_train=False,
+        )
+        with mock.patch.object(
+            modules.ddpm_cifar, "UNet", iter((teacher, student, score_net)).__next__
+        ):  # it builds its networks in this order
             model = modules.ddpm_cifar.SpeedDDPM(config).to(device)
         self.log_gamma = student.log_scaled_gamma
-        self.diffusion = SimpleNamespace(timesteps=torch.from_numpy(schedule.timesteps), one_minus_alpha_bars=torch.from_numpy(1 - schedule.alpha_bar).float())
+        self.diffusion = SimpleNamespace(
+            timesteps=torch.from_numpy(schedule.timesteps),
+            one_minus_alpha_bars=torch.from_numpy(1 - schedule.alpha_bar).float(),
+        )
         self.tau = self.diffusion.timesteps.to(device)
         self.state = {"whole_model": _Undistributed(module=model, device=device)}
         for name, network in (("phinet", student), ("fnet", score_net)):
             parameters = list(network.requires_grad_(True).parameters())
             self.state[f"optimizer_{name}"] = modules.utils.get_optimizer_speedup(config, parameters)
             self.state[f"ema_{name}"] = modules.ema.ExponentialMovingAverage(parameters, decay=ema)
-        optimize = [_at_rate(modules.utils.optimization_manager_speedup(config, phi_net=phi_net), rate) for phi_net, rate in zip((True, False), rates)]
+        optimize = [
+            _at_rate(modules.utils.optimization_manager_speedup(config, phi_net=phi_net), rate)
+            for phi_net, rate in zip((True, False), rates)
+        ]
         self.optimize_student = optimize[0]
         self.loss = modules.losses.get_loss_fn_speedup(self.diffusion, config)
         self.iterate = modules.losses.get_step_fn_speedup(True, *optimize, self.diffusion, config)
@@ -103,8 +129,8 @@ class UpstreamTraining:
         if rollout_noise is None:
             return contextlib.nullcontext()
         drawn = self.nfe + 1 - k  # they count layers from the top
-        pairs = drawn[:len(k) // 2 + 1]
-        if not torch.equal(torch.cat([pairs, self.nfe + 1 - pairs])[:len(k)], drawn):
+        pairs = drawn[: len(k) // 2 + 1]
+        if not torch.equal(torch.cat([pairs, self.nfe + 1 - pairs])[: len(k)], drawn):
             raise ValueError("k: the published code draws layers in antithetic pairs, k and K + 1 - k; these are none")
         if len(rollout_noise) != (rolled := self.nfe - int(k.min())):
             raise ValueError(f"rollout_noise: {rolled} layers are rolled, not {len(rollout_noise)}")
@@ -116,7 +142,9 @@ def upstream_sample(training, batch, x=None, noise=None):
     if (x is None) != (noise is None) or noise is not None and len(noise) != training.nfe - 1:
         raise ValueError("upstream: x and the noise of K - 1 layers are given together or not at all")
     if batch not in training.samplers:  # made once, as in a run: making it collects garbage
-        training.samplers[batch] = training.modules.sampling.get_sampling_fn(training.config, training.diffusion, training._shape(batch))
+        training.samplers[batch] = training.modules.sampling.get_sampling_fn(
+            training.config, training.diffusion, training._shape(batch)
+        )
     # Their last layer draws as well, and leaves it unused.
     with contextlib.nullcontext() if x is None else _handed_out(randn=[x], randn_like=[*noise, torch.zeros_like(x)]):
         return training.samplers[batch](training.state["whole_model"])
@@ -141,7 +169,9 @@ def _handed_out(**tensors):
 
 def _import_clone(path):
     """The modules in USED of the clone at `path`, by their last names. sys.path and sys.modules stay as they were: `models` may mean something else to others."""
-    refuse = lambda what: ValueError(f"upstream: {path} is no clone of github.com/longinYu/HSIVI that can be used: {what}")
+    refuse = lambda what: ValueError(
+        f"upstream: {path} is no clone of github.com/longinYu/HSIVI that can be used: {what}"
+    )
     for name in USED:
         if not (file := Path(path, *name.split(".")).with_suffix(".py")).is_file():
             raise refuse(f"it has no {file.relative_to(path)}")

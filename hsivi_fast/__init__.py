@@ -4,7 +4,8 @@ from importlib import import_module
 
 from .config import load_config
 
-_LATE = {"train": "trainer", "sample": "sampler", "evaluate": "evaluation"}  # these import torch: only when they are asked for
+# These modules import torch, which takes more than a second: they are loaded when they are asked for.
+_LATE = {"train": "training.trainer", "sample": "sampling.sampler", "evaluate": "metrics.evaluation"}
 
 __all__ = ["evaluate", "load_config", "sample", "train"]
 

@@ -8,7 +8,7 @@ import time
 
 import click
 
-from .interrupt import Interrupted
+from .parallel.interrupt import Interrupted
 
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -25,8 +25,13 @@ class Command(click.Command):
 
 def execution_options(command):
     """The options --compile and --cuda-graphs of a command that samples."""
-    for option, meaning in (("cuda-graphs", "All layers as one CUDA graph, or not"), ("compile", "Compile the network (pays for many batches), or not")):
-        command = click.option(f"--{option}/--no-{option}", default=None, help=f"{meaning}; as the run by default.")(command)
+    for option, meaning in (
+        ("cuda-graphs", "All layers as one CUDA graph, or not"),
+        ("compile", "Compile the network (pays for many batches), or not"),
+    ):
+        command = click.option(f"--{option}/--no-{option}", default=None, help=f"{meaning}; as the run by default.")(
+            command
+        )
     return command
 
 
@@ -41,8 +46,14 @@ def hsivi():
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--outdir", help="The run's folder; runs/CONFIG by default. A run that is there is continued.")
 @click.option("--fresh", is_flag=True, help="Refuse to go on with a run that is there.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved config, and what memory and work it needs; train nothing.")
-@click.option("--processes", type=click.IntRange(min=1), help="With --dry-run: for so many processes (those of the launcher by default).")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the resolved config, and what memory and work it needs; train nothing."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="With --dry-run: for so many processes (those of the launcher by default).",
+)
 def train(config, overrides, outdir, fresh, dry_run, processes):
     """Distil a teacher into a few-step sampler, and end with its table and report.
 
@@ -55,15 +66,15 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
     if processes and not dry_run:
         raise ValueError("processes: goes with --dry-run; a launcher says how many processes train")
     if dry_run:
-        from .distributed import processes as launched_processes
-        from .estimate import estimate_text
+        from .parallel.world import processes as launched_processes
+        from .training.estimate import estimate_text
 
         text = estimate_text(config, processes or launched_processes())
         if _first():
             click.echo(f"{resolved_yaml(config)}\n{text}")
         return
-    from .evaluation import format_table
-    from .trainer import train
+    from .metrics.evaluation import format_table
+    from .training.trainer import train
 
     folder = train(config, outdir, fresh, progress=True)
     if not _first():
@@ -90,16 +101,25 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     import numpy as np
     from tqdm import tqdm
 
-    from .figures import image_grid
-    from .images import write_pictures
-    from .run_folder import RunFolder
-    from .sampler import sample
+    from .checkpoints.run_folder import RunFolder
+    from .metrics.image_files import write_pictures
+    from .report.figures import image_grid
+    from .sampling.sampler import sample
 
     numbers = parse_seeds(seeds)
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
     with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _first(), dynamic_ncols=True) as bar:
-        images = sample(folder, numbers, weights, batch, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs).numpy()
+        images = sample(
+            folder,
+            numbers,
+            weights,
+            batch,
+            on_batch=bar.update,
+            backend=backend,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+        ).numpy()
     if not _first():
         return
     if images.ndim == 2:
@@ -117,20 +137,40 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 @click.option("--metric", help="Feature network in the place of the run's: digits, mnist or inception.")
-@click.option("--inception", metavar="FILE", help="torch-fidelity's weights of Inception; otherwise those in torch's cache, or a download.")
-@click.option("--save-images", metavar="PATH", help="Write the images too: into a folder as PNGs, or into one FILE.npz (arr_0, uint8 [N, H, W, C]).")
+@click.option(
+    "--inception",
+    metavar="FILE",
+    help="torch-fidelity's weights of Inception; otherwise those in torch's cache, or a download.",
+)
+@click.option(
+    "--save-images",
+    metavar="PATH",
+    help="Write the images too: into a folder as PNGs, or into one FILE.npz (arr_0, uint8 [N, H, W, C]).",
+)
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
 @execution_options
 def evaluate(run, num_samples, ref, weights, metric, inception, save_images, backend, compile, cuda_graphs):
     """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
-    from .evaluation import evaluate, format_table
+    from .metrics.evaluation import evaluate, format_table
 
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
     with tqdm(total=num_samples, unit="image", desc="eval", disable=not _first(), dynamic_ncols=True) as bar:
-        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, backend=backend, compile=compile, cuda_graphs=cuda_graphs, metric=metric, inception=inception, save_images=save_images)
+        row = evaluate(
+            run,
+            num_samples,
+            ref,
+            weights,
+            on_batch=bar.update,
+            backend=backend,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
+            metric=metric,
+            inception=inception,
+            save_images=save_images,
+        )
     if _first():
         click.echo(format_table([row]))
 
@@ -139,14 +179,18 @@ def evaluate(run, num_samples, ref, weights, metric, inception, save_images, bac
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--outdir", help="Where teacher.safetensors goes; runs/CONFIG_teacher by default.")
-@click.option("--feature-network", is_flag=True, help="Train the metric's classifier instead, to features.safetensors and reference.npz.")
+@click.option(
+    "--feature-network",
+    is_flag=True,
+    help="Train the metric's classifier instead, to features.safetensors and reference.npz.",
+)
 def teacher(config, overrides, outdir, feature_network):
     """Train a small noise-prediction teacher on the config's data, where no checkpoint can be had.
 
     A teacher that was stopped goes on where it was.
     """
     from .config import load_config
-    from .teacher import train_feature_network, train_teacher
+    from .training.pretrain import train_feature_network, train_teacher
 
     config = load_config(config, overrides)
     target = _output_folder(outdir or f"runs/{config.name}_teacher")
@@ -156,14 +200,19 @@ def teacher(config, overrides, outdir, feature_network):
 
 @hsivi.command(cls=Command, epilog="hsivi convert cifar10_2040.pt --to teachers/cifar10")
 @click.argument("source")
-@click.option("--to", "target", required=True, help="A folder for safetensors files, or, from a run of ours, a FILE.pt in the published layout.")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    help="A folder for safetensors files, or, from a run of ours, a FILE.pt in the published layout.",
+)
 def convert(source, target):
     """Turn checkpoints of others into files of ours, and a run of ours into a file of the published code.
 
     SOURCE: a ddpm-torch, improved-diffusion or published HSIVI file, a folder of diffusers' UNet2DModel, the name of a published teacher (cifar10, imagenet64),
     an address, or a run's folder. What it is is read from its content; no code in it is run.
     """
-    from .convert import convert_checkpoint
+    from .checkpoints.convert import convert_checkpoint
 
     for path in convert_checkpoint(source, target):
         click.echo(f"written: {path}")
@@ -171,7 +220,13 @@ def convert(source, target):
 
 @hsivi.command(cls=Command, epilog="hsivi export runs/digits --format diffusers --outdir digits_pipeline")
 @click.argument("run")
-@click.option("--format", "form", required=True, type=click.Choice(["safetensors", "diffusers", "aoti"]), help="What the folder is for.")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["safetensors", "diffusers", "aoti"]),
+    help="What the folder is for.",
+)
 @click.option("--outdir", required=True, help="A new folder.")
 @click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 def export(run, form, outdir, weights):
@@ -179,8 +234,8 @@ def export(run, form, outdir, weights):
 
     safetensors: weights, a JSON config and a model card; diffusers: a folder for HSIVIPipeline.from_pretrained; aoti: one compiled file that needs torch alone.
     """
-    from .export import export_run
-    from .run_folder import RunFolder
+    from .checkpoints.run_folder import RunFolder
+    from .export.write import export_run
 
     folder = RunFolder(run)
     if form == "aoti":
@@ -194,8 +249,8 @@ def export(run, form, outdir, weights):
 @click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
 def report(runs, out, backend):
     """Draw a run's pictures and report.html again; of several runs, one page that compares them."""
-    from .report import compare_runs, write_report
-    from .run_folder import RunFolder
+    from .checkpoints.run_folder import RunFolder
+    from .report.run_report import compare_runs, write_report
 
     folders = [RunFolder(run) for run in runs]
     if len(folders) == 1 and out is None:
@@ -205,7 +260,7 @@ def report(runs, out, backend):
 
 
 def parse_seeds(text):
-    """"0-63" or "1,5,9-12" -> list of ints; ValueError for anything else."""
+    """ "0-63" or "1,5,9-12" -> list of ints; ValueError for anything else."""
     seeds = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
@@ -250,7 +305,7 @@ def main(arguments=None):
 def launched(command):
     """What the files in launch/ do: one command, with the arguments that the deepspeed launcher passes on and without the one that it adds."""
     main([command, *(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))])
-    from .distributed import disconnect
+    from .parallel.world import disconnect
 
     disconnect()
 
@@ -262,7 +317,7 @@ def _first():
 def _fail(message, code):
     if not _first():
         time.sleep(RANK_0_SPEAKS)  # its launcher ends all when one has ended
-        from .distributed import connected
+        from .parallel.world import connected
 
         if connected() or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(code)

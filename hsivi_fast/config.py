@@ -10,14 +10,25 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
-CONFIGS = Path(__file__).parent / "configs"
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "configs"
 if not CONFIGS.is_dir():  # a checkout, or an editable install: configs/ stands at the repository's root
     CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = PACKAGE / "assets"
 
 # Names that `teacher.checkpoint` may have, and where the files are.
 PUBLISHED_TEACHERS = {
@@ -34,7 +45,7 @@ def _finite(value):
     return float(value)
 
 
-Number = Annotated[Union[StrictInt, StrictFloat], AfterValidator(_finite)]
+Number = Annotated[StrictInt | StrictFloat, AfterValidator(_finite)]
 Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Natural = Annotated[StrictInt, Field(ge=0)]
@@ -45,29 +56,29 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 class NetworkConfig:
     """The noise-prediction network: a `name` known to `nets`, or a `family` with its sizes, or both (overrides)."""
 
-    name: Optional[StrictStr] = None
-    family: Optional[Literal["ddpm", "adm", "mlp"]] = None
-    image_channels: Optional[Count] = None
-    image_size: Optional[Count] = None
-    channels: Optional[Count] = None
-    multipliers: Optional[tuple[Count, ...]] = None
-    res_blocks: Optional[Natural] = None
-    attention: Optional[tuple[Union[StrictBool, Count], ...]] = None  # ddpm: true or false a level; adm: downsampling factors
-    middle: Optional[StrictBool] = None  # ddpm
-    heads: Optional[Count] = None  # adm
-    out_channels: Optional[Count] = None  # adm
-    norm_groups: Optional[Count] = None
-    norm_eps: Optional[Positive] = None
-    layers: Optional[Count] = None  # mlp
-    time_channels: Optional[Count] = None  # mlp
+    name: StrictStr | None = None
+    family: Literal["ddpm", "adm", "mlp"] | None = None
+    image_channels: Count | None = None
+    image_size: Count | None = None
+    channels: Count | None = None
+    multipliers: tuple[Count, ...] | None = None
+    res_blocks: Natural | None = None
+    attention: tuple[StrictBool | Count, ...] | None = None  # ddpm: true or false a level; adm: downsampling factors
+    middle: StrictBool | None = None  # ddpm
+    heads: Count | None = None  # adm
+    out_channels: Count | None = None  # adm
+    norm_groups: Count | None = None
+    norm_eps: Positive | None = None
+    layers: Count | None = None  # mlp
+    time_channels: Count | None = None  # mlp
 
 
 @frozen
 class TeacherConfig:
     """The frozen teacher: a checkpoint of `network`, or the exact score of a 2-D `target`; and the noise that it was trained with."""
 
-    checkpoint: Optional[StrictStr] = None
-    target: Optional[Literal["checkerboard", "ring", "swiss_roll"]] = None
+    checkpoint: StrictStr | None = None
+    target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
     betas: Literal["linear", "cosine"] = "linear"
     steps: Annotated[StrictInt, Field(ge=2)] = 1000
 
@@ -111,23 +122,36 @@ class EvalConfig:
     every: Natural = 0
     num_samples: Natural = 500
     seeds: Count = 3
-    metric: Optional[Literal["digits", "mnist", "inception"]] = None  # the feature network; by default the data set's own, Inception where it has none
-    reference: Optional[StrictStr] = None  # an npz file of reference statistics (mu, sigma) in the place of the data
-    inception: Optional[StrictStr] = None  # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache
+    metric: Literal["digits", "mnist", "inception"] | None = (
+        None  # the feature network; by default the data set's own, Inception where it has none
+    )
+    reference: StrictStr | None = None  # an npz file of reference statistics (mu, sigma) in the place of the data
+    inception: StrictStr | None = (
+        None  # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache
+    )
     kid: StrictBool = False  # kernel distance too, and
     prc: StrictBool = False  # precision and recall: both need the data itself
-    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)  # other samplers of the teacher in the table; the last two by diffusers' schedulers
-    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10, 20, 50)  # evaluations that each baseline is given
+    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = (
+        "ddim",
+    )  # other samplers of the teacher in the table; the last two by diffusers' schedulers
+    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (
+        5,
+        10,
+        20,
+        50,
+    )  # evaluations that each baseline is given
 
 
 @frozen
 class DistributedConfig:
     """How the work is done by several processes; nothing here changes what is computed, so it may differ when a run goes on."""
 
-    engine: Literal["auto", "plain", "deepspeed"] = "auto"  # plain: one process without DeepSpeed; auto: DeepSpeed where there are several
+    engine: Literal["auto", "plain", "deepspeed"] = (
+        "auto"  # plain: one process without DeepSpeed; auto: DeepSpeed where there are several
+    )
     zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO stage
     accumulation: Count = 1  # parts that a process takes its share of a batch in, for memory
-    deepspeed: Optional[StrictStr] = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
+    deepspeed: StrictStr | None = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
     connect_timeout: Positive = 300  # seconds until all processes have to have met
     timeout: Positive = 600  # seconds without progress after which a process counts as hanging, and of one collective
 
@@ -137,7 +161,7 @@ class LogConfig:
     """What is shown of a training besides numbers; nothing here changes what is computed."""
 
     images_every: Natural = 0  # steps between two grids of samples; 0: one with each measurement and at the end, if the run is measured at all
-    wandb: Optional[StrictStr] = None  # a project of Weights & Biases, which scalars and pictures go to as well
+    wandb: StrictStr | None = None  # a project of Weights & Biases, which scalars and pictures go to as well
 
 
 @frozen
@@ -158,9 +182,13 @@ class Config:
     network: NetworkConfig
     teacher: TeacherConfig
     nfe: Count
-    data: Optional[Literal["digits", "mnist", "images"]] = None  # reference images for the metric, and the teacher's training data
-    data_path: Optional[StrictStr] = None  # mnist: a folder of idx files; images: a folder of pictures or an npz file
-    init: Optional[StrictStr] = None  # a trained run, whose student and score network this one starts from instead of the teacher
+    data: Literal["digits", "mnist", "images"] | None = (
+        None  # reference images for the metric, and the teacher's training data
+    )
+    data_path: StrictStr | None = None  # mnist: a folder of idx files; images: a folder of pictures or an npz file
+    init: StrictStr | None = (
+        None  # a trained run, whose student and score network this one starts from instead of the teacher
+    )
     spacing: Literal["quad", "uniform"] = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
@@ -234,14 +262,20 @@ def _read(path, above=()):
     if not OmegaConf.is_dict(values):
         raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
     values = _plain(values, f"config {path}")
-    if isinstance(values.get("network"), str):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
+    if isinstance(
+        values.get("network"), str
+    ):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
         values["network"] = {"name": values["network"]}
     values = _with_absolute_paths(values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
     # Beside the file first, but for the file itself: a cifar10.yaml of one's own may start from the shipped one.
-    beside = [file for file in (path.parent / f"{base}.yaml", path.parent / str(base)) if file.is_file() and file.resolve() != path.resolve()]
+    beside = [
+        file
+        for file in (path.parent / f"{base}.yaml", path.parent / str(base))
+        if file.is_file() and file.resolve() != path.resolve()
+    ]
     below = _read(beside[0] if beside else _find(base), (*above, path.resolve()))
     return _plain(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(values)), f"config {path}")
 
@@ -287,7 +321,13 @@ def _override(values, override):
 
 def _with_absolute_paths(values, folder):
     """Replace the relative path of a file that the configuration names by the absolute one where it is found; leave what is not found for its reader to name."""
-    for group, key in ((None, "data_path"), (None, "init"), ("teacher", "checkpoint"), ("eval", "reference"), ("distributed", "deepspeed")):
+    for group, key in (
+        (None, "data_path"),
+        (None, "init"),
+        ("teacher", "checkpoint"),
+        ("eval", "reference"),
+        ("distributed", "deepspeed"),
+    ):
         settings = values.get(group) if group else values
         file = settings.get(key) if isinstance(settings, dict) else None
         known = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10

@@ -33,7 +33,9 @@ def load_data(name, path=None):
     if name not in ("mnist", "images"):
         raise ValueError(f"data: {name!r} is unknown; choose digits, mnist or images")
     if path is None:
-        raise ValueError(f"data_path: missing; data={name} is read from a {'folder of idx files' if name == 'mnist' else 'folder of pictures or an npz file'}, say data_path=FOLDER")
+        raise ValueError(
+            f"data_path: missing; data={name} is read from a {'folder of idx files' if name == 'mnist' else 'folder of pictures or an npz file'}, say data_path=FOLDER"
+        )
     if not Path(path).exists():
         raise ValueError(f"data_path: {str(path)!r} is not there")
     if name == "mnist":
@@ -63,10 +65,14 @@ def _mnist(folder):
         if files[0]:
             break
     else:
-        raise ValueError(f"data_path: {str(folder)!r} holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte, with or without .gz")
+        raise ValueError(
+            f"data_path: {str(folder)!r} holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte, with or without .gz"
+        )
     images = read_idx(files[0])
     if images.ndim != 3 or images.dtype != np.uint8 or max(images.shape[1:]) > 32:
-        raise ValueError(f"data_path: {str(files[0])!r} holds {images.dtype} {list(images.shape)}, expected uint8 [N, 28, 28]")
+        raise ValueError(
+            f"data_path: {str(files[0])!r} holds {images.dtype} {list(images.shape)}, expected uint8 [N, 28, 28]"
+        )
     labels = read_idx(files[1]).astype(np.int64) if files[1] else None
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"data_path: {len(images)} images and {labels.shape} labels in {str(folder)!r}")
@@ -78,7 +84,10 @@ def _mnist(folder):
 def _idx_file(folder, prefix, part):
     """The file of a part of MNIST, under one of the names that it goes by, or None."""
     names = [f"{prefix}-{part}-ubyte", f"{prefix}-{part.replace('-idx', '.idx')}-ubyte"]
-    return next((folder / (name + ending) for name in names for ending in ("", ".gz") if (folder / (name + ending)).is_file()), None)
+    return next(
+        (folder / (name + ending) for name in names for ending in ("", ".gz") if (folder / (name + ending)).is_file()),
+        None,
+    )
 
 
 def read_idx(path):
@@ -87,7 +96,7 @@ def read_idx(path):
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         zeros, kind, dimensions = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{dimensions}I", raw[4:4 + 4 * dimensions])
+        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
         if zeros or kind not in IDX_TYPES:
             raise ValueError("no idx header")
         return np.frombuffer(raw, IDX_TYPES[kind], offset=4 + 4 * dimensions).reshape(shape)
@@ -101,9 +110,13 @@ def _npz(path):
         with np.load(path) as file:
             array = file[file.files[0]]
     except Exception as error:  # not a zip, pickled objects: numpy raises many kinds
-        raise ValueError(f"data_path: {str(path)!r} is no npz file of images ({' '.join(str(error).split())})") from None
+        raise ValueError(
+            f"data_path: {str(path)!r} is no npz file of images ({' '.join(str(error).split())})"
+        ) from None
     if array.dtype != np.uint8 or array.ndim != 4 or not {array.shape[1], array.shape[3]} & {1, 3}:
-        raise ValueError(f"data_path: {str(path)!r} holds {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, C] or [N, C, H, W]")
+        raise ValueError(
+            f"data_path: {str(path)!r} holds {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, C] or [N, C, H, W]"
+        )
     return array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
 
 
@@ -123,7 +136,9 @@ def _folder(folder):
             raise ValueError(f"data_path: {str(file)!r} is not a readable picture ({error})") from None
         images.append(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
         if images[-1].shape != images[0].shape:
-            raise ValueError(f"data_path: {str(file)!r} is {list(images[-1].shape)}, {str(files[0])!r} is {list(images[0].shape)}; all pictures must have one size")
+            raise ValueError(
+                f"data_path: {str(file)!r} is {list(images[-1].shape)}, {str(files[0])!r} is {list(images[0].shape)}; all pictures must have one size"
+            )
     return np.stack(images)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the subprocesses of some tests run beside this one: spinning threads would starve them
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the subprocesses of some tests run beside this one: spinning threads would starve them
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
 torch.set_num_threads(1)

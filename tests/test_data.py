@@ -35,8 +35,14 @@ def _idx(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-@pytest.mark.parametrize("names", [
-    ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"), ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"), ("train-images-idx3-ubyte", None)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+        ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"),
+        ("train-images-idx3-ubyte", None),
+    ],
+)
 def test_mnist_is_read_from_idx_files_of_any_folder(tmp_path, names):
     for name, array in zip(names, (IMAGES, LABELS)):
         if name:
@@ -54,8 +60,15 @@ def test_the_training_images_come_before_the_test_images(tmp_path):
     assert len(load_data("mnist", tmp_path).images) == 2
 
 
-@pytest.mark.parametrize("content, word", [(_idx(IMAGES)[:-1], "not a whole idx file"), (gzip.compress(_idx(IMAGES))[:-30], "not a whole idx file"), (b"PNG", "not a whole idx file"),
-                                           (_idx(IMAGES.reshape(-1)), "expected uint8")])
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (_idx(IMAGES)[:-1], "not a whole idx file"),
+        (gzip.compress(_idx(IMAGES))[:-30], "not a whole idx file"),
+        (b"PNG", "not a whole idx file"),
+        (_idx(IMAGES.reshape(-1)), "expected uint8"),
+    ],
+)
 def test_a_damaged_idx_file_is_one_line(tmp_path, content, word):
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match=word) as error:

@@ -13,7 +13,31 @@ FLOORS = [
     {"kernels"},
     {"ops"},
     {"method", "nets"},
-    {"frozen", "distributed", "liveness", "rollout", "sampler", "config", "engine", "optim", "data", "targets", "evaluation", "telemetry", "report", "models", "run_folder", "interrupt", "download", "features", "baselines", "images", "figures", "page", "journal"},
+    {
+        "frozen",
+        "distributed",
+        "liveness",
+        "rollout",
+        "sampler",
+        "config",
+        "engine",
+        "optim",
+        "data",
+        "targets",
+        "evaluation",
+        "telemetry",
+        "report",
+        "models",
+        "run_folder",
+        "interrupt",
+        "download",
+        "features",
+        "baselines",
+        "images",
+        "figures",
+        "page",
+        "journal",
+    },
     {"trainer", "teacher", "export", "diffusers", "convert", "estimate"},
     {"cli", "launch", "bench"},
 ]
@@ -35,7 +59,7 @@ def _imports(path):
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else ()
+            base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module or "").split(".")) if node.module else base
             names = [(*module, alias.name) for alias in node.names] if len(module) == 1 else [module]
         elif isinstance(node, ast.Import):
@@ -95,22 +119,52 @@ def test_kernels_need_torch_and_triton_alone_and_no_word_of_the_method():
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert {name.split(".")[0] for name in names} <= {"math", "torch", "triton"}, path.name
         for word in ("student", "teacher", "score_net", "tau", "eta", "hsivi"):
-            assert word not in path.read_text().lower().replace("beta", "").replace("theta", "").split(), f"{path.name} says {word}"
+            assert word not in path.read_text().lower().replace("beta", "").replace("theta", "").split(), (
+                f"{path.name} says {word}"
+            )
 
 
 def test_a_public_function_has_no_module_s_name():
     modules = {path.stem for path in PACKAGE.rglob("*.py")}
     for path in PACKAGE.rglob("*.py"):
-        functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
-        functions -= {"teacher", "convert", "export", "report"} if path.name == "cli.py" else set()  # there, names of commands
+        functions = {
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        }
+        functions -= (
+            {"teacher", "convert", "export", "report"} if path.name == "cli.py" else set()
+        )  # there, names of commands
         assert not functions & modules, f"{path.name}: {functions & modules}"
 
 
 def test_an_install_has_configs_assets_and_kernels(tmp_path):
-    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib"),
-                    "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build",
+            "--build-base",
+            str(tmp_path / "base"),
+            "--build-lib",
+            str(tmp_path / "lib"),
+            "egg_info",
+            "--egg-base",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/*.json"), *PACKAGE.glob("assets/*"), *ROOT.glob("kernels/*.py"), *ROOT.glob("kernels/*.md")]:
+    for path in [
+        *ROOT.glob("configs/*.yaml"),
+        *ROOT.glob("configs/*.json"),
+        *PACKAGE.glob("assets/*"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("kernels/*.md"),
+    ]:
         folder = "assets" if path.parent.name == "assets" else path.parent.name
         assert f"hsivi_fast/{folder}/{path.name}" in built
     assert {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} <= built

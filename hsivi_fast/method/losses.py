@@ -24,5 +24,6 @@ def student_loss_and_grads(f, e, layer, k, log_gamma, seeds, redraw=0, noise=Non
     the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the networks.
     """
     losses, grad_f, grad_e, grad_rows = ops.fisher_loss_and_grads(
-        f, e, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise)
+        f, e, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise
+    )
     return losses, grad_f, grad_e, grad_rows.reshape(log_gamma.shape)

@@ -36,7 +36,9 @@ def knots(spacing, nfe, steps, drop_doubles=False):
         raise ValueError(f"spacing: {spacing!r} is unknown; choose quad or uniform")
     distinct = np.unique(times)
     if len(distinct) <= nfe and not drop_doubles:
-        raise ValueError(f"nfe: {nfe} layers with {spacing} spacing repeat a timestep; use fewer layers or another spacing")
+        raise ValueError(
+            f"nfe: {nfe} layers with {spacing} spacing repeat a timestep; use fewer layers or another spacing"
+        )
     return distinct
 
 

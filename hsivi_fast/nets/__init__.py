@@ -4,21 +4,74 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 
-from .adm_unet import ADMUNet
-from .ddpm_unet import DDPMUNet
+from .adm import ADMUNet
+from .ddpm import DDPMUNet
 from .mlp import MLP
 
 FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP}
 
 # The published networks, and the small ones that this project trains itself.
 NETWORKS = {
-    "digits": dict(family="ddpm", image_channels=1, image_size=8, channels=32, multipliers=(1, 2, 2), res_blocks=1, attention=(False, True, False), norm_groups=8),
-    "mnist": dict(family="ddpm", image_channels=1, image_size=32, channels=32, multipliers=(1, 2, 2, 2), res_blocks=1, attention=(False, False, True, False)),
-    "cifar10": dict(family="ddpm", image_channels=3, image_size=32, channels=128, multipliers=(1, 2, 2, 2), res_blocks=2, attention=(False, True, False, False)),
-    "celeba64": dict(family="ddpm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 2, 2, 4), res_blocks=2, attention=(False, False, True, False, False)),
-    "imagenet64": dict(family="adm", image_channels=3, image_size=64, channels=128, multipliers=(1, 2, 3, 4), res_blocks=3, attention=(4, 8), heads=4, out_channels=6),
-    "smoke": dict(family="ddpm", image_channels=1, image_size=8, channels=8, multipliers=(1,), res_blocks=0, attention=(False,), middle=False, norm_groups=4),
-    "toy2d": dict(family="mlp", channels=64, layers=3),
+    "digits": {
+        "family": "ddpm",
+        "image_channels": 1,
+        "image_size": 8,
+        "channels": 32,
+        "multipliers": (1, 2, 2),
+        "res_blocks": 1,
+        "attention": (False, True, False),
+        "norm_groups": 8,
+    },
+    "mnist": {
+        "family": "ddpm",
+        "image_channels": 1,
+        "image_size": 32,
+        "channels": 32,
+        "multipliers": (1, 2, 2, 2),
+        "res_blocks": 1,
+        "attention": (False, False, True, False),
+    },
+    "cifar10": {
+        "family": "ddpm",
+        "image_channels": 3,
+        "image_size": 32,
+        "channels": 128,
+        "multipliers": (1, 2, 2, 2),
+        "res_blocks": 2,
+        "attention": (False, True, False, False),
+    },
+    "celeba64": {
+        "family": "ddpm",
+        "image_channels": 3,
+        "image_size": 64,
+        "channels": 128,
+        "multipliers": (1, 2, 2, 2, 4),
+        "res_blocks": 2,
+        "attention": (False, False, True, False, False),
+    },
+    "imagenet64": {
+        "family": "adm",
+        "image_channels": 3,
+        "image_size": 64,
+        "channels": 128,
+        "multipliers": (1, 2, 3, 4),
+        "res_blocks": 3,
+        "attention": (4, 8),
+        "heads": 4,
+        "out_channels": 6,
+    },
+    "smoke": {
+        "family": "ddpm",
+        "image_channels": 1,
+        "image_size": 8,
+        "channels": 8,
+        "multipliers": (1,),
+        "res_blocks": 0,
+        "attention": (False,),
+        "middle": False,
+        "norm_groups": 4,
+    },
+    "toy2d": {"family": "mlp", "channels": 64, "layers": 3},
 }
 
 
@@ -39,7 +92,9 @@ def build_unet(network):
     for key in arguments:
         if key not in known:
             raise ValueError(f"network.{key}: the family {family} has no such setting; it has {', '.join(known)}")
-    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments]
+    missing = [
+        name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments
+    ]
     if missing:
         raise ValueError(f"network: the family {family} needs {', '.join(missing)}")
     return FAMILIES[family](**arguments)
@@ -56,5 +111,7 @@ def network_arguments(network):
     given = {key: value for key, value in network.items() if value is not None}
     name = given.pop("name", None)
     if name is not None and name not in NETWORKS:
-        raise ValueError(f"network: {name!r} is unknown; choose one of {', '.join(NETWORKS)} or describe one with family, channels, ...")
+        raise ValueError(
+            f"network: {name!r} is unknown; choose one of {', '.join(NETWORKS)} or describe one with family, channels, ..."
+        )
     return {**NETWORKS.get(name, {}), **given}

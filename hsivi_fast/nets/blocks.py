@@ -44,7 +44,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x, silu=False, scale=None, shift=None, add=None):
         """y = norm(x + add) (1 + scale) + shift, then SiLU where asked; x [B, C, H, W], scale, shift and add [B, C] or None."""
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add)
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add
+        )
 
 
 def attention(q, k, v):

@@ -19,7 +19,9 @@ class MLP(NoisePredictor):
         self.event_shape = (2,)
         self.time_channels = time_channels
         widths = [2 + time_channels] + [channels] * layers
-        hidden = [part for width, following in zip(widths, widths[1:]) for part in (nn.Linear(width, following), nn.SiLU())]
+        hidden = [
+            part for width, following in zip(widths, widths[1:]) for part in (nn.Linear(width, following), nn.SiLU())
+        ]
         self.layers = nn.Sequential(*hidden, nn.Linear(channels, 2))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)

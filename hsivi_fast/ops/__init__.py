@@ -21,8 +21,17 @@ BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
 OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPUs and newer ones
 
-__all__ = ["affine_noise_step", "affine_step", "choose_backend", "denoising_loss_and_grads", "draw_noise", "fisher_loss_and_grads", "group_norm_silu",
-           "integers", "triton_is_interpreted"]
+__all__ = [
+    "affine_noise_step",
+    "affine_step",
+    "choose_backend",
+    "denoising_loss_and_grads",
+    "draw_noise",
+    "fisher_loss_and_grads",
+    "group_norm_silu",
+    "integers",
+    "triton_is_interpreted",
+]
 
 logger = logging.getLogger(__name__)
 _chosen = None  # by `choose_backend`
@@ -104,7 +113,9 @@ def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=N
     """
     _check(x, e, (a, b, s), stream)
     _check_noise(x, len(a) - 1, log_gamma, seeds, noise)
-    return library.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, _redraw(redraw, x), noise, _resolve(backend, x.device))
+    return library.affine_noise_step(
+        x, e, a, b, s, log_gamma, seeds, stream, _redraw(redraw, x), noise, _resolve(backend, x.device)
+    )
 
 
 def affine_step(x, e, a, b, stream, backend=None):
@@ -120,7 +131,9 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=
     """
     _check(f, None, (weight, scale), stream)
     _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
-    return library.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device))
+    return library.denoising_loss_and_grads(
+        f, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device)
+    )
 
 
 def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
@@ -130,7 +143,9 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=
     """
     _check(f, e, (weight, scale), stream)
     _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
-    return library.fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device))
+    return library.fisher_loss_and_grads(
+        f, e, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device)
+    )
 
 
 def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None, backend=None):
@@ -145,15 +160,25 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
         raise ValueError(f"ops: {channels} channels cannot be cut into {groups} groups")
     if (weight is None) != (bias is None) or (scale is None) != (shift is None):
         raise ValueError("ops: weight and bias, and scale and shift, come in pairs")
-    for name, tensor, shape in (("weight", weight, (channels,)), ("bias", bias, (channels,)), ("scale", scale, (len(x), channels)),
-                                ("shift", shift, (len(x), channels)), ("add", add, (len(x), channels))):
+    for name, tensor, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (len(x), channels)),
+        ("shift", shift, (len(x), channels)),
+        ("add", add, (len(x), channels)),
+    ):
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.device != x.device:
-            raise ValueError(f"ops: {name} of shape {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}")
+            raise ValueError(
+                f"ops: {name} of shape {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
+            )
     if _resolve(backend, x.device) == "torch":
         return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
-    scale, shift, add = (None if tensor is None else tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (scale, shift, add))
+    scale, shift, add = (
+        None if tensor is None else tensor if tensor.stride(1) == 1 else tensor.contiguous()
+        for tensor in (scale, shift, add)
+    )
     return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
 
 
@@ -178,20 +203,37 @@ def _check(x, e, tables, stream):
     if 0 in x.shape:
         raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has no elements")
     if e is not None and (e.shape != x.shape or e.dtype != x.dtype or e.device != x.device):
-        raise ValueError(f"ops: tensors differ, {tuple(x.shape)} {x.dtype} {x.device} and {tuple(e.shape)} {e.dtype} {e.device}")
+        raise ValueError(
+            f"ops: tensors differ, {tuple(x.shape)} {x.dtype} {x.device} and {tuple(e.shape)} {e.dtype} {e.device}"
+        )
     for table in tables:
         if table is not None and (table.ndim != 1 or table.shape != tables[0].shape or table.device != x.device):
-            raise ValueError(f"ops: a table of shape {tuple(table.shape)} on {table.device}; expected {tuple(tables[0].shape)} on {x.device}")
+            raise ValueError(
+                f"ops: a table of shape {tuple(table.shape)} on {table.device}; expected {tuple(tables[0].shape)} on {x.device}"
+            )
     if stream.shape != (len(x),) or stream.device != x.device:
-        raise ValueError(f"ops: stream of shape {tuple(stream.shape)} on {stream.device} for {len(x)} samples on {x.device}")
+        raise ValueError(
+            f"ops: stream of shape {tuple(stream.shape)} on {stream.device} for {len(x)} samples on {x.device}"
+        )
 
 
 def _check_noise(x, layers, log_gamma, seeds, noise):
     """The same for what a step or loss with noise has on top."""
     size = x[0].numel()
     if noise is None and (seeds.shape != (len(x),) or seeds.dtype != torch.int64 or seeds.device != x.device):
-        raise ValueError(f"ops: seeds of shape {tuple(seeds.shape)} {seeds.dtype} on {seeds.device} for {len(x)} samples on {x.device}; they are int64")
+        raise ValueError(
+            f"ops: seeds of shape {tuple(seeds.shape)} {seeds.dtype} on {seeds.device} for {len(x)} samples on {x.device}; they are int64"
+        )
     if noise is not None and (noise.shape != x.shape or noise.device != x.device):
-        raise ValueError(f"ops: noise of shape {tuple(noise.shape)} on {noise.device} for samples of shape {tuple(x.shape)} on {x.device}")
-    if log_gamma.ndim != 2 or log_gamma.shape[0] not in (1, layers) or log_gamma.shape[1] not in (1, size) or log_gamma.device != x.device:
-        raise ValueError(f"ops: log_gamma of shape {tuple(log_gamma.shape)} on {log_gamma.device}; expected [1 or {layers}, 1 or {size}] on {x.device}")
+        raise ValueError(
+            f"ops: noise of shape {tuple(noise.shape)} on {noise.device} for samples of shape {tuple(x.shape)} on {x.device}"
+        )
+    if (
+        log_gamma.ndim != 2
+        or log_gamma.shape[0] not in (1, layers)
+        or log_gamma.shape[1] not in (1, size)
+        or log_gamma.device != x.device
+    ):
+        raise ValueError(
+            f"ops: log_gamma of shape {tuple(log_gamma.shape)} on {log_gamma.device}; expected [1 or {layers}, 1 or {size}] on {x.device}"
+        )

@@ -38,7 +38,7 @@ def _device_of(x):
 
 
 @torch.library.custom_op("hsivi_fast::draw_noise", mutates_args=())
-def draw_noise(seeds: Tensor, stream: Tensor, redraw: Optional[Tensor], shape: list[int], backend: str) -> Tensor:
+def draw_noise(seeds: Tensor, stream: Tensor, redraw: Tensor | None, shape: list[int], backend: str) -> Tensor:
     if backend == "triton":
         with _device_of(seeds):
             return kernels("philox").draw_noise(seeds, stream, redraw, shape)
@@ -54,12 +54,25 @@ def _(seeds, stream, redraw, shape, backend):
 
 
 @torch.library.custom_op("hsivi_fast::affine_noise_step", mutates_args=())
-def affine_noise_step(x: Tensor, e: Optional[Tensor], a: Tensor, b: Optional[Tensor], s: Optional[Tensor], log_gamma: Optional[Tensor],
-                      seeds: Optional[Tensor], stream: Tensor, redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> Tensor:
+def affine_noise_step(
+    x: Tensor,
+    e: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    s: Tensor | None,
+    log_gamma: Tensor | None,
+    seeds: Tensor | None,
+    stream: Tensor,
+    redraw: Tensor | None,
+    noise: Tensor | None,
+    backend: str,
+) -> Tensor:
     _check_stream(stream, len(a) - 1)
     if backend == "triton":
         with _device_of(x):
-            return kernels("affine_noise_step").affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise)
+            return kernels("affine_noise_step").affine_noise_step(
+                x, e, a, b, s, log_gamma, seeds, stream, redraw, noise
+            )
     return _laid_out_like(reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise), x)
 
 
@@ -69,11 +82,23 @@ def _(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, backend):
 
 
 @torch.library.custom_op("hsivi_fast::affine_noise_step_backward", mutates_args=())
-def affine_noise_step_backward(dy: Tensor, e: Tensor, b: Tensor, s: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
-                               redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def affine_noise_step_backward(
+    dy: Tensor,
+    e: Tensor,
+    b: Tensor,
+    s: Tensor,
+    log_gamma: Tensor,
+    seeds: Tensor | None,
+    stream: Tensor,
+    redraw: Tensor | None,
+    noise: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         with _device_of(dy):
-            return kernels("affine_noise_step").affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, noise)
+            return kernels("affine_noise_step").affine_noise_step_backward(
+                dy, e, b, s, log_gamma, seeds, stream, redraw, noise
+            )
     de, dlog_gamma = reference.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, noise)
     return _laid_out_like(de, e), dlog_gamma
 
@@ -98,7 +123,9 @@ def _step_gradients(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = affine_noise_step(dy, None, a, None, None, None, None, stream, None, None, ctx.backend)
     if log_gamma is not None and ctx.needs_input_grad[5]:
-        de, dlog_gamma = affine_noise_step_backward(dy, dy if e is None else e, a if e is None else b, s, log_gamma, seeds, stream, redraw, noise, ctx.backend)
+        de, dlog_gamma = affine_noise_step_backward(
+            dy, dy if e is None else e, a if e is None else b, s, log_gamma, seeds, stream, redraw, noise, ctx.backend
+        )
     elif ctx.needs_input_grad[1]:
         de = affine_noise_step(dy, None, b, None, None, None, None, stream, None, None, ctx.backend)
     return dx, None if e is None else de, None, None, None, dlog_gamma, None, None, None, None, None
@@ -113,12 +140,23 @@ affine_noise_step.register_autograd(_step_gradients, setup_context=_save_step)
 
 
 @torch.library.custom_op("hsivi_fast::denoising_loss_and_grads", mutates_args=())
-def denoising_loss_and_grads(f: Tensor, weight: Tensor, scale: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
-                             redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+def denoising_loss_and_grads(
+    f: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    log_gamma: Tensor,
+    seeds: Tensor | None,
+    stream: Tensor,
+    redraw: Tensor | None,
+    noise: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     _check_stream(stream, len(weight) - 1)
     if backend == "triton":
         with _device_of(f):
-            return kernels("score_losses").denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
+            return kernels("score_losses").denoising_loss_and_grads(
+                f, weight, scale, log_gamma, seeds, stream, redraw, noise
+            )
     losses, df = reference.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
     return losses, _laid_out_like(df, f)
 
@@ -129,13 +167,27 @@ def _(f, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
 
 
 @torch.library.custom_op("hsivi_fast::fisher_loss_and_grads", mutates_args=())
-def fisher_loss_and_grads(f: Tensor, e: Tensor, weight: Tensor, scale: Tensor, log_gamma: Tensor, seeds: Optional[Tensor], stream: Tensor,
-                          redraw: Optional[Tensor], noise: Optional[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fisher_loss_and_grads(
+    f: Tensor,
+    e: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    log_gamma: Tensor,
+    seeds: Tensor | None,
+    stream: Tensor,
+    redraw: Tensor | None,
+    noise: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_stream(stream, len(weight) - 1)
     if backend == "triton":
         with _device_of(f):
-            return kernels("score_losses").fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise)
-    losses, df, de, dlog_gamma = reference.fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise)
+            return kernels("score_losses").fisher_loss_and_grads(
+                f, e, weight, scale, log_gamma, seeds, stream, redraw, noise
+            )
+    losses, df, de, dlog_gamma = reference.fisher_loss_and_grads(
+        f, e, weight, scale, log_gamma, seeds, stream, redraw, noise
+    )
     return losses, _laid_out_like(df, f), _laid_out_like(de, e), dlog_gamma
 
 
@@ -150,8 +202,17 @@ def _(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
 
 
 @torch.library.custom_op("hsivi_fast::group_norm_silu", mutates_args=())
-def group_norm_silu(x: Tensor, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], eps: float, silu: bool,
-                    scale: Optional[Tensor], shift: Optional[Tensor], add: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     with _device_of(x):
         return kernels("group_norm_silu").group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
 
@@ -163,10 +224,23 @@ def _(x, groups, weight, bias, eps, silu, scale, shift, add):
 
 
 @torch.library.custom_op("hsivi_fast::group_norm_silu_backward", mutates_args=())
-def group_norm_silu_backward(dy: Tensor, x: Tensor, groups: int, weight: Optional[Tensor], bias: Optional[Tensor], silu: bool, scale: Optional[Tensor],
-                             shift: Optional[Tensor], add: Optional[Tensor], mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def group_norm_silu_backward(
+    dy: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with _device_of(x):
-        dx, p, q, dadd = kernels("group_norm_silu").group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
+        dx, p, q, dadd = kernels("group_norm_silu").group_norm_silu_backward(
+            dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd
+        )
     return dx, p, q, q.new_empty(0) if dadd is None else dadd
 
 
@@ -186,7 +260,9 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_gradients(ctx, dy, _mean, _rstd):
     x, weight, bias, scale, shift, add, mean, rstd = ctx.saved_tensors
-    dx, p, q, dadd = group_norm_silu_backward(_laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd)
+    dx, p, q, dadd = group_norm_silu_backward(
+        _laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd
+    )
     others = (None,) * 4
     if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7)):  # not in a pull-back to the input alone
         others = kernels("group_norm_silu").parameter_grads(p, q, weight, bias, scale)

@@ -55,20 +55,30 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
     This is where sample seeds, layer draws and shuffles come from; `purpose` keeps their numbers apart.
     """
     items = torch.arange(n, dtype=torch.int64, device=device)
-    key = torch.full_like(items, int(run_seed))  # filled on the device: torch.tensor would copy it there, and the host would wait
+    key = torch.full_like(
+        items, int(run_seed)
+    )  # filled on the device: torch.tensor would copy it there, and the host would wait
     high = torch.full_like(items, int(counter) >> 32)
-    words = philox4x32((key & MASK, (key >> 32) & MASK), (items, torch.full_like(items, int(counter) & MASK), high, torch.full_like(items, int(purpose))))
+    words = philox4x32(
+        (key & MASK, (key >> 32) & MASK),
+        (items, torch.full_like(items, int(counter) & MASK), high, torch.full_like(items, int(purpose))),
+    )
     return words[0] | (words[1] << 32)
 
 
 def _words(seeds, stream, groups, redraw):
     """The Philox words of element groups 0 .. groups-1 of every sample: four of [B, groups]."""
     seeds = seeds.to(torch.int64)[:, None]  # [B, 1]
-    stream, redraw = (torch.as_tensor(number, dtype=torch.int64, device=seeds.device).reshape(-1, 1).expand(len(seeds), 1) for number in (stream, redraw))
+    stream, redraw = (
+        torch.as_tensor(number, dtype=torch.int64, device=seeds.device).reshape(-1, 1).expand(len(seeds), 1)
+        for number in (stream, redraw)
+    )
     group = torch.arange(groups, dtype=torch.int64, device=seeds.device)[None]  # [1, groups]
     # "| (stream & 0)": Inductor folds a bare arange times a constant into an index with a 32-bit step and returns wrong integers.
     group = group | (stream & 0)
-    return philox4x32((seeds & MASK, (seeds >> 32) & MASK), (group, stream & MASK, redraw & MASK, torch.zeros_like(stream)))
+    return philox4x32(
+        (seeds & MASK, (seeds >> 32) & MASK), (group, stream & MASK, redraw & MASK, torch.zeros_like(stream))
+    )
 
 
 def _box_muller(word0, word1):

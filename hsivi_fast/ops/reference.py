@@ -114,5 +114,7 @@ def _sum_to_rows(values, log_gamma, stream):
     if len(log_gamma) == 1:
         return values.sum(0, keepdim=True)
     # As a product with the membership of samples in rows, because index_add_ adds in any order on a GPU.
-    member = (torch.arange(1, len(log_gamma) + 1, device=stream.device)[:, None] == stream).to(values.dtype)  # [rows, B]
+    member = (torch.arange(1, len(log_gamma) + 1, device=stream.device)[:, None] == stream).to(
+        values.dtype
+    )  # [rows, B]
     return member @ values

@@ -1,0 +1,207 @@
+"""A run's sampler as a pipeline of diffusers: `HSIVIPipeline.from_pretrained(DIR)`, where `hsivi export RUN --format diffusers` made DIR.
+
+Randomness is the project's own, by address: each image has a seed, and all its noise is a function of that. Generators are asked for seeds and for
+nothing else, so an image depends on its own generator alone, not on the batch that it is drawn in.
+"""
+
+import torch
+
+try:
+    from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.utils import is_accelerate_available
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+    raise ImportError("diffusers: is not installed; pip install diffusers") from None
+
+from .. import ops
+from ..checkpoints.weights import load_weights
+from ..data import to_uint8
+from ..method.layers import Layer
+from ..method.schedule import make_schedule
+from ..nets import build_unet
+from ..sampling.sampler import SMALLEST_CPU_BATCH
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class HSIVINetwork(ModelMixin, ConfigMixin):
+    """The student with its learned noise scale, as a model of diffusers.
+
+    network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision and channels_last: how the network
+    computes (its weights are float32). Weights have the names of a run's checkpoint after "student.".
+    """
+
+    @register_to_config
+    def __init__(self, network, log_scaled_gamma, precision="fp32", channels_last=False):
+        super().__init__()
+        self.student = build_unet(network)
+        self.student.precision, self.student.channels_last = (
+            precision,
+            channels_last,
+        )  # what lies inside; files of weights are row-major
+        self.student.register_parameter("log_scaled_gamma", torch.nn.Parameter(torch.zeros(tuple(log_scaled_gamma))))
+
+    @property
+    def event_shape(self):
+        """(C, H, W) of the images."""
+        return self.student.event_shape
+
+    def load_student(self, weights):
+        """Copy name -> tensor of a run's checkpoint; ValueError where they are of another network."""
+        load_weights(self.student, weights, "student")
+
+    def forward(self, sample, timestep):
+        """The noise in sample [B, C, H, W] at timestep [B] int, or an int: [B, C, H, W]."""
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        return self.student(sample, timestep)
+
+
+class HSIVIScheduler(SchedulerMixin, ConfigMixin):
+    """The K semi-implicit layers as a scheduler: layer k maps x_k at timestep tau_k to x_{k-1}.
+
+    num_train_timesteps and betas ("linear", "cosine"): the teacher's; nfe: K, fixed by the distillation; spacing: "quad" or "uniform"; eta: DDIM's;
+    per_step, per_pixel: the noise scale's shape.
+    """
+
+    @register_to_config
+    def __init__(
+        self, num_train_timesteps=1000, betas="linear", nfe=10, spacing="quad", eta=0.2, per_step=False, per_pixel=True
+    ):
+        self.layer = Layer(make_schedule(betas, num_train_timesteps, spacing, nfe), eta, per_step, per_pixel)
+        self._knots = self.layer.tau.tolist()
+        self.set_timesteps()
+
+    def set_timesteps(self, num_inference_steps=None, device=None):
+        """Move the tables to a device and list `timesteps`, tau_K .. tau_1. ValueError for another number of steps than the student was trained for."""
+        nfe = self.layer.nfe
+        if num_inference_steps not in (None, nfe):
+            raise ValueError(
+                f"num_inference_steps: {num_inference_steps!r} is not the number that the sampler was distilled for; use {nfe}, or leave it out"
+            )
+        self.layer.to(device)
+        self.num_inference_steps = nfe
+        self.timesteps = self.layer.tau[1:].flip(0)
+
+    def step(self, model_output, timestep, sample, log_gamma, seeds, return_dict=True):
+        """x_{k-1} from x_k = sample [B, C, H, W] and the network's noise in it, at timestep tau_k.
+
+        log_gamma: the network's `log_scaled_gamma`; seeds [B] int64 address the layer's noise. The last layer gives its mean, as the run's sampler does.
+        """
+        current = self._knots.index(int(timestep))
+        k = torch.full_like(seeds, current)
+        if current == 1:
+            previous = self.layer.mean(sample, model_output, k)
+        else:
+            previous = self.layer.step(sample, model_output, k, log_gamma, seeds)
+        return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+
+class HSIVIPipeline(DiffusionPipeline):
+    """Images in a few network evaluations: `HSIVIPipeline.from_pretrained(DIR)(batch_size=16).images`."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pretrained(cls, folder, **options):
+        """The pipeline of an exported folder; options as of `DiffusionPipeline.from_pretrained`."""
+        options.setdefault(
+            "low_cpu_mem_usage", is_accelerate_available()
+        )  # without accelerate diffusers would do the same, and advise to install it
+        return super().from_pretrained(folder, **options)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size=None,
+        generator=None,
+        seeds=None,
+        latents=None,
+        num_inference_steps=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        """Draw images.
+
+        batch_size: how many, by default as many as there are seeds, generators or latents, or else 1.
+        seeds: one int an image, 0 <= seed < 2^63; image by image what `hsivi sample` draws for them.
+        generator: in their place a torch.Generator, which is asked for one seed an image in turn, or a list of one generator an image, each asked for one;
+        torch's global generator by default. So the same generator state gives the same image, alone or in any place of any batch.
+        latents: float [B, C, H, W] in the place of x_K, the noise that the first layer starts from; the layers' own noise still comes from the seeds.
+        num_inference_steps: may be given, but the number is fixed by the distillation.
+        output_type: "pil", a list of pictures; "np", float32 [B, H, W, C], or "pt", float32 [B, C, H, W] on the device: pixels / 255, in 0 .. 1.
+        Returns ImagePipelineOutput(images=...), or the tuple (images,) without return_dict. Raises ValueError for arguments that do not fit.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is unknown; choose pil, np or pt")
+        if self.unet.dtype != torch.float32:
+            raise ValueError(
+                f"torch_dtype: the weights are {self.unet.dtype} and have to be torch.float32; the precision is the run's own, {self.unet.config.precision}"
+            )
+        device = self.unet.device
+        self.scheduler.set_timesteps(num_inference_steps, device)
+        count = self._count(batch_size, generator, seeds, latents)
+        seeds = torch.tensor(self._seeds(count, generator, seeds), dtype=torch.int64, device=device)
+        filler = (
+            max(SMALLEST_CPU_BATCH - count, 0) if device.type == "cpu" else 0
+        )  # a small batch is filled up, as the run's sampler does
+        seeds = torch.cat([seeds, seeds[-1:].expand(filler)])
+        x = ops.draw_noise(seeds, 0, self.unet.event_shape)
+        if latents is not None:
+            x[:count] = latents
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            noise = self.unet(x, timestep)
+            x = self.scheduler.step(noise, timestep, x, self.unet.student.log_scaled_gamma, seeds, return_dict=False)[0]
+        images = _as(output_type, to_uint8(x[:count]))
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _count(self, batch_size, generator, seeds, latents):
+        """How many images are asked for: all arguments that say it have to agree."""
+        given = {"batch_size": batch_size}
+        given |= {name: len(value) for name, value in (("seeds", seeds), ("latents", latents)) if value is not None}
+        if isinstance(generator, (list, tuple)):
+            given["generator"] = len(generator)
+        given = {name: count for name, count in given.items() if count is not None}
+        counts = set(given.values()) or {1}
+        if len(counts) > 1:
+            raise ValueError(
+                f"batch_size: {', '.join(f'{name} says {count}' for name, count in given.items())}; one of each an image"
+            )
+        count = counts.pop()
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"batch_size: {count!r} must be a whole number, at least 1")
+        if latents is not None and tuple(latents.shape) != (count, *self.unet.event_shape):
+            raise ValueError(f"latents: of shape {list(latents.shape)}, expected {[count, *self.unet.event_shape]}")
+        return count
+
+    def _seeds(self, count, generator, seeds):
+        """One seed an image, as ints."""
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError("seeds: given beside generator; give one of them")
+            seeds = [int(seed) for seed in seeds]
+            wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
+            if wrong is not None:
+                raise ValueError(f"seeds: {wrong} is not a seed; use whole numbers from 0 to 2^63 - 1")
+            return seeds
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * count
+        return [
+            int(torch.randint(2**63 - 1, (1,), generator=each, device=each.device if each is not None else "cpu"))
+            for each in generators
+        ]
+
+
+def _as(output_type, images):
+    """uint8 [B, C, H, W] in the form that was asked for."""
+    if output_type == "pt":
+        return images.float() / 255
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return pixels.astype("float32") / 255
+    from PIL import Image
+
+    return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in pixels]

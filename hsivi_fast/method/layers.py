@@ -1,0 +1,88 @@
+"""The semi-implicit layer: x_{k-1} = A_k x_k + B_k eps_hat + exp(log_gamma) c1_k z.
+
+With log_gamma = 0 and the teacher as the network this is DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) with
+that eta, so a student that is a copy of the teacher starts as a known sampler.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import ops
+
+
+class Layer(nn.Module):
+    """All K layers of one sampler: the tables A, B, c1, sigma and tau, indexed by k, as buffers.
+
+    schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0); per_step, per_pixel: the shape of log_gamma.
+    A `Layer` has no parameters: log_gamma belongs to the student (see `attach_log_gamma`) and is passed in.
+    """
+
+    def __init__(self, schedule, eta, per_step=False, per_pixel=True):
+        super().__init__()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: {eta} is outside 0 .. 1")
+        self.nfe, self.eta, self.per_step, self.per_pixel = schedule.nfe, eta, per_step, per_pixel
+        variance = 1 - schedule.alpha_bar  # sigma^2, float64 [K + 1]
+        low, high = variance[:-1], variance[1:]  # of x_{k-1} and x_k
+        c1 = eta * np.sqrt((1 - (1 - high) / (1 - low)) * low / high)  # DDIM's sigma
+        a = np.sqrt((1 - low) / (1 - high))
+        b = np.sqrt(np.maximum(low - c1**2, 0)) - a * np.sqrt(high)
+
+        def table(values):  # indexed by k = 1 .. K; entry 0 belongs to no layer
+            return torch.from_numpy(np.concatenate([[0.0], values])).to(torch.float32)
+
+        tables = {
+            "a": table(a),
+            "b": table(b),
+            "c1": table(c1),
+            "weight": table(low),
+            "scale": torch.zeros(schedule.nfe + 1),
+        }
+        if eta > 0:
+            tables["scale"] = table(np.sqrt(low) / c1)  # z / gamma = z scale exp(-log_gamma)
+        for name, values in tables.items():
+            self.register_buffer(name, values, persistent=False)
+        self.register_buffer("one", torch.ones(schedule.nfe + 1), persistent=False)
+        self.register_buffer("tau", torch.from_numpy(schedule.timesteps), persistent=False)
+
+    def log_gamma_shape(self, event_shape):
+        """The shape of log_gamma: [1], [K], [*event] or [K, *event]."""
+        steps = (self.nfe,) if self.per_step else ()
+        pixels = tuple(event_shape) if self.per_pixel else ()
+        return steps + pixels or (1,)
+
+    def rows(self, log_gamma):
+        """log_gamma as `ops` take it, [1 or K, 1 or event size]."""
+        return log_gamma.reshape(self.nfe if self.per_step else 1, -1)
+
+    def step(self, x, eps_hat, k, log_gamma, seeds, redraw=0, noise=None):
+        """x_{k-1} of samples x = x_k [B, *event] whose layers are k [B] int64; differentiable in eps_hat and log_gamma.
+
+        seeds [B] int64 address the noise at stream k; `noise` [B, *event] replaces it.
+        """
+        return ops.affine_noise_step(x, eps_hat, self.a, self.b, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
+
+    def mean(self, x, eps_hat, k):
+        """A_k x_k + B_k eps_hat, the mean of x_{k-1}: [B, *event]."""
+        return ops.affine_step(x, eps_hat, self.a, self.b, k)
+
+    def redraw(self, mean, k, log_gamma, seeds, redraw, noise=None):
+        """x_{k-1} from its stored mean with the noise of draw number `redraw`, [B, *event]."""
+        return ops.affine_noise_step(mean, None, self.one, None, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
+
+    def gamma(self, k, log_gamma, event_shape):
+        """gamma_k = exp(log_gamma) c1_k / sigma_{k-1} of layers k [B], [B, *event]."""
+        rows = self.rows(log_gamma)
+        rows = rows[k - 1] if self.per_step else rows.expand(len(k), -1)
+        event = tuple(event_shape) if self.per_pixel else (1,) * len(event_shape)
+        scale = self.scale[k].reshape(-1, *[1] * len(event_shape))
+        return (rows.reshape(len(k), *event).exp() / scale).expand(len(k), *event_shape)
+
+
+def attach_log_gamma(network, layer):
+    """Make `network` a student of `layer`: add the parameter `log_scaled_gamma`, zero, and return the network."""
+    network.register_parameter(
+        "log_scaled_gamma", nn.Parameter(torch.zeros(layer.log_gamma_shape(network.event_shape)))
+    )
+    return network

@@ -1,0 +1,170 @@
+"""The improved-diffusion UNet (Nichol & Dhariwal 2021, arXiv 2102.09672), parameter for parameter as its checkpoints store it.
+
+Used for ImageNet-64. The published network predicts a mean and a variance: its first half of the channels is the noise.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .blocks import GroupNorm, NoisePredictor, attention, timestep_frequencies, upsample
+
+
+class ResidualBlock(nn.Module):
+    """conv(SiLU(norm)) twice; the time embedding scales and shifts the second normalisation."""
+
+    def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps):
+        super().__init__()
+        self.in_layers = nn.ModuleDict(
+            {
+                "0": GroupNorm(norm_groups, in_channels, eps=norm_eps),
+                "2": nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            }
+        )
+        self.emb_layers = nn.ModuleDict({"1": nn.Linear(embed_channels, 2 * out_channels)})
+        self.out_layers = nn.ModuleDict(
+            {
+                "0": GroupNorm(norm_groups, out_channels, eps=norm_eps),
+                "3": nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            }
+        )
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, embedding):
+        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))  # [B, out_channels, H, W]
+        scale, shift = self.emb_layers["1"](embedding).chunk(2, dim=1)  # each [B, out_channels]
+        h = self.out_layers["3"](self.out_layers["0"](h, silu=True, scale=scale, shift=shift))
+        return h + self.skip_connection(x)
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over all pixels."""
+
+    def __init__(self, channels, heads, norm_groups, norm_eps):
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x, embedding=None):
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
+        q, k, v = qkv.reshape(batch, self.heads, 3 * channels // self.heads, height * width).chunk(3, dim=2)
+        h = attention(q, k, v).reshape(batch, channels, height * width)
+        return x + self.proj_out(h).reshape(batch, channels, height, width)
+
+
+class ADMUNet(NoisePredictor):
+    """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
+
+    `attention` lists the downsampling factors (1, 2, 4, ...) at which each residual block is followed by self-attention.
+    `out_channels` may be larger than the image's channels: the first `image_channels` of them are the noise.
+    """
+
+    def __init__(
+        self,
+        image_channels,
+        image_size,
+        channels,
+        multipliers,
+        res_blocks,
+        attention,
+        heads=4,
+        out_channels=None,
+        norm_groups=32,
+        norm_eps=1e-5,
+    ):
+        super().__init__()
+        levels = len(multipliers)
+        if image_size % 2 ** (levels - 1):
+            raise ValueError(
+                f"network.image_size: {image_size} cannot be halved {levels - 1} times; use a multiple of {2 ** (levels - 1)}"
+            )
+        if channels % norm_groups or channels % heads:
+            raise ValueError(
+                f"network.channels: {channels} is not a multiple of norm_groups = {norm_groups} and of heads = {heads}"
+            )
+        out_channels = image_channels if out_channels is None else out_channels
+        if out_channels < image_channels:
+            raise ValueError(f"network.out_channels: {out_channels} is less than image_channels = {image_channels}")
+        self.event_shape = (image_channels, image_size, image_size)
+        self.channels = channels
+        embed_channels = 4 * channels
+
+        def stage(in_channels, width, factor):
+            """One residual block, with attention where this downsampling factor has it."""
+            layers = nn.ModuleList([ResidualBlock(in_channels, width, embed_channels, norm_groups, norm_eps)])
+            if factor in attention:
+                layers.append(AttentionBlock(width, heads, norm_groups, norm_eps))
+            return layers
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
+        )
+
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(image_channels, channels, 3, padding=1)])])
+        width, skips, factor = (
+            channels,
+            [channels],
+            1,
+        )  # `skips`: the widths that the way up takes back, last in first out
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(res_blocks):
+                self.input_blocks.append(stage(width, channels * multiplier, factor))
+                width = channels * multiplier
+                skips.append(width)
+            if level < levels - 1:
+                self.input_blocks.append(
+                    nn.ModuleList([nn.ModuleDict({"op": nn.Conv2d(width, width, 3, stride=2, padding=1)})])
+                )
+                skips.append(width)
+                factor *= 2
+
+        self.middle_block = nn.ModuleList(
+            [
+                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
+                AttentionBlock(width, heads, norm_groups, norm_eps),
+                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
+            ]
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for index in range(res_blocks + 1):
+                layers = stage(width + skips.pop(), channels * multiplier, factor)
+                width = channels * multiplier
+                if level > 0 and index == res_blocks:
+                    layers.append(nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
+                    factor //= 2
+                self.output_blocks.append(layers)
+
+        self.out = nn.ModuleDict(
+            {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
+        )
+
+    def predict(self, x, t):
+        half = self.channels // 2
+        angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, x.device)  # [B, channels / 2]
+        embedding = F.silu(self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1)))  # [B, 4 channels]
+
+        h, skips = x, []
+        for layers in self.input_blocks:
+            h = _apply(layers, h, embedding)
+            skips.append(h)
+        h = _apply(self.middle_block, h, embedding)
+        for layers in self.output_blocks:
+            h = _apply(layers, torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.out["2"](self.out["0"](h, silu=True))[:, : x.shape[1]]
+
+
+def _apply(layers, h, embedding):
+    """Run the parts of a stage in order: a convolution, residual blocks, attention, a change of resolution."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            h = layer(h)
+        elif isinstance(layer, nn.ModuleDict):
+            h = layer["op"](h) if "op" in layer else layer["conv"](upsample(h))
+        else:
+            h = layer(h, embedding)
+    return h

@@ -1,0 +1,71 @@
+"""Optimizer, learning-rate rules and the exponential moving average of weights."""
+
+import math
+
+import torch
+
+
+def learning_rate(rule, base, step, warmup, total):
+    """The rate of step 1, 2, ...: linear warm-up over `warmup` steps, then by rule.
+
+    `decay`: base 0.9^(step // 3000). `cosine`: from base to base 0.9^(total // 3000) over step / total. `linear`: to
+    zero at `total`. `constant`: base.
+    """
+    if step <= warmup:
+        return base * step / warmup
+    if rule == "decay":
+        return base * 0.9 ** (step // 3000)
+    if rule == "cosine":
+        floor = base * 0.9 ** (total // 3000)
+        return floor + (base - floor) * (1 + math.cos(math.pi * step / total)) / 2
+    if rule == "linear":
+        return base * (total - step) / max(total - warmup, 1)
+    if rule == "constant":
+        return base
+    raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine, linear or constant")
+
+
+def adam(parameters, lr=0.0, capturable=False):
+    """Adam(0.9, 0.999) with amsgrad, in torch's fused form; the rate is set before every step, or filled into the tensor `lr`."""
+    return torch.optim.Adam(
+        parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable
+    )
+
+
+class EMA:
+    """Exponential moving average of parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n.
+
+    named_parameters: (name, tensor) pairs, a network's or one rank's parts of them. `weight`: a tensor [] that holds 1 - decay for the update, where
+    that update is recorded and replayed (see frozen.py).
+    """
+
+    def __init__(self, named_parameters, decay, weight=None):
+        self.decay, self.weight = decay, weight
+        self.updates = 0
+        self.parameters = {name: parameter.detach().clone() for name, parameter in named_parameters}
+
+    def count(self):
+        """The host's part of an update: one more."""
+        self.updates += 1
+        if self.weight is not None:
+            self.weight.fill_(self._weight())
+
+    @torch.no_grad()
+    def update(self, parameters):
+        """The device's part: move towards the present parameters, in the order that this was made with."""
+        own, present = list(self.parameters.values()), [parameter.detach() for parameter in parameters]
+        if self.weight is None:
+            torch._foreach_lerp_(own, present, self._weight())
+        else:  # there is no lerp by a tensor [] of one pass
+            difference = torch._foreach_sub(present, own)
+            torch._foreach_mul_(difference, self.weight)
+            torch._foreach_add_(own, difference)
+
+    def _weight(self):
+        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    def load(self, parameters, updates):
+        """Take over averaged parameters {name: tensor} and the number of updates behind them."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(parameters[name])
+        self.updates = updates

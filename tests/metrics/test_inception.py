@@ -1,0 +1,173 @@
+"""Distances on Inception, with random weights in the layout of torch-fidelity's file: our stream against its own route through folders of pictures."""
+
+import urllib.error
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from hsivi_fast import load_config
+from hsivi_fast.data import load_data
+from hsivi_fast.metrics.evaluation import ImageMetric, evaluate
+from hsivi_fast.metrics.features import describe_features, feature_extractor, image_features, weights_file
+from hsivi_fast.metrics.image_files import save_images
+
+CPU = torch.device("cpu")
+COUNT = 8  # images a side: Inception looks at them at 299x299
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with an untrained Inception whose activations keep their size from layer to layer."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    with (
+        mock.patch.object(inception, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(inception.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two folders of random pictures, the second paler and with a gradient."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
+    first = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    second = (
+        (torch.randint(0, 128, (COUNT, 3, 32, 32), generator=generator) + 4 * torch.arange(32))
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
+    save_images(first, folder / "first")
+    save_images(second, folder / "second")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch_fidelitys(weights, pictures):
+    """What torch-fidelity says by its own directory route."""
+    from torch_fidelity import calculate_metrics
+
+    return calculate_metrics(
+        input1=str(pictures / "first"),
+        input2=str(pictures / "second"),
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=COUNT,
+        cuda=False,
+        verbose=False,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        save_cpu_ram=True,
+        cache=False,
+    )
+
+
+def test_our_stream_is_torch_fidelitys_directory_route(weights, pictures, torch_fidelitys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HSIVI_CACHE", str(tmp_path))
+    config = load_config(
+        "digits",
+        [
+            "data=images",
+            f"data_path={pictures / 'second'}",
+            f"eval.inception={weights}",
+            "eval.kid=true",
+            "eval.prc=true",
+        ],
+    )
+    metric = ImageMetric(config, CPU)
+    metric.batch_size = 3  # a stream of several batches
+    values = metric.measure(torch.from_numpy(load_data("images", pictures / "first").images))
+    assert torch_fidelitys["frechet_inception_distance"] > 0.1
+    assert values["frechet_distance"] == pytest.approx(torch_fidelitys["frechet_inception_distance"], rel=1e-4)
+    assert values["kernel_inception_distance"] == pytest.approx(
+        torch_fidelitys["kernel_inception_distance_mean"], rel=1e-4
+    )
+    assert [values[name] for name in ("precision", "recall")] == [
+        torch_fidelitys[name] for name in ("precision", "recall")
+    ]
+    (file,) = tmp_path.iterdir()
+    assert str(np.load(file)["features"]) == describe_features(
+        "inception", weights
+    ) and "torch-fidelity inception-v3-compat, 2048 features" in describe_features("inception", weights)
+
+
+def test_grey_images_are_seen_in_three_channels(weights):
+    extractor = feature_extractor("inception", CPU, weights)
+    grey = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = image_features(extractor, grey)
+    assert features.shape == (2, 2048) and float(features.std()) > 1e-3
+    assert torch.equal(features, extractor(grey.repeat(1, 3, 1, 1))[0])
+
+
+def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, tmp_path):
+    """Against statistics, in the place of the run's own network and data."""
+    from hsivi_fast import train
+
+    run = train(load_config("smoke", ["train.steps=2", "eval.num_samples=0", "device=cpu"]), tmp_path / "run")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    row = evaluate(
+        run,
+        2,
+        ref=tmp_path / "reference.npz",
+        metric="inception",
+        inception=weights,
+        save_images=tmp_path / "pictures.npz",
+    )
+    images = torch.from_numpy(np.load(tmp_path / "pictures.npz")["arr_0"]).permute(0, 3, 1, 2)
+    features = image_features(feature_extractor("inception", CPU, weights), images).double()
+    # To statistics of nothing: the squared mean and the variances.
+    assert row["frechet_distance"] == pytest.approx(
+        float(features.mean(0).square().sum() + features.var(0).sum()), rel=1e-6
+    )
+    with pytest.raises(ValueError, match="ref: has 2048 features, the feature network digits gives 64"):
+        evaluate(run, 2, ref=tmp_path / "reference.npz")
+
+
+def test_missing_weights_are_one_line_that_names_both_ways(tmp_path, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def no_network(url, progress):
+        asked.append(progress)
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
+    place = tmp_path / "hub" / "checkpoints"
+    assert weights_file("inception") == place / "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(
+        ValueError,
+        match="eval.inception: missing, .*Name or service not known.*say eval.inception=FILE, or put weights-inception-2015-12-05-6726825d.pth into ",
+    ) as caught:
+        feature_extractor("inception", CPU)
+    assert "\n" not in str(caught.value) and str(place) in str(caught.value) and asked == [True]
+    (tmp_path / "text.pth").write_text("weights")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    for name, message in (
+        ("absent.pth", "is not there"),
+        ("text.pth", "does not hold torch-fidelity's Inception"),
+        ("other.pth", "does not hold torch-fidelity's Inception"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            feature_extractor("inception", CPU, tmp_path / name)
+        assert "\n" not in str(caught.value)
+    place.mkdir(parents=True)
+    (place / "weights-inception-2015-12-05-6726825d.pth").write_text(
+        "half a file"
+    )  # found without being asked for: named as what it is
+    with pytest.raises(ValueError, match="does not hold"):
+        feature_extractor("inception", CPU)
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="eval.metric: 'vgg' is unknown; choose digits, mnist, inception"):
+        feature_extractor("vgg", CPU)

@@ -1,0 +1,206 @@
+"""The switch between the backends, and the operators as torch sees them: opcheck, torch.compile, and what an operator may not do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE
+
+from hsivi_fast import ops
+from hsivi_fast.ops import library
+
+B, K, EVENT = 4, 3, (2, 4, 4)
+SIZE = 32
+SHAPES = [(1, 1), (K, 1), (1, SIZE), (K, SIZE)]
+BACKENDS = [("torch", "cpu"), ("triton", KERNEL_DEVICE)]
+
+
+def _inputs(shape, device, channels_last=False):
+    generator = torch.Generator().manual_seed(3)
+    randn = lambda *size: torch.randn(*size, generator=generator).to(device)
+    e = randn(B, *EVENT)
+    return {
+        "x": randn(B, *EVENT),
+        "e": e.to(memory_format=torch.channels_last) if channels_last else e,
+        "a": randn(K + 1),
+        "b": randn(K + 1),
+        "s": randn(K + 1).abs(),
+        "log_gamma": 0.3 * randn(*shape),
+        "seeds": torch.arange(B, device=device),
+        "k": torch.tensor([1, 3, 2, 3], device=device),
+        "redraw": torch.tensor([0, 1, 0, 2], device=device),
+        "weight": randn(K + 1).abs(),
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_opcheck_of_the_method_operators(backend, device, shape):
+    i = _inputs(shape, device, channels_last=True)
+    leaf = lambda name: i[name].clone(memory_format=torch.preserve_format).requires_grad_()
+    address = (i["seeds"], i["k"], i["redraw"], None, backend)
+    torch.library.opcheck(
+        library.affine_noise_step, (leaf("x"), leaf("e"), i["a"], i["b"], i["s"], leaf("log_gamma"), *address)
+    )
+    torch.library.opcheck(
+        library.affine_noise_step_backward, (i["x"], i["e"], i["b"], i["s"], i["log_gamma"], *address)
+    )
+    torch.library.opcheck(library.denoising_loss_and_grads, (i["e"], i["weight"], i["s"], i["log_gamma"], *address))
+    torch.library.opcheck(
+        library.fisher_loss_and_grads, (i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], *address)
+    )
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_opcheck_without_noise_and_of_the_draw(backend, device):
+    i = _inputs((1, 1), device)
+    x = i["x"].clone().requires_grad_()
+    torch.library.opcheck(
+        library.affine_noise_step, (x, None, i["a"], None, None, None, None, i["k"], None, None, backend)
+    )
+    torch.library.opcheck(
+        library.affine_noise_step,
+        (x, i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["e"], backend),
+    )
+    torch.library.opcheck(library.draw_noise, (i["seeds"], i["k"], i["redraw"], [3, 5], backend))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_opcheck_of_group_normalisation(modulated, layout):
+    randn = lambda *size: torch.randn(*size, device=KERNEL_DEVICE).requires_grad_()
+    x = torch.randn(2, 8, 4, 4, device=KERNEL_DEVICE).to(memory_format=layout).requires_grad_()
+    rows = (randn(2, 8), randn(2, 8), None) if modulated else (None, None, randn(2, 8))
+    torch.library.opcheck(library.group_norm_silu, (x, 2, randn(8), randn(8), 1e-5, True, *rows))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_compiled_is_eager(backend, device):
+    """One graph, no breaks, forward and backward; the noise is in it, which Inductor would get wrong if it could see it."""
+    i = _inputs((1, SIZE), device)
+    ops.choose_backend(backend, device)
+
+    def step(x, e, log_gamma):
+        y = ops.affine_noise_step(torch.tanh(x), e, i["a"], i["b"], i["s"], log_gamma, i["seeds"], i["k"])
+        y = ops.group_norm_silu(y, 2, i["a"][:2], i["b"][:2], 1e-5)
+        losses, grad = ops.denoising_loss_and_grads(
+            y.detach(), i["weight"], i["s"], log_gamma.detach(), i["seeds"], i["k"]
+        )
+        return y * 2, losses, grad
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        e, log_gamma = i["e"].clone().requires_grad_(), i["log_gamma"].clone().requires_grad_()
+        y, losses, grad = function(i["x"], e, log_gamma)
+        (y * i["x"]).sum().backward()
+        results.append((y.detach(), losses, grad, e.grad, log_gamma.grad))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_the_losses_say_that_they_are_not_differentiable_again():
+    i = _inputs((1, 1), "cpu")
+    losses, _ = ops.denoising_loss_and_grads(
+        i["e"].requires_grad_(), i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"]
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        losses.sum().backward()
+
+
+def test_gradients_of_a_sum_are_those_of_ones():
+    """Autograd hands a repeated number to the backward of a sum; no kernel reads such strides."""
+    i = _inputs((1, SIZE), KERNEL_DEVICE)
+    grads = []
+    for total in (lambda y: y.sum(), lambda y: (y * torch.ones_like(y)).sum()):
+        e, log_gamma = i["e"].clone().requires_grad_(), i["log_gamma"].clone().requires_grad_()
+        y = ops.affine_noise_step(i["x"], e, i["a"], i["b"], i["s"], log_gamma, i["seeds"], i["k"], backend="triton")
+        grads.append(torch.autograd.grad(total(y), (e, log_gamma)))
+        y = ops.group_norm_silu(e, 2, i["a"][:2], i["b"][:2], 1e-5, backend="triton")
+        grads[-1] += torch.autograd.grad(total(y), e)
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+# ---- the switch -------------------------------------------------------------------------------------------------------
+
+
+def _without_interpreter(code, **variables):
+    """Run code in a process without TRITON_INTERPRET and without a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", ops.VARIABLE)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", **variables},
+    )
+
+
+def test_auto_is_torch_on_a_cpu_and_does_not_import_the_kernels():
+    code = (
+        "import sys, torch; from hsivi_fast import ops; s = torch.arange(2); ops.draw_noise(s, 0, (3,));"
+        "print(ops.choose_backend(), sorted(n for n in sys.modules if n.startswith('hsivi_fast.kernels.')))"
+    )
+    done = _without_interpreter(code)
+    assert done.stdout.startswith("torch") and "affine_noise_step" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, call, message",
+    [
+        (
+            {},
+            "ops.choose_backend('triton')",
+            "backend: 'triton' cannot run, the device is cpu and Triton needs a CUDA device, or TRITON_INTERPRET=1",
+        ),
+        ({ops.VARIABLE: "triton"}, "ops.choose_backend()", "HSIVI_BACKEND: 'triton' cannot run, the device is cpu"),
+        (
+            {ops.VARIABLE: "cuda"},
+            "ops.choose_backend()",
+            "HSIVI_BACKEND: 'cuda' is unknown; choose one of auto, torch, triton",
+        ),
+        ({}, "ops.draw_noise(s, 0, (3,), backend='triton')", "backend: 'triton' cannot run, the device is cpu"),
+    ],
+)
+def test_a_backend_that_cannot_run_says_why(variables, call, message):
+    done = _without_interpreter(
+        f"import torch; from hsivi_fast import ops; s = torch.arange(2)\ntry: {call}\nexcept ValueError as error: print(error)",
+        **variables,
+    )
+    assert done.stdout.startswith(message), done.stdout + done.stderr
+
+
+def test_argument_before_configuration_before_environment(monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+    assert ops.choose_backend("auto", KERNEL_DEVICE) == "triton"
+    assert ops.choose_backend("torch", KERNEL_DEVICE) == "torch"
+    assert (
+        ops._resolve("triton", torch.device(KERNEL_DEVICE)) == "triton"
+        and ops._resolve(None, torch.device(KERNEL_DEVICE)) == "torch"
+    )
+    with pytest.raises(ValueError, match="backend: 'cuda' is unknown"):
+        ops.choose_backend("cuda")
+
+
+def test_missing_triton_and_an_old_gpu_are_reasons(monkeypatch):
+    monkeypatch.setattr(ops, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    ops._obstacle.cache_clear()
+    try:
+        assert ops._resolve("auto", torch.device("cuda:0")) == "torch"
+        with pytest.raises(ValueError, match="compute capability 7.0 and the kernels are made for 8.0"):
+            ops.choose_backend("triton", "cuda:0")
+        ops._obstacle.cache_clear()
+        monkeypatch.setattr(ops, "_triton_is_installed", lambda: False)
+        with pytest.raises(ValueError, match="the package triton is not installed"):
+            ops.choose_backend("triton", "cuda:0")
+        ops._obstacle.cache_clear()
+        monkeypatch.undo()
+        monkeypatch.setattr(ops, "triton_is_interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert (
+            ops._resolve("auto", torch.device("cuda:0")) == "triton"
+            and ops._resolve("auto", torch.device("cpu")) == "torch"
+        )
+    finally:
+        ops._obstacle.cache_clear()

@@ -1,0 +1,198 @@
+"""The operations: closed-form gradients against float64 autograd, in all four shapes of log_gamma, and their complaints."""
+
+import pytest
+import torch
+
+from hsivi_fast import ops
+
+B, LAYERS, EVENT = 5, 3, (2, 3, 4)
+SIZE = 24
+SHAPES = [(1, 1), (LAYERS, 1), (1, SIZE), (LAYERS, SIZE)]
+
+
+def _inputs(shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *size: torch.randn(*size, generator=generator, dtype=dtype)
+    return {
+        "x": randn(B, *EVENT),
+        "e": randn(B, *EVENT),
+        "a": randn(LAYERS + 1),
+        "b": randn(LAYERS + 1),
+        "s": randn(LAYERS + 1).abs() + 0.1,
+        "log_gamma": 0.3 * randn(*shape),
+        "noise": randn(B, *EVENT),
+        "k": torch.tensor([1, 3, 2, 3, 1]),
+        "w": randn(LAYERS + 1).abs(),
+        "cotangent": randn(B, *EVENT),
+    }
+
+
+def _expanded(log_gamma, k):
+    """log_gamma of each sample, [B, *EVENT], by plain indexing."""
+    return log_gamma.expand(LAYERS, SIZE)[k - 1].reshape(B, *EVENT)
+
+
+def _entries(i, name):
+    """Each sample's entry of a table, [B, 1, 1, 1]."""
+    return i[name][i["k"]].reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_noise_step_is_its_equation(shape):
+    i = _inputs(shape)
+    x, e, log_gamma = (i[name].clone().requires_grad_() for name in ("x", "e", "log_gamma"))
+    y = ops.affine_noise_step(x, e, i["a"], i["b"], i["s"], log_gamma, None, i["k"], noise=i["noise"])
+    expected = (
+        _entries(i, "a") * i["x"]
+        + _entries(i, "b") * i["e"]
+        + _entries(i, "s") * _expanded(i["log_gamma"], i["k"]).exp() * i["noise"]
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+    (y * i["cotangent"]).sum().backward()
+    torch.testing.assert_close(x.grad, _entries(i, "a") * i["cotangent"])
+    torch.testing.assert_close(e.grad, _entries(i, "b") * i["cotangent"])
+    direct = (i["cotangent"] * (expected - _entries(i, "a") * i["x"] - _entries(i, "b") * i["e"])).flatten(1)
+    by_layer = torch.stack([direct[i["k"] == k].sum(0) for k in range(1, LAYERS + 1)])  # [LAYERS, SIZE]
+    by_layer = by_layer if shape[0] > 1 else by_layer.sum(0, keepdim=True)
+    torch.testing.assert_close(log_gamma.grad, by_layer if shape[1] > 1 else by_layer.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_denoising_loss_gradient_is_autograds(shape):
+    i = _inputs(shape)
+    f = i["x"].clone().requires_grad_()
+    target = i["noise"] * _entries(i, "s") / _expanded(i["log_gamma"], i["k"]).exp()
+    loss = (_entries(i, "w") * (f - target).square()).sum() / B
+    loss.backward()
+    losses, grad = ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
+    torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, f.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fisher_loss_gradients_are_autograds(shape):
+    i = _inputs(shape)
+    f, e, log_gamma = (
+        i["x"].clone().requires_grad_(),
+        i["e"].clone().requires_grad_(),
+        i["log_gamma"].clone().requires_grad_(),
+    )
+    target = i["noise"] * _entries(i, "s") / _expanded(log_gamma, i["k"]).exp()
+    g = f - e
+    loss = (_entries(i, "w") * (2 * g * (target - e) - g.square())).sum() / B
+    loss.backward()
+    losses, grad_f, grad_e, grad_log_gamma = ops.fisher_loss_and_grads(
+        i["x"], i["e"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"]
+    )
+    torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad_f, f.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad_e, e.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad_log_gamma, log_gamma.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_addressed_noise_is_the_given_noise():
+    i = _inputs((1, SIZE), torch.float32)
+    seeds, redraw = torch.arange(B), torch.tensor([0, 1, 2, 0, 1])
+    noise = torch.stack([ops.draw_noise(seeds[n : n + 1], int(i["k"][n]), EVENT, int(redraw[n]))[0] for n in range(B)])
+    for by_address, by_value in (
+        (
+            ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], seeds, i["k"], redraw),
+            ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=noise),
+        ),
+        (
+            ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], seeds, i["k"], redraw)[1],
+            ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=noise)[1],
+        ),
+    ):
+        assert torch.equal(by_address, by_value)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+def test_group_norm_silu_is_its_equation(silu, modulated):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (
+        torch.randn(3, 6, 4, 5, generator=generator),
+        torch.randn(6, generator=generator),
+        torch.randn(6, generator=generator),
+    )
+    scale, shift = (torch.randn(3, 6, generator=generator) for _ in range(2)) if modulated else (None, None)
+    y = ops.group_norm_silu(x, 2, weight, bias, 1e-5, silu=silu, scale=scale, shift=shift)
+    grouped = x.double().reshape(3, 2, -1)
+    normed = (
+        (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    ).reshape(x.shape)
+    expected = normed * weight.double().reshape(1, 6, 1, 1) + bias.double().reshape(1, 6, 1, 1)
+    if modulated:
+        expected = expected * (1 + scale.double()[:, :, None, None]) + shift.double()[:, :, None, None]
+    expected = expected * torch.sigmoid(expected) if silu else expected
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_computed_in_float32():
+    i = _inputs((1, 1), torch.float32)
+    low = [i[name].to(torch.bfloat16) for name in ("x", "e")]
+    y = ops.affine_noise_step(*low, i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
+    high = ops.affine_noise_step(
+        *(t.float() for t in low), i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"]
+    )
+    assert y.dtype == torch.bfloat16 and torch.equal(y, high.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"e": torch.zeros(B, 2, 3, 5)}, "tensors differ"),
+        ({"e": torch.zeros(B, *EVENT, dtype=torch.bfloat16)}, "tensors differ"),
+        ({"log_gamma": torch.zeros(SIZE)}, r"log_gamma of shape \(24,\)"),
+        ({"log_gamma": torch.zeros(1, 7)}, r"log_gamma of shape \(1, 7\)"),
+        ({"log_gamma": torch.zeros(2, 1)}, r"log_gamma of shape \(2, 1\)"),
+        ({"log_gamma": torch.zeros(1, 1, device="meta")}, "on meta"),
+        ({"e": torch.zeros(B, *EVENT, device="meta")}, "tensors differ"),
+        ({"s": torch.zeros(2)}, "a table of shape"),
+        ({"k": torch.tensor([1, 3, 4, 3, 1])}, "stream 4 is outside 1 .. 3"),
+        ({"k": torch.tensor([1, 3, 0, 3, 1])}, "stream 0 is outside 1 .. 3"),
+        ({"k": torch.tensor([1, 2])}, "stream of shape"),
+        ({"noise": torch.zeros(B, 3)}, "noise of shape"),
+        ({"noise": None, "seeds": torch.zeros(2)}, "seeds of shape"),
+        ({"noise": None, "seeds": torch.zeros(B)}, "they are int64"),
+        ({"x": torch.zeros(0, *EVENT), "e": torch.zeros(0, *EVENT)}, "has no elements"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message, backend):
+    i = {**_inputs((1, 1), torch.float32), "seeds": None, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.affine_noise_step(
+            i["x"],
+            i["e"],
+            i["a"],
+            i["b"],
+            i["s"],
+            i["log_gamma"],
+            i["seeds"],
+            i["k"],
+            noise=i["noise"],
+            backend=backend,
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"groups": 4}, "6 channels cannot be cut into 4 groups"),
+        ({"weight": torch.ones(5)}, r"weight of shape \(5,\)"),
+        ({"bias": None}, "come in pairs"),
+        ({"scale": torch.ones(2, 6)}, "come in pairs"),
+        ({"add": torch.ones(2, 5)}, r"add of shape \(2, 5\)"),
+        ({"x": torch.ones(0, 6, 4, 4)}, "nothing to normalise"),
+        ({"add": torch.ones(2, 6, device="meta")}, "on meta"),
+    ],
+)
+def test_what_cannot_be_normalised_is_named(change, message):
+    arguments = {
+        **{"x": torch.ones(2, 6, 4, 4), "groups": 2, "weight": torch.ones(6), "bias": torch.ones(6), "eps": 1e-5},
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(**arguments)

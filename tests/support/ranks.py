@@ -1,0 +1,131 @@
+"""Several CPU ranks on this machine, without a launcher: forked from a server that has imported everything once."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def free_port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(function, size, *arguments, timeout=180):
+    """[function(*arguments) of each rank], called in processes with a launcher's environment; AssertionError with the traceback of the first that failed.
+
+    function: of a test module's top level; its result has to be picklable. A rank that ended without a result is reported with its exit code.
+    """
+    processes, pipes = _start(size, lambda rank, pipe, environment: (_rank, (pipe, environment, function, arguments)))
+    results, deadline = [], time.monotonic() + timeout
+    try:
+        for rank, (process, pipe) in enumerate(zip(processes, pipes)):
+            assert pipe.poll(max(deadline - time.monotonic(), 0)), f"rank {rank} of {size}: nothing after {timeout} s"
+            try:
+                succeeded, value = pipe.recv()
+            except EOFError:
+                process.join(10)
+                raise AssertionError(f"rank {rank} of {size} ended with exit code {process.exitcode}") from None
+            assert succeeded, f"rank {rank} of {size}:\n{value}"
+            results.append(value)
+    finally:
+        _end(processes, 20 if len(results) == size else 1)
+    return results
+
+
+def command_on_ranks(folder, size, arguments, fault=None, environment={}, timeout=90):
+    """[(exit code, what it printed)] of `hsivi` on each rank; arguments: a list, or a function from the rank to one; fault: for faulty_rank.py.
+
+    environment: {name: value} over the launcher's, for all ranks. Output goes through files in `folder`.
+    """
+    given = arguments if callable(arguments) else lambda rank: arguments
+    outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
+    processes, _ = _start(
+        size,
+        lambda rank, pipe, launcher: (_command, ({**launcher, **environment}, str(outputs[rank]), given(rank), fault)),
+    )
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    codes = [process.exitcode for process in processes]
+    _end(processes, 0)
+    return [(code, output.read_text().replace("\r", "\n")) for code, output in zip(codes, outputs)]
+
+
+def seconds_since_the_kill(output):
+    """What has passed since faulty_rank.py said that it ends its process."""
+    (line,) = [line for line in output.splitlines() if line.startswith("KILLED")]
+    return time.time() - float(line.split()[1])
+
+
+def _start(size, task):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    CONTEXT.set_forkserver_preload(
+        ["hsivi_fast.training.trainer", "hsivi_fast.report.run_report", "deepspeed", "torch.utils.tensorboard", "sklearn.datasets"]
+    )
+    port, processes, pipes = free_port(), [], []
+    for rank in range(size):
+        mine, theirs = CONTEXT.Pipe(duplex=False)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        target, arguments = task(rank, theirs, environment)
+        processes.append(CONTEXT.Process(target=target, args=arguments))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(mine)
+    return processes, pipes
+
+
+def _end(processes, patience):
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+
+
+def _rank(pipe, environment, function, arguments):
+    _become(environment)
+    try:
+        result = True, function(*arguments)
+    except BaseException:
+        result = False, traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(result)
+    pipe.close()
+
+
+def _command(environment, output, arguments, fault):
+    _become(environment)
+    with open(output, "wb", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if fault:
+        import faulty_rank
+
+        faulty_rank.install(fault)
+    from hsivi_fast import cli
+    from hsivi_fast.parallel import liveness
+
+    # Patience for slow networks and busy interpreters; here it would be the test's whole time.
+    liveness.BEAT, liveness.SILENT_IN_TROUBLE, cli.RANK_0_SPEAKS = 0.3, 3.0, 1.0
+    cli.main(arguments)
+
+
+def _become(environment):
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)

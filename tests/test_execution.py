@@ -1,0 +1,248 @@
+"""Compiled and recorded calls against their eager twins. What needs a CUDA graph runs here on recorded operators (operator_recording.py), and for real where there is a GPU."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from operator_recording import OperatorRecording
+from ranks import run_ranks
+
+from hsivi_fast import load_config, train
+from hsivi_fast.build import build_layer, build_score_net, build_student, load_teacher, prepare_device
+from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
+from hsivi_fast.parallel.world import ALONE, connect
+from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
+from hsivi_fast.training.engine import build_engine
+from hsivi_fast.training.rollout import build_rollout
+from hsivi_fast.training.trainer import Updates
+
+SMOKE = ["train.batch_size=6", "train.f_learning_times=3"]
+RECORDED = [
+    pytest.param("cpu", OperatorRecording, id="operators"),
+    pytest.param("cuda", CudaRecording, id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def _training(execution, device="cpu", settings=(), world=ALONE):
+    """(student, score_net, rollout, updates) of a small run."""
+    config = load_config("smoke", [*SMOKE, f"device={device}", *settings])
+    prepare_device(config)
+    layer, teacher = build_layer(config, device), load_teacher(config, device)
+    student = build_engine(config, build_student(config, teacher, layer), execution, world)
+    score_net = build_engine(config, build_score_net(config, teacher), execution, world)
+    return (
+        student,
+        score_net,
+        build_rollout(config, layer, student.network, execution, world),
+        Updates(student, score_net, teacher, layer, execution),
+    )
+
+
+def _iterate(steps, student, score_net, rollout, updates):
+    """Losses of the first steps, as `train` makes them; learning rates that change from step to step."""
+    losses = []
+    rollout.start_cycle(0)
+    for step in range(1, steps + 1):
+        if step % 3 == 0:
+            losses.append(updates.student(rollout.student_batch(step), 1e-3 / step)[0])
+            rollout.start_cycle(step // 3)
+        losses.append(updates.score_net(rollout.score_net_batch(step), 2e-3 / step)[0])
+    return torch.stack(losses)
+
+
+def _state(*engines):
+    return {
+        f"{index} {stem} {name}": value.detach().clone()
+        for index, engine in enumerate(engines)
+        for stem, values in engine.state("network")[0].items()
+        for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("device, recording", RECORDED)
+@pytest.mark.parametrize(
+    "settings", [[], ["rollout.redraw=2", "gamma.per_step=true"], ["rollout.mode=fresh"], ["precision=bf16"]]
+)
+def test_recorded_training_is_the_eager_one(device, recording, settings):
+    """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that change: 15 steps, most of them replayed."""
+    eager = _training(EAGER, device, settings)
+    expected = _iterate(15, *eager)
+    execution = Execution(device, cuda_graphs=True, recording=recording)
+    recorded = _training(execution, device, settings)
+    losses = _iterate(15, *recorded)
+    torch.testing.assert_close(losses, expected, rtol=5e-4, atol=1e-5)  # the rate is a float32 there
+    first, second = _state(*eager[:2]), _state(*recorded[:2])
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
+    assert execution.recorded == (2 if "rollout.mode=fresh" in settings else 3) and execution.seconds > 0
+
+
+def recorded_and_eager_on_ranks(settings):
+    """(losses recorded, losses eager, calls recorded) on one of several ranks."""
+    world = connect(load_config("smoke", [*SMOKE, "device=cpu", *settings]))
+    execution = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
+    expected = _iterate(15, *_training(EAGER, "cpu", settings, world))
+    return _iterate(15, *_training(execution, "cpu", settings, world)).tolist(), expected.tolist(), execution.recorded
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
+    """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is recorded sees them."""
+    for recorded, eager, calls in run_ranks(recorded_and_eager_on_ranks, 2, [f"distributed.zero={zero}"]):
+        torch.testing.assert_close(torch.tensor(recorded), torch.tensor(eager), rtol=5e-4, atol=1e-5)
+        assert calls == 2
+
+
+@pytest.mark.parametrize("device, recording", RECORDED)
+def test_a_recorded_sampler_is_the_eager_one_and_follows_its_weights(device, recording):
+    config = load_config("smoke", [f"device={device}"])
+    prepare_device(config)
+    layer, teacher = build_layer(config, device), load_teacher(config, device)
+    network = copy.deepcopy(teacher)
+    log_gamma = torch.full(layer.log_gamma_shape(network.event_shape), 0.1, device=device)
+    eager, recorded = (
+        Sampler(network, layer, log_gamma, execution)
+        for execution in (EAGER, Execution(device, cuda_graphs=True, recording=recording))
+    )
+    seeds = list(range(16 * (WARM_UP + 3) - 5))  # the last batch is filled up
+    torch.testing.assert_close(recorded(seeds, 16), eager(seeds, 16), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.97)
+        log_gamma.fill_(-0.2)
+    changed = recorded(range(40, 50), 16)
+    torch.testing.assert_close(changed, eager(range(40, 50), 16), rtol=1e-5, atol=1e-5)
+    assert float((changed - recorded(seeds, 16)[40:50]).abs().max()) == 0.0
+    again = ddim_sampler(config, teacher, 3, 0.0, Execution(device, cuda_graphs=True, recording=recording))
+    torch.testing.assert_close(again(seeds, 16), ddim_sampler(config, teacher, 3, 0.0)(seeds, 16), rtol=1e-5, atol=1e-5)
+
+
+def test_a_recorded_call_keeps_to_its_arguments():
+    total = torch.zeros(3)
+
+    def function(x, scale):
+        total.add_(x)
+        return total * (1 if scale is None else scale), x + 1
+
+    call = GraphedCall(function, OperatorRecording())
+    results = [call(torch.full((3,), float(n)), None) for n in range(1, WARM_UP + 4)]
+    for n, (running, plus) in enumerate(results, start=1):  # results of earlier calls are still theirs
+        assert running.tolist() == [n * (n + 1) / 2] * 3 and plus.tolist() == [n + 1.0] * 3
+    assert call.recording.replays == 3
+    for wrong in ((torch.zeros(4), None), (torch.zeros(3), torch.ones(3)), (torch.zeros(3, dtype=torch.float64), None)):
+        with pytest.raises(ValueError, match="cuda_graphs: recorded for"):
+            call(*wrong)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x if x.sum() > 0 else -x],
+    ids=["item", "nonzero", "condition"],
+)
+def test_the_stand_in_refuses_what_capture_refuses(function):
+    call = GraphedCall(function, OperatorRecording())
+    for _ in range(WARM_UP):
+        call(torch.ones(3))
+    with pytest.raises(AssertionError, match="makes the host wait"):
+        call(torch.ones(3))
+
+
+def test_a_frozen_view_shares_memory_and_wants_no_gradient():
+    config = load_config("toy2d")
+    network = build_score_net(config, load_teacher(config, "cpu"))
+    view = frozen_view(network)
+    assert not any(parameter.requires_grad for parameter in view.parameters()) and all(
+        parameter.requires_grad for parameter in network.parameters()
+    )
+    assert {tensor.data_ptr() for tensor in view.state_dict().values()} == {
+        tensor.data_ptr() for tensor in network.state_dict().values()
+    }
+    x, t = torch.randn(5, 2), torch.tensor([0, 10, 100, 500, 999])
+    with torch.no_grad():
+        network.correction.layers[-1].weight.normal_()
+    assert torch.equal(view(x, t), network(x, t)) and view.event_shape == (2,)
+    leaf = x.requires_grad_()
+    torch.autograd.grad(view(leaf, t).sum(), leaf)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return Execution("cpu", compile=True)
+
+
+@pytest.mark.parametrize("settings", [["precision=bf16", "channels_last=true"], []])
+def test_compiled_training_and_sampling_are_the_eager_ones(compiled, settings):
+    """All calls of a run: rollout, student, score network, pull-back, sampler; with the layout and arithmetic of the speed figures, and without."""
+    eager, ours = _training(EAGER, settings=settings), _training(compiled, settings=settings)
+    losses, expected = _iterate(4, *ours), _iterate(4, *eager)
+    assert float((losses - expected).norm() / expected.norm()) < (0.05 if settings else 1e-5)
+    start = _training(EAGER, settings=settings)[0].network.state_dict()
+    moved = lambda network: torch.cat([(value - start[name]).flatten() for name, value in network.state_dict().items()])
+    assert float((moved(ours[0].network) - moved(eager[0].network)).norm() / moved(eager[0].network).norm()) < (
+        0.5 if settings else 1e-2
+    )
+    assert compiled.seconds > 0
+    layer, network = eager[3].layer, copy.deepcopy(eager[0].network).requires_grad_(False)
+    samples = [
+        Sampler(network, layer, network.log_scaled_gamma, execution)(range(21), 16) for execution in (compiled, EAGER)
+    ]
+    assert float((samples[0] - samples[1]).norm() / samples[1].norm()) < (0.1 if settings else 1e-5)
+
+
+def test_copies_of_a_network_share_what_was_compiled(compiled):
+    """The averaged weights of a run, its raw ones and a later checkpoint cost no new compilation."""
+    config = load_config("smoke")
+    layer, teacher = build_layer(config, "cpu"), load_teacher(config, "cpu")
+    log_gamma = torch.zeros(layer.log_gamma_shape(teacher.event_shape))
+    Sampler(teacher, layer, log_gamma, compiled)(range(16))
+    before = compiled.seconds
+    copied = Sampler(copy.deepcopy(teacher), layer, log_gamma, compiled)(range(16))
+    assert compiled.seconds == before
+    torch.testing.assert_close(copied, Sampler(teacher, layer, log_gamma)(range(16)), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_last_is_a_layout_and_nothing_else():
+    config = load_config("digits")
+    plain, laid_out = (load_teacher(dataclasses.replace(config, channels_last=value), "cpu") for value in (False, True))
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([3, 90, 400, 999])
+    weight = laid_out.downsamples["level_1"][0][0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    results = [network(x, t) for network in (plain, laid_out)]
+    assert results[1].is_contiguous()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="cuda_graphs: true needs a CUDA device, the device is cpu"):
+        Execution("cpu", cuda_graphs=True)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="compile: true needs a C.. compiler on a CPU"):
+        Execution("cpu", compile=True)
+
+
+def test_a_compiled_run_trains_and_says_what_compiling_took(tmp_path):
+    settings = ["compile=true", "eval.ddim_nfe=[3]", "train.steps=2"]
+    compiled, eager = (
+        train(load_config("smoke", settings[first:]), tmp_path / name)
+        for first, name in ((0, "compiled"), (1, "eager"))
+    )
+    records = [folder.metrics() for folder in (compiled, eager)]
+    assert records[0][0]["preparing_seconds"] > 0.1 and "preparing_seconds" not in records[1][0]
+    for ours, expected in zip(*records):
+        assert ours["loss_score_net"] == pytest.approx(expected["loss_score_net"], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_no_step_between_log_steps_makes_the_host_wait():
+    """Torch raises at every synchronising call; a cycle after the first, with and without graphs."""
+    for execution in (EAGER, Execution("cuda", cuda_graphs=True)):
+        training = _training(execution, "cuda")
+        _iterate(15, *training)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _iterate(6, *training)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
