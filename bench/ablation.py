@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hsivi_fast import ops
-from hsivi_fast.build import build_execution, build_layer, in_form_of, prepare_device
+from hsivi_fast.build import build_execution, build_layers, in_form_of, prepare_device
 from hsivi_fast.config import config_from_dict
 from hsivi_fast.sampling.sampler import Sampler
 
@@ -140,7 +140,7 @@ def sampling_rows(network, images, nfe, rounds, device):
         student = in_form_of(config, small_teacher(network, device))
         execution = build_execution(config, device)
         sampler = Sampler(
-            student, build_layer(config, device), torch.zeros(student.event_shape, device=device), execution
+            student, build_layers(config, device), torch.zeros(student.event_shape, device=device), execution
         )
         draw = lambda config=config, sampler=sampler: (
             prepare_device(config),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hsivi_fast import ops
-from hsivi_fast.build import build_execution, build_layer, in_form_of, prepare_device
+from hsivi_fast.build import build_execution, build_layers, in_form_of, prepare_device
 from hsivi_fast.config import config_from_dict
 from hsivi_fast.sampling.sampler import Sampler
 
@@ -70,7 +70,7 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
     teacher = small_teacher(network, device)
     published, theirs = published_training(teacher, nfe, upstream), upstream_sample if upstream else published_sample
     student = in_form_of(config, small_teacher(network, device))
-    layer, execution = build_layer(config, device), build_execution(config, device)
+    layer, execution = build_layers(config, device), build_execution(config, device)
     log_gamma = torch.zeros(student.event_shape, device=device)
     sampler, eager = (Sampler(student, layer, log_gamma, *each) for each in ((execution,), ()))
     batch = min(images, CPU_BATCH) if device.type == "cpu" else images

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hsivi_fast.build import build_execution, build_layer, prepare_device
+from hsivi_fast.build import build_execution, build_layers, prepare_device
 from hsivi_fast.config import config_from_dict
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.parallel.world import connect
@@ -115,7 +115,7 @@ def measure_rank(case):
     )
     world = connect(config)
     device, _ = prepare_device(config, world=world)
-    execution, layer = build_execution(config, device), build_layer(config, device)
+    execution, layer = build_execution(config, device), build_layers(config, device)
     networks = three_networks(small_teacher(config.network, device))
     attach_log_gamma(networks[0], layer)
     parameters = [

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hsivi_fast.build import build_execution, build_layer, in_form_of, prepare_device
+from hsivi_fast.build import build_execution, build_layers, in_form_of, prepare_device
 from hsivi_fast.config import config_from_dict
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
@@ -117,7 +117,7 @@ class OurTraining:
             }
         )
         self.device, self.backend = prepare_device(self.config)
-        self.layer, self.execution = build_layer(self.config, self.device), build_execution(self.config, self.device)
+        self.layer, self.execution = build_layers(self.config, self.device), build_execution(self.config, self.device)
         student, score_net, frozen = networks = three_networks(teacher)
         for each in networks:
             in_form_of(self.config, each)

@@ -1,21 +1,62 @@
-"""From a configuration to its layer, teacher, student and score network."""
+"""From a configuration to what computes: device, layers, teacher, student and score network.
+
+`Context` is the one object that carries them through sampling, measuring and training. May import the rooms of the
+mathematics, the networks, checkpoints/, parallel/, config.py and execution.py.
+"""
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import ops
-from .checkpoints.download import locate_checkpoint
-from .checkpoints.formats import NORMS, read_checkpoint
 from .checkpoints.run_folder import RunFolder
-from .checkpoints.weights import load_weights, read_weights
+from .checkpoints.weights import load_weights, read_teacher, read_weights
+from .config import Config
 from .execution import Execution
-from .method.layers import Layer, attach_log_gamma
+from .method.layers import Layers, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
-from .nets import build_unet, network_arguments
+from .nets import build_unet
 from .nets.mixture import CorrectedTeacher, MixtureTeacher
-from .parallel.world import ALONE
+from .parallel.world import World
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a command computes with; made by `build_context`, and handed on as it is.
+
+    config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
+    "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
+    asked for it.
+    """
+
+    config: Config
+    world: World
+    device: torch.device
+    backend: str
+    execution: Execution
+    layers: Layers
+    teacher: nn.Module | None = None
+
+    def with_teacher(self, teacher=None):
+        """The same with a teacher: the one given, or the one that the configuration names."""
+        return replace(self, teacher=teacher or load_teacher(self.config, self.device))
+
+
+def build_context(config, world, teacher=False):
+    """The `Context` of a configuration; `teacher` says whether it is loaded too.
+
+    Chooses the process's device and backend, and the device's float32 mode. Raises ValueError for a device, backend,
+    precision or way of execution that cannot run here.
+    """
+    device = choose_device(config.device) if world.size == 1 else world.device
+    _set_float32_mode(config.precision, device)
+    backend = ops.choose_backend(config.backend, device)
+    execution = Execution(device, config.compile, config.cuda_graphs)
+    context = Context(config, world, device, backend, execution, build_layers(config, device))
+    return context.with_teacher() if teacher else context
 
 
 def choose_device(name):
@@ -28,17 +69,6 @@ def choose_device(name):
     return device
 
 
-def prepare_device(config, backend=None, world=ALONE):
-    """Choose a run's device (of several processes, this one's), its backend (`backend` in the place of the run's, if given) and the device's float32 mode:
-    (device, backend that runs).
-
-    Raises ValueError for a device, backend or precision that cannot run here.
-    """
-    device = choose_device(config.device) if world.size == 1 else world.device
-    _set_float32_mode(config.precision, device)
-    return device, ops.choose_backend(backend or config.backend, device)
-
-
 def _set_float32_mode(precision, device):
     """TF32 for "tf32", full float32 otherwise: bfloat16 is the networks' own affair (`NoisePredictor`)."""
     if precision == "tf32" and device.type != "cuda":
@@ -47,24 +77,20 @@ def _set_float32_mode(precision, device):
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def build_execution(config, device):
-    """How a run's networks are called; ValueError where the device cannot do what the configuration asks for."""
-    return Execution(device, config.compile, config.cuda_graphs)
-
-
 def device_of(network):
     """The device of a network's parameters or, where it has none, of its buffers."""
     return next(network.parameters(), next(network.buffers(), None)).device
 
 
-def build_layer(config, device):
+def build_layers(config, device):
     """The semi-implicit layers of a run."""
-    return Layer(_schedule(config, config.nfe), config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
+    schedule = _schedule(config, config.nfe)
+    return Layers(schedule, config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
 
 
-def build_ddim_layer(config, nfe, eta, device):
+def build_ddim_layers(config, nfe, eta, device):
     """The layers of DDIM with the run's betas and spacing; with many steps, knots that fall together are dropped."""
-    return Layer(_schedule(config, nfe, drop_doubles=True), eta, per_step=False, per_pixel=False).to(device)
+    return Layers(_schedule(config, nfe, drop_doubles=True), eta, per_step=False, per_pixel=False).to(device)
 
 
 def _schedule(config, nfe, drop_doubles=False):
@@ -74,39 +100,14 @@ def _schedule(config, nfe, drop_doubles=False):
 def load_teacher(config, device):
     """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`.
 
-    Its checkpoint is a file or folder of any kind that `read_checkpoint` knows, a known name or an address. Raises ValueError where it cannot be had or
-    read, or is of another network or another noise than the configuration says.
+    Its checkpoint is a file or folder of any kind that `read_checkpoint` knows, a known name or an address. Raises
+    ValueError where it cannot be had or read, or is of another network or another noise than the configuration says.
     """
     if config.teacher.target is not None:
         teacher = _mixture_teacher(config)
     else:
-        teacher = _network(config)
-        checkpoint = read_checkpoint(locate_checkpoint(config.teacher.checkpoint, progress=sys.stderr.isatty()))
-        load_weights(teacher, checkpoint.weights("teacher"), checkpoint.source)
-        _check_what_weights_do_not_show(checkpoint, config)
+        teacher = read_teacher(config, _network(config), progress=sys.stderr.isatty())
     return teacher.to(device).eval().requires_grad_(False)
-
-
-def _check_what_weights_do_not_show(checkpoint, config):
-    """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
-    groups = (
-        (
-            "network",
-            {**NORMS, **network_arguments(config.network)},
-            {key: checkpoint.network[key] for key in checkpoint.stated},
-        ),
-        (
-            "teacher",
-            {"betas": config.teacher.betas, "steps": config.teacher.steps},
-            checkpoint.settings.get("teacher", {}),
-        ),
-    )
-    for group, ours, said in groups:
-        for key in ("norm_eps", "norm_groups", "image_size", "heads", "betas", "steps"):
-            if key in said and key in ours and said[key] != ours[key]:
-                raise ValueError(
-                    f"{group}.{key}: {ours[key]!r} is not what the teacher {checkpoint.source!r} was trained with; set {group}.{key}={said[key]}"
-                )
 
 
 def build_network(config, device):
@@ -133,26 +134,39 @@ def in_form_of(config, network):
     return network.in_channels_last() if config.channels_last else network
 
 
-def build_student(config, teacher, layer):
-    """The student: a network that starts as the teacher, with `log_scaled_gamma` = 0, or as that of the run `init`."""
-    student = attach_log_gamma(_copy_of(config, teacher), layer).to(layer.tau.device)
-    return _started(config, student, "student")
+def build_student(context, from_init=True):
+    """The student: a network that starts as the teacher, with `log_scaled_gamma` = 0.
+
+    from_init: whether it starts as that of the run that the configuration's `init` names, if there is one.
+    """
+    student = attach_log_gamma(_copy_of_teacher(context), context.layers).to(context.device)
+    return _initialised(student, context.config, "student") if from_init else student
 
 
-def build_score_net(config, teacher):
-    """The score network f, which starts as the teacher, or as that of the run `init`."""
-    return _started(config, _copy_of(config, teacher), "score_net")
+def build_score_net(context, from_init=True):
+    """The score network f, which starts as the teacher; `from_init` as of `build_student`."""
+    score_net = _copy_of_teacher(context)
+    return _initialised(score_net, context.config, "score_net") if from_init else score_net
 
 
-def _copy_of(config, teacher):
-    network = build_network(config, device_of(teacher))
-    if config.teacher.target is None:
-        network.load_state_dict(teacher.state_dict())
+def build_untrained_student(context):
+    """A student without its weights, for a checkpoint to be loaded into: no gradients, and no teacher is needed."""
+    network = attach_log_gamma(build_network(context.config, context.device), context.layers)
+    return network.to(context.device).eval().requires_grad_(False)
+
+
+def _copy_of_teacher(context):
+    network = build_network(context.config, context.device)
+    if context.config.teacher.target is None:
+        network.load_state_dict(context.teacher.state_dict())
     return network
 
 
-def _started(config, network, stem):
-    """Give a network the weights (raw, not averaged: those that its optimizer left, as in the published code) of the run that the configuration starts from."""
+def _initialised(network, config, stem):
+    """Give a network the weights of the run that `init` names.
+
+    They are the raw ones and not the averaged: those that the optimizer left, as in the published code.
+    """
     if config.init is None:
         return network
     folder = Path(config.init)
@@ -163,9 +177,8 @@ def _started(config, network, stem):
         folder = run.checkpoint_path(run.checkpoints()[-1])
     file = folder / f"{stem}.safetensors"
     if not file.is_file():
-        raise ValueError(
-            f"init: {config.init!r} is neither a trained run nor a folder with {stem}.safetensors; train the run first, or say where it is with init=FOLDER"
-        )
+        problem = f"init: {config.init!r} is neither a trained run nor a folder with {stem}.safetensors"
+        raise ValueError(f"{problem}; train the run first, or say where it is with init=FOLDER")
     load_weights(network, read_weights(file), file)
     return network
 

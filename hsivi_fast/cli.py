@@ -73,7 +73,7 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
         if _first():
             click.echo(f"{resolved_yaml(config)}\n{text}")
         return
-    from .metrics.evaluation import format_table
+    from .metrics.table import format_table
     from .training.trainer import train
 
     folder = train(config, outdir, fresh, progress=True)
@@ -153,7 +153,8 @@ def evaluate(run, num_samples, ref, weights, metric, inception, save_images, bac
     """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
-    from .metrics.evaluation import evaluate, format_table
+    from .metrics.evaluation import evaluate
+    from .metrics.table import format_table
 
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")

@@ -1,14 +1,14 @@
 """A run is one YAML file plus dotted overrides; this file says what may stand in it.
 
-OmegaConf reads and merges, pydantic checks types and ranges. `load_config` is the way in; everything that it returns is a
-frozen dataclass, and everything that is wrong with the input is a ValueError of one line that names the key.
+OmegaConf reads and merges, pydantic checks types and ranges. `load_config` is the way in. What it returns is a frozen
+dataclass. What is wrong with the input is a ValueError of one line that names the key.
 """
 
 import dataclasses
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -36,7 +36,7 @@ PUBLISHED_TEACHERS = {
     "imagenet64": "https://openaipublic.blob.core.windows.net/diffusion/march-2021/imagenet64_uncond_100M_1500K.pt",
 }
 
-frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 
 def _finite(value):
@@ -52,7 +52,7 @@ Natural = Annotated[StrictInt, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
-@frozen
+@settings
 class NetworkConfig:
     """The noise-prediction network: a `name` known to `nets`, or a `family` with its sizes, or both (overrides)."""
 
@@ -73,9 +73,9 @@ class NetworkConfig:
     time_channels: Count | None = None  # mlp
 
 
-@frozen
+@settings
 class TeacherConfig:
-    """The frozen teacher: a checkpoint of `network`, or the exact score of a 2-D `target`; and the noise that it was trained with."""
+    """The frozen teacher and the noise that it was trained with: a checkpoint, or the exact score of a 2-D `target`."""
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
@@ -83,7 +83,7 @@ class TeacherConfig:
     steps: Annotated[StrictInt, Field(ge=2)] = 1000
 
 
-@frozen
+@settings
 class GammaConfig:
     """The shape of the learned noise scale log_gamma: one for all layers or one a layer, one number or one a pixel."""
 
@@ -91,7 +91,7 @@ class GammaConfig:
     per_pixel: StrictBool = True
 
 
-@frozen
+@settings
 class RolloutConfig:
     """How training states are made: `fresh` for every update, or `pooled`, one rollout for all updates of a cycle."""
 
@@ -100,7 +100,7 @@ class RolloutConfig:
     chunk: Count = 4096  # the largest batch of one rollout call, for memory
 
 
-@frozen
+@settings
 class TrainConfig:
     """The distillation; `steps` counts updates of the score network."""
 
@@ -115,56 +115,50 @@ class TrainConfig:
     ema: Fraction = 0.999
 
 
-@frozen
+@settings
 class EvalConfig:
-    """What is measured: every `every` steps (0: only at the end), on `seeds` sets of `num_samples` images (0: never)."""
+    """What is measured: each `every` steps (0: at the end alone), on `seeds` sets of `num_samples` images (0: none)."""
 
     every: Natural = 0
     num_samples: Natural = 500
     seeds: Count = 3
-    metric: Literal["digits", "mnist", "inception"] | None = (
-        None  # the feature network; by default the data set's own, Inception where it has none
-    )
-    reference: StrictStr | None = None  # an npz file of reference statistics (mu, sigma) in the place of the data
-    inception: StrictStr | None = (
-        None  # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache
-    )
-    kid: StrictBool = False  # kernel distance too, and
-    prc: StrictBool = False  # precision and recall: both need the data itself
-    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = (
-        "ddim",
-    )  # other samplers of the teacher in the table; the last two by diffusers' schedulers
-    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (
-        5,
-        10,
-        20,
-        50,
-    )  # evaluations that each baseline is given
+    # The feature network; by default the data set's own, and Inception where it has none.
+    metric: Literal["digits", "mnist", "inception"] | None = None
+    # An npz file of reference statistics (mu, sigma) in the place of the data.
+    reference: StrictStr | None = None
+    # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache.
+    inception: StrictStr | None = None
+    # Kernel distance, precision and recall: they need the data itself.
+    kid: StrictBool = False
+    prc: StrictBool = False
+    # Other samplers of the teacher in the table, and the evaluations that each is given. diffusers has the last two.
+    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)
+    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10, 20, 50)
 
 
-@frozen
+@settings
 class DistributedConfig:
-    """How the work is done by several processes; nothing here changes what is computed, so it may differ when a run goes on."""
+    """How several processes do the work. Nothing here changes what is computed: it may differ when a run goes on."""
 
-    engine: Literal["auto", "plain", "deepspeed"] = (
-        "auto"  # plain: one process without DeepSpeed; auto: DeepSpeed where there are several
-    )
+    # plain: one process without DeepSpeed; auto: DeepSpeed where there are several.
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
     zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO stage
-    accumulation: Count = 1  # parts that a process takes its share of a batch in, for memory
+    accumulation: Count = 1  # micro-batches that a process takes its share of a batch in, for memory
     deepspeed: StrictStr | None = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
     connect_timeout: Positive = 300  # seconds until all processes have to have met
     timeout: Positive = 600  # seconds without progress after which a process counts as hanging, and of one collective
 
 
-@frozen
+@settings
 class LogConfig:
     """What is shown of a training besides numbers; nothing here changes what is computed."""
 
-    images_every: Natural = 0  # steps between two grids of samples; 0: one with each measurement and at the end, if the run is measured at all
+    # Steps between two grids of samples; 0: one with each measurement and at the end, if the run is measured at all.
+    images_every: Natural = 0
     wandb: StrictStr | None = None  # a project of Weights & Biases, which scalars and pictures go to as well
 
 
-@frozen
+@settings
 class TeacherTrainConfig:
     """`hsivi teacher`: the DDPM loss on `data`."""
 
@@ -175,20 +169,19 @@ class TeacherTrainConfig:
     ema: Fraction = 0.999
 
 
-@frozen
+@settings
 class Config:
-    """One run. README, section "Configs", has the same list in words."""
+    """One run. configs/README.md has the same list in words."""
 
     network: NetworkConfig
     teacher: TeacherConfig
     nfe: Count
-    data: Literal["digits", "mnist", "images"] | None = (
-        None  # reference images for the metric, and the teacher's training data
-    )
-    data_path: StrictStr | None = None  # mnist: a folder of idx files; images: a folder of pictures or an npz file
-    init: StrictStr | None = (
-        None  # a trained run, whose student and score network this one starts from instead of the teacher
-    )
+    # Reference images for the metric, and the teacher's training data.
+    data: Literal["digits", "mnist", "images"] | None = None
+    # mnist: a folder of idx files; images: a folder of pictures or an npz file.
+    data_path: StrictStr | None = None
+    # A trained run, whose student and score network this one starts from instead of the teacher.
+    init: StrictStr | None = None
     spacing: Literal["quad", "uniform"] = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
@@ -219,8 +212,6 @@ def load_config(config, overrides=()):
     teachers that ship with the package.
     Returns a frozen `Config`. Raises ValueError, in one line, for whatever is wrong.
     """
-    from omegaconf import OmegaConf
-
     path = _find(config)
     values = _read(path)
     for override in overrides:
@@ -237,9 +228,7 @@ def resolved_dict(config):
 
 def resolved_yaml(config):
     """The configuration as the text of config.yaml."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(resolved_dict(config)))
+    return _omegaconf().to_yaml(_omegaconf().create(resolved_dict(config)))
 
 
 def config_from_dict(values):
@@ -247,37 +236,74 @@ def config_from_dict(values):
     return _validated(values)
 
 
+def change_config(config, changes):
+    """The configuration with other values, as {"backend": "torch", "eval.metric": "mnist"}; None changes nothing.
+
+    Raises ValueError, in one line, for an unknown key or a value that does not fit.
+    """
+    for key, value in changes.items():
+        _check_known(key)
+        if value is not None:
+            config = _replaced(config, key.split("."), value, key)
+    return config
+
+
+def _replaced(section, path, value, key):
+    name, *rest = path
+    value = _replaced(getattr(section, name), rest, value, key) if rest else value
+    try:
+        return dataclasses.replace(section, **{name: value})
+    except ValidationError as error:
+        raise ValueError(f"{key}: {_message(error.errors(include_url=False)[0])}") from None
+
+
+def config_difference(before, now, prefix=""):
+    """The first key in which two resolved configurations differ, in words, or None where they agree.
+
+    before, now: as of `resolved_dict`; the value of `before` comes first.
+    """
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            difference = config_difference(old, new, f"{prefix}{key}.")
+            if difference:
+                return difference
+        elif old != new:
+            return f"{prefix}{key} = {old!r}, not {new!r}"
+    return None
+
+
+def uses_deepspeed(config, world_size):
+    """Whether the networks of a run on `world_size` processes are trained by DeepSpeed."""
+    engine = config.distributed.engine
+    return engine == "deepspeed" or (engine == "auto" and world_size > 1)
+
+
 def _read(path, above=()):
     """The keys of a YAML file, over those of the one that its `base` names."""
-    from omegaconf import OmegaConf
-
     if path.resolve() in above:
         raise ValueError(f"config {path}: base leads back to it")
     try:
-        values = OmegaConf.load(path)
+        values = _omegaconf().load(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: {error}") from None
     except Exception as error:  # whatever the YAML parser raises: its message spans lines
         raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(values):
+    if not _omegaconf().is_dict(values):
         raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
     values = _plain(values, f"config {path}")
-    if isinstance(
-        values.get("network"), str
-    ):  # "cifar10" is short for {name: cifar10}, so that overrides can go inside
+    if isinstance(values.get("network"), str):
+        # "cifar10" is short for {name: cifar10}, so that overrides can go inside.
         values["network"] = {"name": values["network"]}
     values = _with_absolute_paths(values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
     # Beside the file first, but for the file itself: a cifar10.yaml of one's own may start from the shipped one.
-    beside = [
-        file
-        for file in (path.parent / f"{base}.yaml", path.parent / str(base))
-        if file.is_file() and file.resolve() != path.resolve()
-    ]
+    candidates = (path.parent / f"{base}.yaml", path.parent / str(base))
+    beside = [file for file in candidates if file.is_file() and file.resolve() != path.resolve()]
     below = _read(beside[0] if beside else _find(base), (*above, path.resolve()))
-    return _plain(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(values)), f"config {path}")
+    return _plain(_omegaconf().merge(_omegaconf().create(below), _omegaconf().create(values)), f"config {path}")
 
 
 def _find(config):
@@ -291,19 +317,21 @@ def _find(config):
     raise ValueError(f"config {config!r}: neither a file nor one of {', '.join(known)}")
 
 
-def _plain(values, where):
-    from omegaconf import OmegaConf
+def _omegaconf():
+    from omegaconf import OmegaConf  # here: it takes a tenth of a second, which `hsivi --help` need not wait for
 
+    return OmegaConf
+
+
+def _plain(values, where):
     try:
-        return OmegaConf.to_container(values, resolve=True)
+        return _omegaconf().to_container(values, resolve=True)
     except Exception as error:  # an interpolation that leads nowhere
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _override(values, override):
     """Merge one "a.b=value" into the nested dict."""
-    from omegaconf import OmegaConf
-
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"override {override!r}: expected key=value, as in train.steps=400")
@@ -311,31 +339,39 @@ def _override(values, override):
     if key.strip() == "network":
         return {**values, "network": {"name": text.strip()}}
     try:
-        change = OmegaConf.from_dotlist([override])
-        return _plain(OmegaConf.merge(OmegaConf.create(values), change), f"override {override!r}")
+        change = _omegaconf().from_dotlist([override])
+        return _plain(_omegaconf().merge(_omegaconf().create(values), change), f"override {override!r}")
     except ValueError:
         raise
     except Exception as error:  # the YAML of the value
         raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
 
 
+# (section, key) of the settings that name a file or folder.
+_FILES = (
+    (None, "data_path"),
+    (None, "init"),
+    ("teacher", "checkpoint"),
+    ("eval", "reference"),
+    ("distributed", "deepspeed"),
+)
+
+
 def _with_absolute_paths(values, folder):
-    """Replace the relative path of a file that the configuration names by the absolute one where it is found; leave what is not found for its reader to name."""
-    for group, key in (
-        (None, "data_path"),
-        (None, "init"),
-        ("teacher", "checkpoint"),
-        ("eval", "reference"),
-        ("distributed", "deepspeed"),
-    ):
-        settings = values.get(group) if group else values
-        file = settings.get(key) if isinstance(settings, dict) else None
-        known = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
-        if isinstance(file, str) and not os.path.isabs(file) and not known:
-            found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
-            if found:
-                settings = {**settings, key: str(found[0].resolve())}
-                values = {**values, group: settings} if group else settings
+    """The values with absolute paths in the place of relative ones; what is not found is left for its reader to name.
+
+    A file is looked for in `folder`, in the working directory and among the package's assets.
+    """
+    for name, key in _FILES:
+        section = values.get(name) if name else values
+        file = section.get(key) if isinstance(section, dict) else None
+        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
+        if not isinstance(file, str) or os.path.isabs(file) or is_known_name:
+            continue
+        found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
+        if found:
+            section = {**section, key: str(found[0].resolve())}
+            values = {**values, name: section} if name else section
     return values
 
 
@@ -350,7 +386,7 @@ def _validated(values):
 
 
 def _first_problem(error):
-    """One line for the first thing that pydantic found: an unknown key before anything else, since it explains the rest."""
+    """One line for the first thing that pydantic found; an unknown key comes first, since it explains the rest."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     # Branches of a union stand in the location beside the keys: keep what is a key or an index.
@@ -359,8 +395,13 @@ def _first_problem(error):
         return _unknown(".".join(str(part) for part in problem["loc"]))
     if problem["type"] == "missing":
         return f"{key}: missing; a run must say it"
+    return f"{key}: {_message(problem)}"
+
+
+def _message(problem):
+    """What pydantic says of a value, and the value."""
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower() + message[1:]}, got {problem['input']!r}"
+    return f"{message[0].lower() + message[1:]}, got {problem['input']!r}"
 
 
 def known_keys(cls=Config, prefix=""):

@@ -1,12 +1,17 @@
-"""How calls of networks are executed: eagerly, compiled by Inductor, or replayed from a CUDA graph, with one signature and one result.
+"""How calls of networks are executed: eagerly, compiled by Inductor, or replayed from a CUDA graph.
 
-What may be captured, and so what a function given to `Execution.graphed` keeps to:
+Each way has the same signature and the same result. Imports nothing of ours.
 
-* it works on the device alone: no `.item()`, no `nonzero`, no index or condition that the host has to know, no copy from the host;
-* it reads its arguments, and tensors that stay where they are in memory: parameters, tables, buffers that are filled by `copy_`;
-* whatever the host counts (a step, a rate) is written into such a tensor before the call, since the function's Python runs once.
+What a function given to `Execution.graphed` keeps to, so that it may be captured:
 
-The networks of a run are held to that: their weights are updated in place everywhere (optimizer, average, loading).
+* It works on the device alone. There is no `.item()`, no `nonzero`, no index or condition that the host has to know,
+  and no copy from the host.
+* It reads its arguments, and tensors that stay where they are in memory: parameters, tables, buffers that are filled
+  by `copy_`.
+* What the host counts (a step, a rate) is written into such a tensor before the call, since the function's Python
+  runs once.
+
+The networks of a run are held to that: optimizer, average and loading update their weights in place.
 """
 
 import copy
@@ -16,19 +21,28 @@ import time
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-WARM_UP = 3  # calls that run eagerly before one is recorded: libraries and compilers set themselves up, optimizers make their state
-RECOMPILE_LIMIT = 64  # shapes and gradient modes of one network's code; torch's own limit of 8 is below what a run with its table needs
+# Calls that run eagerly before one is recorded: libraries and compilers set themselves up, optimizers make their state.
+WARM_UP = 3
+# Shapes and gradient modes of one network's code; torch's own limit of 8 is below what a run with its table needs.
+RECOMPILE_LIMIT = 64
 
 
 class CudaRecording:
-    """One CUDA graph, recorded and replayed. The tests put another class with these methods in its place, to run all of this without a GPU."""
+    """One CUDA graph, recorded and replayed.
+
+    The tests put another class with these methods in its place, to run all of this without a GPU.
+    """
 
     def __init__(self, device):
         self.device, self.stream, self.graph = device, torch.cuda.Stream(device), torch.cuda.CUDAGraph()
 
     def warm_up(self, function):
-        """Run a function on the stream that will record it (backward passes remember the stream that their parameters were first used on)."""
+        """Run a function on the stream that will record it.
+
+        Backward passes remember the stream that their parameters were first used on.
+        """
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             result = function()
@@ -48,7 +62,8 @@ class CudaRecording:
 class GraphedCall:
     """A function of tensors, recorded at its call number `WARM_UP` + 1 and replayed from then on.
 
-    The recorded arguments' shapes are the only ones it takes afterwards (ValueError), and an argument that was None stays None. Results are copies:
+    An argument may be a tensor, None, or a value that torch's pytrees take apart into these (as `Batch`). The recorded
+    shapes are the only ones that it takes afterwards (ValueError), and what was None stays None. Results are copies:
     a later call does not change them. `on_record(seconds)` is called once, with what recording took.
     """
 
@@ -60,65 +75,66 @@ class GraphedCall:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.recording.warm_up(lambda: self.function(*inputs))
+        tensors, structure = tree_flatten(inputs)
         if self.inputs is None:
-            self.inputs = [None if value is None else value.clone() for value in inputs]
-            start = time.perf_counter()
-            self.outputs = self.recording.record(lambda: self.function(*self.inputs))
-            self.on_record(time.perf_counter() - start)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            if (
-                (own is None) != (given is None)
-                or own is not None
-                and (own.shape != given.shape or own.dtype != given.dtype)
-            ):
-                described = lambda value: None if value is None else f"{list(value.shape)} {value.dtype}"
-                raise ValueError(
-                    f"cuda_graphs: recorded for {described(own)}, called with {described(given)}; fill a smaller batch up, or switch cuda_graphs off"
-                )
-            if own is not None:
-                own.copy_(given)
+            self._record(tensors, structure)
+        for recorded, given in zip(self.inputs, tensors, strict=True):
+            if _described(recorded) != _described(given):
+                advice = "fill a smaller batch up, or switch cuda_graphs off"
+                recorded_for = f"recorded for {_described(recorded)}, called with {_described(given)}"
+                raise ValueError(f"cuda_graphs: {recorded_for}; {advice}")
+            if recorded is not None:
+                recorded.copy_(given)
         self.recording.replay()
         if isinstance(self.outputs, tuple):
             return tuple(value.clone() for value in self.outputs)
         return None if self.outputs is None else self.outputs.clone()
 
+    def _record(self, tensors, structure):
+        self.inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+        arguments = tree_unflatten(self.inputs, structure)
+        start = time.perf_counter()
+        self.outputs = self.recording.record(lambda: self.function(*arguments))
+        self.on_record(time.perf_counter() - start)
+
+
+def _described(tensor):
+    return None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+
 
 class Execution:
-    """The ways to execute that a configuration asks for, on one device; `recorded` counts the calls that have been recorded.
+    """The ways to execute that a configuration asks for, on one device.
 
-    Raises ValueError where the device cannot do what is asked.
+    `recorded` counts the calls that have been recorded. Raises ValueError where the device cannot do what is asked.
     """
 
     def __init__(self, device, compile=False, cuda_graphs=False, recording=CudaRecording):
         self.device = torch.device(device)
         if cuda_graphs and recording is CudaRecording and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: true needs a CUDA device, the device is {self.device}; leave it false")
-        if (
-            compile
-            and self.device.type == "cpu"
-            and not shutil.which(os.environ.get("CXX", "g++"))
-            and not shutil.which("clang++")
-        ):
+        if compile and self.device.type == "cpu" and not _has_compiler():
+            missing = "neither g++ nor clang++ nor $CXX is there"
             raise ValueError(
-                "compile: true needs a C++ compiler on a CPU, and neither g++ nor clang++ nor $CXX is there; install one or leave it false"
+                f"compile: true needs a C++ compiler on a CPU, and {missing}; install one or leave it false"
             )
         self.compile, self.cuda_graphs, self.recording = compile, cuda_graphs, recording
         self.recorded, self._record_seconds = 0, 0.0
         if compile:
-            from torch._dynamo import config as dynamo
+            from torch._dynamo import config as dynamo  # here: the compiler takes a second to import
 
             dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
             self._compiled_before = _compile_seconds()
 
     @property
     def fixed_shapes(self):
-        """Whether another batch size would be compiled or recorded anew, so that a smaller batch is better filled up."""
+        """Whether another batch size would be compiled or recorded anew: a smaller batch is better filled up then."""
         return self.compile or self.cuda_graphs
 
     def compiled(self, network):
-        """`network` as a function (x, t) -> noise, compiled for every shape and gradient mode that it meets, if the configuration says so.
+        """`network` as a function (x, t) -> noise, compiled if the configuration says so.
 
-        Values and gradients are those of the network itself, up to rounding. Inductor keeps what it made on the disk, so a second process is faster.
+        It is compiled for every shape and gradient mode that it meets. Values and gradients are those of the network
+        itself, up to rounding. Inductor keeps what it made on the disk, so a second process is faster.
         """
         return torch.compile(network, dynamic=False, fullgraph=True) if self.compile else network
 
@@ -131,13 +147,21 @@ class Execution:
 
     @property
     def seconds(self):
-        """Seconds that compiling and recording have taken since this was made (of compiling: in the whole process)."""
-        return self._record_seconds + (_compile_seconds() - self._compiled_before if self.compile else 0.0)
+        """Seconds that recording has taken since this was made, and compiling in the whole process since then."""
+        compiling = _compile_seconds() - self._compiled_before if self.compile else 0.0
+        return self._record_seconds + compiling
+
+
+def _has_compiler():
+    return bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
 
 
 def _compile_seconds():
-    """Seconds that torch.compile has spent in this process; backward graphs are compiled at their first use, so no call of ours can be timed for it."""
-    from torch._dynamo.utils import calculate_time_spent
+    """Seconds that torch.compile has spent in this process.
+
+    Backward graphs are compiled at their first use, so no call of ours can be timed for it.
+    """
+    from torch._dynamo.utils import calculate_time_spent  # here: the compiler takes a second to import
 
     return calculate_time_spent().get("total_wall_time", 0.0)
 
@@ -148,7 +172,8 @@ EAGER = Execution("cpu")  # eager calls are the same on every device
 def frozen_view(network):
     """The same network with parameters that want no gradient: a copy of its modules around the same memory.
 
-    What the network learns is seen through the view at once, as long as it is updated in place. Compiled, it has no code for parameter gradients.
+    What the network learns is seen through the view at once, as long as it is updated in place. Compiled, it has no
+    code for parameter gradients.
     """
     shared = {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network.parameters()}
     shared |= {id(tensor): tensor for tensor in network.buffers()}

@@ -9,7 +9,7 @@ from operator_recording import OperatorRecording
 from ranks import run_ranks
 
 from hsivi_fast import load_config, train
-from hsivi_fast.build import build_layer, build_score_net, build_student, load_teacher, prepare_device
+from hsivi_fast.build import build_layers, build_score_net, build_student, load_teacher, prepare_device
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
@@ -28,7 +28,7 @@ def _training(execution, device="cpu", settings=(), world=ALONE):
     """(student, score_net, rollout, updates) of a small run."""
     config = load_config("smoke", [*SMOKE, f"device={device}", *settings])
     prepare_device(config)
-    layer, teacher = build_layer(config, device), load_teacher(config, device)
+    layer, teacher = build_layers(config, device), load_teacher(config, device)
     student = build_engine(config, build_student(config, teacher, layer), execution, world)
     score_net = build_engine(config, build_score_net(config, teacher), execution, world)
     return (
@@ -99,7 +99,7 @@ def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
 def test_a_recorded_sampler_is_the_eager_one_and_follows_its_weights(device, recording):
     config = load_config("smoke", [f"device={device}"])
     prepare_device(config)
-    layer, teacher = build_layer(config, device), load_teacher(config, device)
+    layer, teacher = build_layers(config, device), load_teacher(config, device)
     network = copy.deepcopy(teacher)
     log_gamma = torch.full(layer.log_gamma_shape(network.event_shape), 0.1, device=device)
     eager, recorded = (
@@ -195,7 +195,7 @@ def test_compiled_training_and_sampling_are_the_eager_ones(compiled, settings):
 def test_copies_of_a_network_share_what_was_compiled(compiled):
     """The averaged weights of a run, its raw ones and a later checkpoint cost no new compilation."""
     config = load_config("smoke")
-    layer, teacher = build_layer(config, "cpu"), load_teacher(config, "cpu")
+    layer, teacher = build_layers(config, "cpu"), load_teacher(config, "cpu")
     log_gamma = torch.zeros(layer.log_gamma_shape(teacher.event_shape))
     Sampler(teacher, layer, log_gamma, compiled)(range(16))
     before = compiled.seconds

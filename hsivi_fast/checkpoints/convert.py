@@ -5,7 +5,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-from ..build import load_teacher
 from ..config import resolved_dict
 from ..nets import NETWORKS, network_arguments
 from .download import locate_checkpoint
@@ -112,7 +111,10 @@ def _run_as_published(run, to, step):
         raise ValueError(f"to {str(to)!r}: the published code's file ends in .pt or .pth")
     step = steps[-1] if step is None else step
     network = _network_that_can_be_published(config)
-    teacher = dict(load_teacher(config, "cpu").named_parameters())
+    from ..nets import build_unet
+    from .weights import read_teacher
+
+    teacher = dict(read_teacher(config, build_unet(config.network)).named_parameters())
     # The order of the parameters, which safetensors files do not keep and the lists of averages need: log_gamma is registered first of all.
     names = {"student": [LOG_GAMMA, *teacher], "score_net": list(teacher)}
     state, whole, averages = run.load_state(step), {}, {}

@@ -26,6 +26,11 @@ class RunFolder(os.PathLike):
         if not (self.path / "config.yaml").is_file():
             raise ValueError(f"run {str(path)!r}: no config.yaml there; give the folder that `hsivi train` wrote")
 
+    @classmethod
+    def of(cls, run):
+        """The folder of a run: what `train` returned, or a path."""
+        return run if isinstance(run, cls) else cls(run)
+
     def __fspath__(self):
         return str(self.path)
 

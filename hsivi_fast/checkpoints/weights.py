@@ -1,6 +1,8 @@
 """Reading network weights from files."""
 
-from .formats import read_checkpoint
+from ..nets import network_arguments
+from .download import locate_checkpoint
+from .formats import NORMS, read_checkpoint
 
 
 def read_weights(path, part="teacher"):
@@ -36,3 +38,24 @@ def _described(name, own, weights):
     if name in own and name in weights:
         return f"{name} ({list(weights[name].shape)}, expected {list(own[name].shape)})"
     return name
+
+
+def read_teacher(config, network, progress=False):
+    checkpoint = read_checkpoint(locate_checkpoint(config.teacher.checkpoint, progress=progress))
+    load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
+    _check_what_weights_do_not_show(checkpoint, config)
+    return network
+
+
+def _check_what_weights_do_not_show(checkpoint, config):
+    """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
+    groups = (
+        ("network", {**NORMS, **network_arguments(config.network)}, {key: checkpoint.network[key] for key in checkpoint.stated}),
+        ("teacher", {"betas": config.teacher.betas, "steps": config.teacher.steps}, checkpoint.settings.get("teacher", {})),
+    )
+    for group, ours, said in groups:
+        for key in ("norm_eps", "norm_groups", "image_size", "heads", "betas", "steps"):
+            if key in said and key in ours and said[key] != ours[key]:
+                raise ValueError(
+                    f"{group}.{key}: {ours[key]!r} is not what the teacher {checkpoint.source!r} was trained with; set {group}.{key}={said[key]}"
+                )

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 from .. import ops
 from ..checkpoints.weights import load_weights
 from ..data import to_uint8
-from ..method.layers import Layer
+from ..method.layers import Layers
 from ..method.schedule import make_schedule
 from ..nets import build_unet
 from ..sampling.sampler import SMALLEST_CPU_BATCH
@@ -70,20 +70,20 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self, num_train_timesteps=1000, betas="linear", nfe=10, spacing="quad", eta=0.2, per_step=False, per_pixel=True
     ):
-        self.layer = Layer(make_schedule(betas, num_train_timesteps, spacing, nfe), eta, per_step, per_pixel)
-        self._knots = self.layer.tau.tolist()
+        self.layers = Layers(make_schedule(betas, num_train_timesteps, spacing, nfe), eta, per_step, per_pixel)
+        self._knots = self.layers.tau.tolist()
         self.set_timesteps()
 
     def set_timesteps(self, num_inference_steps=None, device=None):
         """Move the tables to a device and list `timesteps`, tau_K .. tau_1. ValueError for another number of steps than the student was trained for."""
-        nfe = self.layer.nfe
+        nfe = self.layers.nfe
         if num_inference_steps not in (None, nfe):
             raise ValueError(
                 f"num_inference_steps: {num_inference_steps!r} is not the number that the sampler was distilled for; use {nfe}, or leave it out"
             )
-        self.layer.to(device)
+        self.layers.to(device)
         self.num_inference_steps = nfe
-        self.timesteps = self.layer.tau[1:].flip(0)
+        self.timesteps = self.layers.tau[1:].flip(0)
 
     def step(self, model_output, timestep, sample, log_gamma, seeds, return_dict=True):
         """x_{k-1} from x_k = sample [B, C, H, W] and the network's noise in it, at timestep tau_k.
@@ -93,9 +93,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         current = self._knots.index(int(timestep))
         k = torch.full_like(seeds, current)
         if current == 1:
-            previous = self.layer.mean(sample, model_output, k)
+            previous = self.layers.mean(sample, model_output, k)
         else:
-            previous = self.layer.step(sample, model_output, k, log_gamma, seeds)
+            previous = self.layers.step(sample, model_output, log_gamma, ops.Noise(seeds, k))
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
 

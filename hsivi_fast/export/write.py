@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..build import build_execution, build_layer, build_network, prepare_device
+from ..build import build_context, build_untrained_student
 from ..checkpoints.download import file_sha256
 from ..checkpoints.run_folder import RunFolder
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..data import to_uint8
-from ..method.layers import attach_log_gamma
-from ..metrics.evaluation import table_lines
+from ..metrics.table import table_lines
+from ..parallel.world import ALONE
 from ..nets import FAMILIES, network_arguments
 from ..ops import reference
 from ..sampling.sampler import SMALLEST_CPU_BATCH, Sampler, load_sampler
@@ -101,9 +101,9 @@ def export_run(run, format, outdir, weights="ema", step=None):
     if format == "aoti":
         _refuse_aoti(config)
     # A package of its own has no kernels of ours in it, so it is made from, and compared with, the plain torch backend.
-    sampler, config, step = load_sampler(
-        folder, weights, step, backend="torch" if format == "aoti" else None, compile=False, cuda_graphs=False
-    )
+    changes = {"backend": "torch" if format == "aoti" else None, "compile": False, "cuda_graphs": False}
+    sampler, context, step = load_sampler(folder, ALONE, weights, step, changes)
+    config = context.config
     description = _description(config, sampler, step, weights)
 
     outdir.parent.mkdir(parents=True, exist_ok=True)
@@ -150,16 +150,16 @@ def load_exported(folder, device="auto", backend="auto"):
         raise ValueError(
             f"export {str(folder)!r}: model.safetensors is not the file that config.json describes (its sha256 differs); export the run again"
         )
-    config = config_from_dict(values | {"device": device})
-    device, _ = prepare_device(config, backend)
-    layer = build_layer(config, device)
+    config = config_from_dict(values | {"device": device, "backend": backend})
+    context = build_context(config, ALONE)
+    layer = context.layers
     if layer.tau.tolist() != timesteps:
         raise ValueError(
             f"export {str(folder)!r}: has timesteps {timesteps}, this version makes {layer.tau.tolist()} of its spacing and nfe; use hsivi_fast {made_with}"
         )
-    student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
+    student = build_untrained_student(context)
     load_weights(student, tensors, file)
-    return Sampler(student, layer, student.log_scaled_gamma, build_execution(config, device))
+    return Sampler(student, layer, student.log_scaled_gamma, context.execution)
 
 
 def _free(outdir):
@@ -174,7 +174,7 @@ def _free(outdir):
 
 def _description(config, sampler, step, weights):
     """All that is needed to build the sampler again, as plain values: what stands in config.json."""
-    network, teacher, layer = sampler.network, config.teacher, sampler.layer
+    network, teacher, layer = sampler.network, config.teacher, sampler.layers
     source = {"target": teacher.target} if teacher.target else {"checkpoint": Path(teacher.checkpoint).name}
     return {
         "kind": KIND,
@@ -259,7 +259,7 @@ def _write_safetensors(sampler, config, description, folder):
         metadata={"format": "pt"},
     )
     description = _write_config(folder, description, file)
-    exported = load_exported(folder, str(sampler.layer.tau.device), config.backend)
+    exported = load_exported(folder, str(sampler.layers.tau.device), config.backend)
     _check(_final(exported(range(CHECKED)), config), _final(sampler(range(CHECKED)), config))
     return description
 
@@ -286,7 +286,7 @@ def _write_diffusers(sampler, config, description, folder):
         config.gamma.per_pixel,
     )
     HSIVIPipeline(network, scheduler).save_pretrained(folder)
-    pipeline = HSIVIPipeline.from_pretrained(folder).to(sampler.layer.tau.device)
+    pipeline = HSIVIPipeline.from_pretrained(folder).to(sampler.layers.tau.device)
     pipeline.set_progress_bar_config(disable=True)
     got = pipeline(seeds=range(CHECKED), output_type="pt").images
     _check((got * 255).round().to(torch.uint8), to_uint8(sampler(range(CHECKED))))
@@ -301,7 +301,7 @@ class _Standalone(nn.Module):
 
     def __init__(self, sampler, config):
         super().__init__()
-        self.network, self.layer, self.config = sampler.network, sampler.layer, config
+        self.network, self.layer, self.config = sampler.network, sampler.layers, config
 
     def forward(self, seeds):
         layer = self.layer
@@ -329,7 +329,7 @@ def _refuse_aoti(config):
 def _write_aoti(sampler, config, description, folder):
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    device = sampler.layer.tau.device
+    device = sampler.layers.tau.device
     seeds = torch.arange(SMALLEST_CPU_BATCH, device=device)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad():

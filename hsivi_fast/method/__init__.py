@@ -1,5 +1,7 @@
 """The mathematics of HSIVI-SM (Yu et al., NeurIPS 2023, arXiv 2310.17153), and nothing else.
 
+May import `ops` alone. A new schedule, layer or loss touches no other room.
+
     symbol      word                           published name
     K           nfe, the number of layers      n_discrete_steps - 1
     tau_k       knot, timestep of layer k      timesteps

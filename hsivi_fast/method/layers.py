@@ -11,11 +11,11 @@ from torch import nn
 from .. import ops
 
 
-class Layer(nn.Module):
+class Layers(nn.Module):
     """All K layers of one sampler: the tables A, B, c1, sigma and tau, indexed by k, as buffers.
 
     schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0); per_step, per_pixel: the shape of log_gamma.
-    A `Layer` has no parameters: log_gamma belongs to the student (see `attach_log_gamma`) and is passed in.
+    `Layers` have no parameters: log_gamma belongs to the student (see `attach_log_gamma`) and is passed in.
     """
 
     def __init__(self, schedule, eta, per_step=False, per_pixel=True):
@@ -56,20 +56,20 @@ class Layer(nn.Module):
         """log_gamma as `ops` take it, [1 or K, 1 or event size]."""
         return log_gamma.reshape(self.nfe if self.per_step else 1, -1)
 
-    def step(self, x, eps_hat, k, log_gamma, seeds, redraw=0, noise=None):
-        """x_{k-1} of samples x = x_k [B, *event] whose layers are k [B] int64; differentiable in eps_hat and log_gamma.
+    def step(self, x, eps_hat, log_gamma, noise):
+        """x_{k-1} of samples x = x_k [B, *event]; differentiable in eps_hat and log_gamma.
 
-        seeds [B] int64 address the noise at stream k; `noise` [B, *event] replaces it.
+        noise: `ops.Noise` of the batch, whose stream [B] is the layer k of each sample.
         """
-        return ops.affine_noise_step(x, eps_hat, self.a, self.b, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
+        return ops.affine_noise_step(x, eps_hat, self.a, self.b, self.c1, self.rows(log_gamma), noise)
 
     def mean(self, x, eps_hat, k):
-        """A_k x_k + B_k eps_hat, the mean of x_{k-1}: [B, *event]."""
+        """A_k x_k + B_k eps_hat, the mean of x_{k-1}: [B, *event]; k [B] int64."""
         return ops.affine_step(x, eps_hat, self.a, self.b, k)
 
-    def redraw(self, mean, k, log_gamma, seeds, redraw, noise=None):
-        """x_{k-1} from its stored mean with the noise of draw number `redraw`, [B, *event]."""
-        return ops.affine_noise_step(mean, None, self.one, None, self.c1, self.rows(log_gamma), seeds, k, redraw, noise)
+    def step_from_mean(self, mean, log_gamma, noise):
+        """x_{k-1} from its stored mean [B, *event], with other noise than the first time."""
+        return ops.affine_noise_step(mean, None, self.one, None, self.c1, self.rows(log_gamma), noise)
 
     def gamma(self, k, log_gamma, event_shape):
         """gamma_k = exp(log_gamma) c1_k / sigma_{k-1} of layers k [B], [B, *event]."""

@@ -9,21 +9,22 @@ With g = f - e, sigma = sigma_{k-1} and z the noise that made x_{k-1}:
 from .. import ops
 
 
-def score_net_loss_and_grads(f, layer, k, log_gamma, seeds, redraw=0, noise=None):
-    """Loss of the score network f(x_{k-1}) [B, *event] of layers k [B]: (losses [B] whose mean is the loss, d loss / d f).
+def score_net_loss_and_grads(f, layers, log_gamma, noise):
+    """The score network's loss at x_{k-1}, given its f [B, *event]: (losses [B] whose mean is the loss, d loss / d f).
 
-    The noise is the one that made x_{k-1}: addressed by (seeds, k, redraw), or given.
+    noise: the `ops.Noise` that made x_{k-1}; its stream is the layer k of each sample.
     """
-    return ops.denoising_loss_and_grads(f, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise)
+    return ops.denoising_loss_and_grads(f, layers.weight, layers.scale, layers.rows(log_gamma), noise)
 
 
-def student_loss_and_grads(f, e, layer, k, log_gamma, seeds, redraw=0, noise=None):
-    """Loss of the student at x_{k-1}, given the score network's f and the teacher's e, both [B, *event].
+def student_loss_and_grads(f, e, layers, log_gamma, noise):
+    """The student's loss at x_{k-1}, given the score network's f and the teacher's e there, both [B, *event].
 
-    Returns (losses [B] whose mean is the loss, d loss / d f, d loss / d e, the direct d loss / d log_gamma). What reaches
-    the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the networks.
+    Returns (losses [B] whose mean is the loss, d loss / d f, d loss / d e, the direct d loss / d log_gamma).
+    What reaches the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the
+    networks. noise: as of `score_net_loss_and_grads`.
     """
     losses, grad_f, grad_e, grad_rows = ops.fisher_loss_and_grads(
-        f, e, layer.weight, layer.scale, layer.rows(log_gamma), seeds, k, redraw, noise
+        f, e, layers.weight, layers.scale, layers.rows(log_gamma), noise
     )
     return losses, grad_f, grad_e, grad_rows.reshape(log_gamma.shape)

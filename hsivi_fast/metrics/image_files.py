@@ -25,10 +25,10 @@ class ImageFiles:
     Raises ValueError where the folder holds pictures already, which a tool that reads it would count in, or the path is of the other kind.
     """
 
-    def __init__(self, path, world=ALONE):
+    def __init__(self, path, world):
         self.path, self.world, self.parts = Path(path), world, []
         self.one_file = self.path.suffix.lower() == ".npz"
-        world.from_first(self._prepare)  # the others wait: what they write must not be found there
+        world.from_main(self._prepare)  # the others wait: what they write must not be found there
         if not self.one_file:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -60,7 +60,7 @@ class ImageFiles:
             .cpu()
             .numpy()
         )
-        if not self.world.first:
+        if not self.world.is_main:
             return
         beside = self.path.with_name(f".{self.path.name}.unfinished")
         try:
@@ -76,6 +76,6 @@ class ImageFiles:
 
 def save_images(images, path, seeds=None):
     """Write uint8 images [N, C, H, W] as PNGs into a folder or as one npz, see `ImageFiles`; seeds: their numbers, 0 .. N-1 by default."""
-    files = ImageFiles(path)
+    files = ImageFiles(path, ALONE)
     files.add(range(len(images)) if seeds is None else seeds, images)
     files.finish(len(images))

@@ -1,20 +1,26 @@
-"""The operations that everything above calls, and the one switch that says which backend runs them.
+"""The operations that the mathematics and the networks call, and the one switch that says which backend runs them.
 
-`torch` is the plain version in `reference.py`; `triton` the fused kernels in `kernels/`, on a CUDA device or, with
-TRITON_INTERPRET=1 in the environment, interpreted on any (slow, for checks). `auto` is triton for CUDA tensors and torch for others. The
-choice is made once in a process by `choose_backend`: from its argument (the configuration's key `backend`) or, where that is auto, from the
-environment variable HSIVI_BACKEND; every function below also takes `backend` for one call.
+May import torch, and `kernels/` when the Triton backend runs; nothing else of ours.
 
-Conventions of shapes and tables are on top of `reference.py`; `library.py` holds the operators behind these functions.
+`torch` is the plain version in `reference.py`. `triton` is the fused kernels in `kernels/`: on a CUDA device, or with
+TRITON_INTERPRET=1 in the environment interpreted on any device, which is slow and meant for checks. `auto` is triton
+for CUDA tensors and torch for others. `choose_backend` makes the choice once in a process: from its argument (the
+configuration's key `backend`) or, where that is auto, from the environment variable HSIVI_BACKEND. Every function
+below also takes `backend` for one call.
+
+Conventions of shapes and tables are on top of `reference.py`. `library.py` holds the operators of torch behind these
+functions.
 """
 
 import functools
 import logging
 import os
+from importlib.util import find_spec
 
 import torch
 
 from . import library, reference
+from .noise import Noise
 from .philox import integers
 
 BACKENDS = ("auto", "torch", "triton")
@@ -22,6 +28,7 @@ VARIABLE = "HSIVI_BACKEND"
 OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPUs and newer ones
 
 __all__ = [
+    "Noise",
     "affine_noise_step",
     "affine_step",
     "choose_backend",
@@ -65,7 +72,7 @@ def triton_is_interpreted():
 
 
 def _resolve(backend, device):
-    """The backend of one call: its argument, else the process's choice, else (for a library's user) the environment's."""
+    """The backend of one call: its argument, else the process's choice, else the environment's."""
     if backend is None:
         if _chosen is None:
             return choose_backend("auto", device)
@@ -79,7 +86,8 @@ def _resolve(backend, device):
     return backend
 
 
-# A compiled graph holds one choice. This is what torch.compiler.assume_constant_result does, which would import the compiler: a second at every start.
+# A compiled graph holds one choice. torch.compiler.assume_constant_result sets the same mark, but would import the
+# compiler: a second at every start.
 _resolve._dynamo_marked_constant = True
 
 
@@ -91,67 +99,68 @@ def _obstacle(device):
     if triton_is_interpreted():
         return None
     if device.type != "cuda":
-        return f"the device is {device} and Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for a slow check"
+        needed = "Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for a slow check"
+        return f"the device is {device} and {needed}"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]} and the kernels are made for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} and newer"
+        found, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+        return f"the GPU has compute capability {found} and the kernels are made for {oldest} and newer"
     return None
 
 
 def _triton_is_installed():
-    from importlib.util import find_spec
-
     return find_spec("triton") is not None
 
 
-def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
+def affine_noise_step(x, e, a, b, s, log_gamma, noise, backend=None):
     """y = a x + b e + s exp(log_gamma) n, differentiable in x, e and log_gamma; like x.
 
-    x, e [B, *event], e None for no such term; a, b, s [K + 1]; log_gamma [1 or K, 1 or size of an event]; seeds [B] int64; stream [B] int in
-    1 .. K; redraw an int, [B] or None (0); noise None or [B, *event] in the place of the addressed one.
+    x, e: [B, *event]; e None for no such term.
+    a, b, s: tables [K + 1], of which a sample takes the entry of its stream.
+    log_gamma: [1 or K, 1 or size of an event].
+    noise: `Noise` of the batch.
     Raises ValueError for tensors that do not fit each other.
     """
-    _check(x, e, (a, b, s), stream)
-    _check_noise(x, len(a) - 1, log_gamma, seeds, noise)
-    return library.affine_noise_step(
-        x, e, a, b, s, log_gamma, seeds, stream, _redraw(redraw, x), noise, _resolve(backend, x.device)
-    )
+    _check(x, e, (a, b, s), noise.stream)
+    _check_noise(x, len(a) - 1, log_gamma, noise)
+    return library.affine_noise_step(x, e, a, b, s, log_gamma, *_flat(noise), _resolve(backend, x.device))
 
 
 def affine_step(x, e, a, b, stream, backend=None):
-    """y = a x + b e, without noise, differentiable in x and e; arguments and errors as of `affine_noise_step`."""
+    """y = a x + b e, without noise, differentiable in x and e; stream [B] int, the rest as of `affine_noise_step`."""
     _check(x, e, (a, b), stream)
-    return library.affine_noise_step(x, e, a, b, None, None, None, stream, None, None, _resolve(backend, x.device))
+    return library.affine_noise_step(
+        x, e, a, b, None, None, None, stream, None, None, _resolve(backend, x.device)
+    )
 
 
-def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
+def denoising_loss_and_grads(f, weight, scale, log_gamma, noise, backend=None):
     """(losses [B], d loss / d f) of the mean over the batch of weight |f - t|^2, t = n scale exp(-log_gamma).
 
-    f [B, *event]; weight, scale [K + 1]; the rest as of `affine_noise_step`. The losses are not differentiable again.
+    f: [B, *event]; weight, scale: tables [K + 1]; the rest as of `affine_noise_step`.
+    The losses are not differentiable again.
     """
-    _check(f, None, (weight, scale), stream)
-    _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
-    return library.denoising_loss_and_grads(
-        f, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device)
-    )
+    _check(f, None, (weight, scale), noise.stream)
+    _check_noise(f, len(weight) - 1, log_gamma, noise)
+    return library.denoising_loss_and_grads(f, weight, scale, log_gamma, *_flat(noise), _resolve(backend, f.device))
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=0, noise=None, backend=None):
-    """(losses [B], d loss / d f, d loss / d e, direct d loss / d log_gamma) of the mean over the batch of weight (2 g (t - e) - g^2), g = f - e.
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, noise, backend=None):
+    """The mean over the batch of weight (2 g (t - e) - g^2), g = f - e, with its gradients.
 
-    f, e [B, *event]; the rest as of `denoising_loss_and_grads`.
+    f, e: [B, *event]; the rest as of `denoising_loss_and_grads`.
+    Returns (losses [B], d loss / d f, d loss / d e, the direct d loss / d log_gamma).
     """
-    _check(f, e, (weight, scale), stream)
-    _check_noise(f, len(weight) - 1, log_gamma, seeds, noise)
-    return library.fisher_loss_and_grads(
-        f, e, weight, scale, log_gamma, seeds, stream, _redraw(redraw, f), noise, _resolve(backend, f.device)
-    )
+    _check(f, e, (weight, scale), noise.stream)
+    _check_noise(f, len(weight) - 1, log_gamma, noise)
+    return library.fisher_loss_and_grads(f, e, weight, scale, log_gamma, *_flat(noise), _resolve(backend, f.device))
 
 
 def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None, backend=None):
     """GroupNorm of x + add, then y (1 + scale) + shift, then SiLU where `silu`; differentiable in all tensors; like x.
 
-    x [B, C, *spatial]; weight, bias [C] or None; scale, shift, add [B, C] or None. Raises ValueError for what does not fit.
+    x: [B, C, *spatial]; weight, bias: [C] or None; scale, shift, add: [B, C] or None.
+    Raises ValueError for what does not fit.
     """
     if x.ndim < 2 or 0 in x.shape:
         raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has nothing to normalise")
@@ -175,65 +184,68 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
             )
     if _resolve(backend, x.device) == "torch":
         return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
-    scale, shift, add = (
-        None if tensor is None else tensor if tensor.stride(1) == 1 else tensor.contiguous()
-        for tensor in (scale, shift, add)
-    )
+    scale, shift, add = map(_dense_rows, (scale, shift, add))
     return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
 
 
-def draw_noise(seeds, stream, shape, redraw=0, backend=None):
-    """Standard normal noise by address: seeds [B] int64, stream and redraw an int or [B] -> float32 [B, *shape]."""
+def _dense_rows(tensor):
+    """[B, C] with neighbouring channels beside each other, or None."""
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def draw_noise(seeds, stream, shape, draw=0, backend=None):
+    """Standard normal noise by its address: seeds [B] int64, stream and draw an int or [B] -> float32 [B, *shape]."""
     if len(seeds) == 0 or 0 in shape:
         raise ValueError(f"ops: noise of shape {(len(seeds), *shape)} has no elements")
     if not isinstance(stream, torch.Tensor):
         stream = torch.full_like(seeds, stream)
-    return library.draw_noise(seeds, stream, _redraw(redraw, seeds), list(shape), _resolve(backend, seeds.device))
+    draw = _draw_numbers(draw, seeds)
+    return library.draw_noise(seeds, stream, draw, list(shape), _resolve(backend, seeds.device))
 
 
-def _redraw(redraw, like):
-    """A redraw number as the operators take it: [B], or None for 0."""
-    if isinstance(redraw, torch.Tensor):
-        return redraw
-    return torch.full((len(like),), redraw, dtype=torch.int64, device=like.device) if redraw else None
+def _flat(noise):
+    """`Noise` as the operators take it: (seeds, stream, draw, given)."""
+    return noise.seeds, noise.stream, _draw_numbers(noise.draw, noise.stream), noise.given
+
+
+def _draw_numbers(draw, like):
+    """The numbers of the draws as the operators take them: [B], or None for 0."""
+    if isinstance(draw, torch.Tensor):
+        return draw
+    return torch.full((len(like),), draw, dtype=torch.int64, device=like.device) if draw else None
 
 
 def _check(x, e, tables, stream):
-    """What a caller can get wrong, as far as shapes, types and devices tell; values on a device are not read, which would make the host wait."""
+    """What a caller can get wrong, as far as shapes, types and devices tell.
+
+    Values on a device are not read, which would make the host wait.
+    """
     if 0 in x.shape:
         raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has no elements")
     if e is not None and (e.shape != x.shape or e.dtype != x.dtype or e.device != x.device):
-        raise ValueError(
-            f"ops: tensors differ, {tuple(x.shape)} {x.dtype} {x.device} and {tuple(e.shape)} {e.dtype} {e.device}"
-        )
+        raise ValueError(f"ops: tensors differ, {_described(x)} and {_described(e)}")
     for table in tables:
         if table is not None and (table.ndim != 1 or table.shape != tables[0].shape or table.device != x.device):
-            raise ValueError(
-                f"ops: a table of shape {tuple(table.shape)} on {table.device}; expected {tuple(tables[0].shape)} on {x.device}"
-            )
+            expected = f"expected {tuple(tables[0].shape)} on {x.device}"
+            raise ValueError(f"ops: a table of shape {tuple(table.shape)} on {table.device}; {expected}")
     if stream.shape != (len(x),) or stream.device != x.device:
-        raise ValueError(
-            f"ops: stream of shape {tuple(stream.shape)} on {stream.device} for {len(x)} samples on {x.device}"
-        )
+        there = f"stream of shape {tuple(stream.shape)} on {stream.device}"
+        raise ValueError(f"ops: {there} for {len(x)} samples on {x.device}")
 
 
-def _check_noise(x, layers, log_gamma, seeds, noise):
+def _check_noise(x, layers, log_gamma, noise):
     """The same for what a step or loss with noise has on top."""
-    size = x[0].numel()
-    if noise is None and (seeds.shape != (len(x),) or seeds.dtype != torch.int64 or seeds.device != x.device):
-        raise ValueError(
-            f"ops: seeds of shape {tuple(seeds.shape)} {seeds.dtype} on {seeds.device} for {len(x)} samples on {x.device}; they are int64"
-        )
-    if noise is not None and (noise.shape != x.shape or noise.device != x.device):
-        raise ValueError(
-            f"ops: noise of shape {tuple(noise.shape)} on {noise.device} for samples of shape {tuple(x.shape)} on {x.device}"
-        )
-    if (
-        log_gamma.ndim != 2
-        or log_gamma.shape[0] not in (1, layers)
-        or log_gamma.shape[1] not in (1, size)
-        or log_gamma.device != x.device
-    ):
-        raise ValueError(
-            f"ops: log_gamma of shape {tuple(log_gamma.shape)} on {log_gamma.device}; expected [1 or {layers}, 1 or {size}] on {x.device}"
-        )
+    seeds, given, size = noise.seeds, noise.given, x[0].numel()
+    if given is None and (seeds.shape != (len(x),) or seeds.dtype != torch.int64 or seeds.device != x.device):
+        raise ValueError(f"ops: seeds of shape {_described(seeds)} for {len(x)} samples on {x.device}; they are int64")
+    if given is not None and (given.shape != x.shape or given.device != x.device):
+        there = f"noise of shape {tuple(given.shape)} on {given.device}"
+        raise ValueError(f"ops: {there} for samples of shape {tuple(x.shape)} on {x.device}")
+    fits = log_gamma.ndim == 2 and log_gamma.shape[0] in (1, layers) and log_gamma.shape[1] in (1, size)
+    if not fits or log_gamma.device != x.device:
+        there = f"log_gamma of shape {tuple(log_gamma.shape)} on {log_gamma.device}"
+        raise ValueError(f"ops: {there}; expected [1 or {layers}, 1 or {size}] on {x.device}")
+
+
+def _described(tensor):
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}"

@@ -6,7 +6,6 @@ Triton backend runs, and by nothing else than this room.
 """
 
 import contextlib
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -38,15 +37,15 @@ def _device_of(x):
 
 
 @torch.library.custom_op("hsivi_fast::draw_noise", mutates_args=())
-def draw_noise(seeds: Tensor, stream: Tensor, redraw: Tensor | None, shape: list[int], backend: str) -> Tensor:
+def draw_noise(seeds: Tensor, stream: Tensor, draw: Tensor | None, shape: list[int], backend: str) -> Tensor:
     if backend == "triton":
         with _device_of(seeds):
-            return kernels("philox").draw_noise(seeds, stream, redraw, shape)
-    return reference.draw_noise(seeds, stream, shape, 0 if redraw is None else redraw).contiguous()
+            return kernels("philox").draw_noise(seeds, stream, draw, shape)
+    return reference.draw_noise(seeds, stream, shape, 0 if draw is None else draw).contiguous()
 
 
 @draw_noise.register_fake
-def _(seeds, stream, redraw, shape, backend):
+def _(seeds, stream, draw, shape, backend):
     return seeds.new_empty(len(seeds), *shape, dtype=torch.float32)
 
 
@@ -63,7 +62,7 @@ def affine_noise_step(
     log_gamma: Tensor | None,
     seeds: Tensor | None,
     stream: Tensor,
-    redraw: Tensor | None,
+    draw: Tensor | None,
     noise: Tensor | None,
     backend: str,
 ) -> Tensor:
@@ -71,13 +70,13 @@ def affine_noise_step(
     if backend == "triton":
         with _device_of(x):
             return kernels("affine_noise_step").affine_noise_step(
-                x, e, a, b, s, log_gamma, seeds, stream, redraw, noise
+                x, e, a, b, s, log_gamma, seeds, stream, draw, noise
             )
-    return _laid_out_like(reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise), x)
+    return _laid_out_like(reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, draw, noise), x)
 
 
 @affine_noise_step.register_fake
-def _(x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, backend):
+def _(x, e, a, b, s, log_gamma, seeds, stream, draw, noise, backend):
     return torch.empty_like(x)
 
 
@@ -90,33 +89,33 @@ def affine_noise_step_backward(
     log_gamma: Tensor,
     seeds: Tensor | None,
     stream: Tensor,
-    redraw: Tensor | None,
+    draw: Tensor | None,
     noise: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         with _device_of(dy):
             return kernels("affine_noise_step").affine_noise_step_backward(
-                dy, e, b, s, log_gamma, seeds, stream, redraw, noise
+                dy, e, b, s, log_gamma, seeds, stream, draw, noise
             )
-    de, dlog_gamma = reference.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw, noise)
+    de, dlog_gamma = reference.affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw, noise)
     return _laid_out_like(de, e), dlog_gamma
 
 
 @affine_noise_step_backward.register_fake
-def _(dy, e, b, s, log_gamma, seeds, stream, redraw, noise, backend):
+def _(dy, e, b, s, log_gamma, seeds, stream, draw, noise, backend):
     return torch.empty_like(e), torch.empty_like(log_gamma)
 
 
 def _save_step(ctx, inputs, output):
-    x, e, a, b, s, log_gamma, seeds, stream, redraw, noise, backend = inputs
+    x, e, a, b, s, log_gamma, seeds, stream, draw, noise, backend = inputs
     # e is kept for its layout alone; the noise is not kept, unless it was given.
-    ctx.save_for_backward(e, a, b, s, log_gamma, seeds, stream, redraw, noise)
+    ctx.save_for_backward(e, a, b, s, log_gamma, seeds, stream, draw, noise)
     ctx.backend = backend
 
 
 def _step_gradients(ctx, dy):
-    e, a, b, s, log_gamma, seeds, stream, redraw, noise = ctx.saved_tensors
+    e, a, b, s, log_gamma, seeds, stream, draw, noise = ctx.saved_tensors
     dx = de = dlog_gamma = None
     if not (dy.is_contiguous() or dy.ndim == 4 and dy.is_contiguous(memory_format=torch.channels_last)):
         dy = dy.contiguous()  # as the one of a sum, which repeats one number
@@ -124,7 +123,7 @@ def _step_gradients(ctx, dy):
         dx = affine_noise_step(dy, None, a, None, None, None, None, stream, None, None, ctx.backend)
     if log_gamma is not None and ctx.needs_input_grad[5]:
         de, dlog_gamma = affine_noise_step_backward(
-            dy, dy if e is None else e, a if e is None else b, s, log_gamma, seeds, stream, redraw, noise, ctx.backend
+            dy, dy if e is None else e, a if e is None else b, s, log_gamma, seeds, stream, draw, noise, ctx.backend
         )
     elif ctx.needs_input_grad[1]:
         de = affine_noise_step(dy, None, b, None, None, None, None, stream, None, None, ctx.backend)
@@ -147,7 +146,7 @@ def denoising_loss_and_grads(
     log_gamma: Tensor,
     seeds: Tensor | None,
     stream: Tensor,
-    redraw: Tensor | None,
+    draw: Tensor | None,
     noise: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -155,14 +154,14 @@ def denoising_loss_and_grads(
     if backend == "triton":
         with _device_of(f):
             return kernels("score_losses").denoising_loss_and_grads(
-                f, weight, scale, log_gamma, seeds, stream, redraw, noise
+                f, weight, scale, log_gamma, seeds, stream, draw, noise
             )
-    losses, df = reference.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw, noise)
+    losses, df = reference.denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, draw, noise)
     return losses, _laid_out_like(df, f)
 
 
 @denoising_loss_and_grads.register_fake
-def _(f, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
+def _(f, weight, scale, log_gamma, seeds, stream, draw, noise, backend):
     return f.new_empty(len(f), dtype=torch.promote_types(f.dtype, torch.float32)), torch.empty_like(f)
 
 
@@ -175,7 +174,7 @@ def fisher_loss_and_grads(
     log_gamma: Tensor,
     seeds: Tensor | None,
     stream: Tensor,
-    redraw: Tensor | None,
+    draw: Tensor | None,
     noise: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,16 +182,16 @@ def fisher_loss_and_grads(
     if backend == "triton":
         with _device_of(f):
             return kernels("score_losses").fisher_loss_and_grads(
-                f, e, weight, scale, log_gamma, seeds, stream, redraw, noise
+                f, e, weight, scale, log_gamma, seeds, stream, draw, noise
             )
     losses, df, de, dlog_gamma = reference.fisher_loss_and_grads(
-        f, e, weight, scale, log_gamma, seeds, stream, redraw, noise
+        f, e, weight, scale, log_gamma, seeds, stream, draw, noise
     )
     return losses, _laid_out_like(df, f), _laid_out_like(de, e), dlog_gamma
 
 
 @fisher_loss_and_grads.register_fake
-def _(f, e, weight, scale, log_gamma, seeds, stream, redraw, noise, backend):
+def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend):
     losses = f.new_empty(len(f), dtype=torch.promote_types(f.dtype, torch.float32))
     return losses, torch.empty_like(f), torch.empty_like(e), torch.empty_like(log_gamma)
 

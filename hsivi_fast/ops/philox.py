@@ -1,8 +1,8 @@
 """Noise by address: Philox4x32-10 and Box-Muller in plain torch.
 
-Every normal number is a pure function of an address: the 64-bit seed of its sample, a stream (the layer), a redraw number
+Every normal number is a pure function of an address: the 64-bit seed of its sample, a stream (the layer), a draw number
 and the index of its element. Nothing is stored and there is no generator state. The rule is the one of Triton's
-`tl.randn4x(seed, (stream << 32) | j)`: key = the seed (low word first), counter = (j, stream, redraw, 0), and the four
+`tl.randn4x(seed, (stream << 32) | j)`: key = the seed (low word first), counter = (j, stream, draw, 0), and the four
 outputs make two Box-Muller pairs for the elements 4 j .. 4 j + 3.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; tested against Random123's known answers.
@@ -36,15 +36,15 @@ def _multiply(word, constant):
     return (product >> 32) + word, product & MASK
 
 
-def normal(seeds, stream, shape, redraw=0):
+def normal(seeds, stream, shape, draw=0):
     """Standard normal numbers by address: seeds [B] int64, stream an int or [B] int -> float32 [B, *shape].
 
-    The element index is the row-major index inside one sample. `redraw` (an int or [B]) numbers independent draws at one address.
+    The element index is the row-major index inside one sample. `draw` (an int or [B]) numbers independent draws at one address.
     """
     size = 1
     for extent in shape:
         size *= extent
-    words = _words(seeds, stream, (size + 3) // 4, redraw)
+    words = _words(seeds, stream, (size + 3) // 4, draw)
     normals = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))  # four of [B, ceil(size / 4)]
     return torch.stack(normals, dim=2).flatten(1)[:, :size].reshape(len(seeds), *shape)
 
@@ -66,18 +66,18 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
     return words[0] | (words[1] << 32)
 
 
-def _words(seeds, stream, groups, redraw):
+def _words(seeds, stream, groups, draw):
     """The Philox words of element groups 0 .. groups-1 of every sample: four of [B, groups]."""
     seeds = seeds.to(torch.int64)[:, None]  # [B, 1]
-    stream, redraw = (
+    stream, draw = (
         torch.as_tensor(number, dtype=torch.int64, device=seeds.device).reshape(-1, 1).expand(len(seeds), 1)
-        for number in (stream, redraw)
+        for number in (stream, draw)
     )
     group = torch.arange(groups, dtype=torch.int64, device=seeds.device)[None]  # [1, groups]
     # "| (stream & 0)": Inductor folds a bare arange times a constant into an index with a 32-bit step and returns wrong integers.
     group = group | (stream & 0)
     return philox4x32(
-        (seeds & MASK, (seeds >> 32) & MASK), (group, stream & MASK, redraw & MASK, torch.zeros_like(stream))
+        (seeds & MASK, (seeds >> 32) & MASK), (group, stream & MASK, draw & MASK, torch.zeros_like(stream))
     )
 
 

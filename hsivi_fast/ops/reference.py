@@ -2,7 +2,7 @@
 
 Conventions shared by all of them. Tensors are [B, *event]. Sample i has a stream k_i in 1 .. K; a, b, s, weight and scale
 are tables [K + 1] of which it takes entry k_i. `log_gamma` is [1 or K, 1 or size of an event]: a sample uses row k_i - 1, or
-the only one, broadcast over its event. Noise n is addressed by (seeds[i], k_i, redraw, element), or given as a tensor `noise` [B, *event] in its place.
+the only one, broadcast over its event. Noise n is addressed by (seeds[i], k_i, draw, element), or given as a tensor `noise` [B, *event] in its place.
 Arithmetic is in float32 at least, results in the inputs' dtype.
 """
 
@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from . import philox
 
 
-def draw_noise(seeds, stream, shape, redraw=0):
+def draw_noise(seeds, stream, shape, draw=0):
     """Standard normal noise by address: seeds [B] int64, stream int or [B] -> float32 [B, *shape]."""
-    return philox.normal(seeds, stream, shape, redraw)
+    return philox.normal(seeds, stream, shape, draw)
 
 
-def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=None, noise=None):
+def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, draw=None, noise=None):
     """y = a x + b e + s exp(log_gamma) n, [B, *event]; no e: no such term; no s: no noise."""
     compute = _compute_dtype(x)
     y = _entries(a, stream, x, compute) * x.to(compute)
@@ -25,33 +25,33 @@ def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, redraw=None, nois
         y = y + _entries(b, stream, x, compute) * e.to(compute)
     if s is not None:
         scale = _entries(s, stream, x, compute) * _rows(log_gamma, stream, x, compute).exp()
-        y = y + scale * _noise(x, seeds, stream, redraw, noise).to(compute)
+        y = y + scale * _noise(x, seeds, stream, draw, noise).to(compute)
     return y.to(x.dtype)
 
 
-def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, redraw=None, noise=None):
+def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw=None, noise=None):
     """(dL/de, dL/dlog_gamma) of `affine_noise_step` from dy = dL/dy; e is not read."""
     compute = _compute_dtype(dy)
     dy = dy.to(compute)
     de = _entries(b, stream, dy, compute) * dy
     scale = _entries(s, stream, dy, compute) * _rows(log_gamma, stream, dy, compute).exp()
-    dlog_gamma = _sum_to_rows(scale * _noise(dy, seeds, stream, redraw, noise).to(compute) * dy, log_gamma, stream)
+    dlog_gamma = _sum_to_rows(scale * _noise(dy, seeds, stream, draw, noise).to(compute) * dy, log_gamma, stream)
     return de.to(e.dtype), dlog_gamma.to(log_gamma.dtype)
 
 
-def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, redraw=None, noise=None):
+def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, draw=None, noise=None):
     """weight |f - target|^2 with target = n scale exp(-log_gamma), summed over each event and averaged over the batch.
 
     Returns (loss per sample [B], whose mean is the loss; d loss / d f [B, *event]).
     """
     compute = _compute_dtype(f)
     w = _entries(weight, stream, f, compute)
-    residual = f.to(compute) - _target(f, scale, log_gamma, seeds, stream, redraw, noise, compute)
+    residual = f.to(compute) - _target(f, scale, log_gamma, seeds, stream, draw, noise, compute)
     losses = (w * residual.square()).flatten(1).sum(1)
     return losses, (2.0 * w * residual / len(f)).to(f.dtype)
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=None, noise=None):
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=None, noise=None):
     """weight (2 g (target - e) - g^2), g = f - e, target = n scale exp(-log_gamma), summed over each event, averaged over the batch.
 
     Returns (loss per sample [B], whose mean is the loss; d loss / d f; d loss / d e, both [B, *event]; the direct
@@ -59,7 +59,7 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, redraw=
     """
     compute = _compute_dtype(f)
     w = _entries(weight, stream, f, compute)
-    target = _target(f, scale, log_gamma, seeds, stream, redraw, noise, compute)
+    target = _target(f, scale, log_gamma, seeds, stream, draw, noise, compute)
     f_, e_ = f.to(compute), e.to(compute)
     g = f_ - e_
     losses = (w * (2.0 * g * (target - e_) - g.square())).flatten(1).sum(1)
@@ -89,8 +89,8 @@ def _entries(table, stream, x, dtype):
     return table[stream].to(dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _noise(x, seeds, stream, redraw, noise):
-    return draw_noise(seeds, stream, x.shape[1:], 0 if redraw is None else redraw) if noise is None else noise
+def _noise(x, seeds, stream, draw, noise):
+    return draw_noise(seeds, stream, x.shape[1:], 0 if draw is None else draw) if noise is None else noise
 
 
 def _rows(log_gamma, stream, x, dtype):
@@ -100,9 +100,9 @@ def _rows(log_gamma, stream, x, dtype):
     return rows.to(dtype).reshape(len(rows), *event)
 
 
-def _target(f, scale, log_gamma, seeds, stream, redraw, noise, dtype):
+def _target(f, scale, log_gamma, seeds, stream, draw, noise, dtype):
     """n scale exp(-log_gamma): the noise over its relative size, z / gamma."""
-    n = _noise(f, seeds, stream, redraw, noise).to(dtype)
+    n = _noise(f, seeds, stream, draw, noise).to(dtype)
     return n * _entries(scale, stream, f, dtype) * (-_rows(log_gamma, stream, f, dtype)).exp()
 
 

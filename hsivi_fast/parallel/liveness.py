@@ -60,7 +60,7 @@ class Liveness:
             # Most likely a collective that failed since somebody is lost: let the watch find out whom, and end this process.
             self.world.trouble = True
             self.stopped.wait(SILENT_IN_TROUBLE + 4 * BEAT)
-        if self.world.first:
+        if self.world.is_main:
             self.stop()  # so that it is said once, by whoever catches the error
         else:
             self.stopped.wait(2 * BEAT)  # what all ranks have found is rank 0's to say
@@ -69,7 +69,7 @@ class Liveness:
             self.store.compare_set(
                 "verdict", "", f"rank {self.world.rank} ({socket.gethostname()}): {kind}{' '.join(str(error).split())}"
             )
-        if self.world.first:
+        if self.world.is_main:
             time.sleep(2 * BEAT)  # the store lives in this process: let the others read
         else:
             self.stopped.wait(10 * BEAT)  # until the watch has seen it taken up
@@ -82,7 +82,7 @@ class Liveness:
         world = self.world
         self.store.set(
             f"beat/{world.rank}",
-            json.dumps([time.time(), world.marks, world.doing + world.part_of_it, world.trouble, socket.gethostname()]),
+            json.dumps([time.time(), world.marks, world.doing + world.detail, world.trouble, socket.gethostname()]),
         )
 
     def _run(self):
@@ -90,19 +90,19 @@ class Liveness:
             try:
                 self._beat()
                 verdict = self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
-                if verdict is None and self.world.first:
+                if verdict is None and self.world.is_main:
                     verdict = self._judge()
                     if verdict:
                         self.store.compare_set("verdict", "", verdict)
             except RuntimeError:  # the store went with its process
                 if self.stopped.is_set():
                     return
-                verdict = f"rank 0 (master {self.world.address}) is lost; last here: {self.world.doing}{self.world.part_of_it}"
+                verdict = f"rank 0 (master {self.world.address}) is lost; last here: {self.world.doing}{self.world.detail}"
                 if self.world.rank == 1 or self.world.local_rank == 0:  # one a machine speaks for it
                     self._say(verdict)
                 os._exit(LOST)
             if verdict and not self.stopped.is_set():
-                if self.world.first:
+                if self.world.is_main:
                     self._say(verdict)
                     time.sleep(3 * BEAT)  # the others have to read it, and the store lives here
                 else:

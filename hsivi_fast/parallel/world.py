@@ -32,14 +32,14 @@ class World:
     ):
         self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
         self.store, self.address, self.control = store, address, control  # the store is rank 0's to keep alive
-        self.marks, self.doing, self.part_of_it, self.trouble = 0, "starting", "", False
+        self.marks, self.doing, self.detail, self.trouble = 0, "starting", "", False
 
     @property
-    def first(self):
+    def is_main(self):
         """Whether this is rank 0, which owns the run's folder and speaks for all."""
         return self.rank == 0
 
-    def part(self, count):
+    def shard(self, count):
         """This rank's slice of `count` things; ValueError where they cannot be cut into equal parts."""
         share = samples_per_rank("count", count, self.size)
         return slice(self.rank * share, (self.rank + 1) * share)
@@ -59,17 +59,17 @@ class World:
 
     def mark(self, doing):
         """Note that the main thread has got further, and to what: costs nothing and is read by the liveness thread."""
-        self.marks, self.doing, self.part_of_it = self.marks + 1, doing, ""
+        self.marks, self.doing, self.detail = self.marks + 1, doing, ""
 
-    def mark_part(self, part):
+    def mark_detail(self, part):
         """Note that it has got further within what it does."""
-        self.marks, self.part_of_it = self.marks + 1, f", {part}"
+        self.marks, self.detail = self.marks + 1, f", {part}"
 
     def counting(self, on_batch):
         """`on_batch(n)` for a sampler of which each rank draws a share: told of all ranks' samples, it marks progress too."""
 
         def told(n):
-            self.mark_part(f"{n} samples more")
+            self.mark_detail(f"{n} samples more")
             if on_batch:
                 on_batch(n * self.size)
 
@@ -97,7 +97,7 @@ class World:
         """The results [share, ...] of all ranks' shares as one tensor [count, ...]."""
         return tensor if self.size == 1 else self.gather(tensor).flatten(0, 1)[:count]
 
-    def send_from_first(self, tensors):
+    def broadcast(self, tensors):
         """Overwrite tensors by rank 0's, in place."""
         if self.size > 1:
             for tensor in tensors:
@@ -105,23 +105,23 @@ class World:
 
     # Values on the host
 
-    def from_first(self, function):
+    def from_main(self, function):
         """What `function` returns on rank 0, where alone it is called, on every rank; it has to be picklable and small."""
         if self.size == 1:
             return function()
-        values = [function() if self.first else None]
+        values = [function() if self.is_main else None]
         dist.broadcast_object_list(values, 0, group=self.control)
         return values[0]
 
-    def tensors_from_first(self, function):
+    def tensors_from_main(self, function):
         """{name: tensor on the CPU} that `function` returns on rank 0, where alone it is called, on every rank."""
         if self.size == 1:
             return function()
-        own = function() if self.first else None
-        described = self.from_first(lambda: [(name, value.shape, value.dtype) for name, value in own.items()])
+        own = function() if self.is_main else None
+        described = self.from_main(lambda: [(name, value.shape, value.dtype) for name, value in own.items()])
         tensors = {}
         for name, shape, dtype in described:
-            value = own[name].to(self.device) if self.first else torch.empty(shape, dtype=dtype, device=self.device)
+            value = own[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
             dist.broadcast(value, 0)
             tensors[name] = value.cpu()
         return tensors
@@ -157,7 +157,7 @@ class World:
         try:
             yield
             self.mark("ending")
-            self.from_first(lambda: None)
+            self.from_main(lambda: None)
             liveness.stopped.set()
             dist.barrier(
                 group=self.control

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from ..metrics.evaluation import TITLES, sampler_title
+from ..metrics.table import TITLES, sampler_title
 
 GRID = 8  # columns of a grid of samples
 MARKERS = {"ddim": "o", "ddim_eta": "v", "ddpm": "^", "dpmpp_2m": "s", "unipc": "P", "hsivi_ema": "D", "hsivi_raw": "d"}

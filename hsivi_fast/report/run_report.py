@@ -3,12 +3,12 @@
 import statistics
 from pathlib import Path
 
-from ..build import load_teacher
 from ..checkpoints.run_folder import RunFolder
 from ..config import resolved_dict
 from ..data import to_uint8
-from ..metrics.evaluation import table_lines
+from ..metrics.table import table_lines
 from ..metrics.features import network_of
+from ..parallel.world import ALONE
 from ..sampling.sampler import ddim_sampler, load_sampler
 from . import figures, page
 from .figures import GRID, image_grid
@@ -25,17 +25,16 @@ def write_report(folder, teacher=None, backend=None):
     backend: as of `load_sampler`. The run needs a checkpoint; the table and its picture are left out where it was not measured.
     """
     config = folder.config()
-    student, _, step = load_sampler(
-        folder, "ema", backend=backend, compile=False, cuda_graphs=False
-    )  # a few images: eager calls are done before a compiler is
-    teacher = teacher or load_teacher(config, student.layer.tau.device)
+    student, context, step = load_sampler(folder, ALONE, changes=_eagerly(backend))
+    context = context.with_teacher(teacher)
+    teacher = context.teacher
     results, metrics = folder.read_json("results.json", []), folder.metrics()
     teacher_nfe = max(
         config.eval.ddim_nfe
     )  # what "teacher" means beside a few-step sampler: DDIM with the most evaluations of the table
     samplers = {
-        _ddim_title(teacher_nfe, "teacher"): ddim_sampler(config, teacher, teacher_nfe, 0.0),
-        _ddim_title(config.nfe): ddim_sampler(config, teacher, config.nfe, 0.0),
+        _ddim_title(teacher_nfe, "teacher"): ddim_sampler(context, teacher_nfe, 0.0),
+        _ddim_title(config.nfe): ddim_sampler(context, config.nfe, 0.0),
         f"HSIVI, {config.nfe} evaluations": student,
     }
     sections, pictures = {}, {}
@@ -252,11 +251,11 @@ def _flat(values, prefix=""):
 def _samples_section(members, runs, configs, backend):
     """Samples of runs of one teacher, ordered by evaluations, its DDIM beside them: the same seeds for all."""
     config = configs[members[0]]
-    plane, problems, students, teacher = config.teacher.target is not None, [], {}, None
+    plane, problems, students, context = config.teacher.target is not None, [], {}, None
     for label in sorted(members, key=lambda label: configs[label].nfe):
         try:
-            student, _, step = load_sampler(runs[label], "ema", backend=backend, compile=False, cuda_graphs=False)
-            teacher = teacher or load_teacher(config, student.layer.tau.device)
+            student, own, step = load_sampler(runs[label], ALONE, changes=_eagerly(backend))
+            context = context or own.with_teacher()
         except ValueError as error:  # no checkpoint yet, a device that this machine lacks: the other runs can be drawn
             problems.append(page.paragraph(str(error)))
             continue
@@ -265,15 +264,15 @@ def _samples_section(members, runs, configs, backend):
     if not students:
         return content
     groups = {
-        f"{nfe} evaluations": {_ddim_title(nfe): _drawn(ddim_sampler(config, teacher, nfe, 0.0)), **samples}
+        f"{nfe} evaluations": {_ddim_title(nfe): _drawn(ddim_sampler(context, nfe, 0.0)), **samples}
         for nfe, samples in students.items()
     }
     most = max(nfe for label in members for nfe in configs[label].eval.ddim_nfe)
-    best = {_ddim_title(most, "teacher"): _drawn(ddim_sampler(config, teacher, most, 0.0))}
+    best = {_ddim_title(most, "teacher"): _drawn(ddim_sampler(context, most, 0.0))}
     if plane:
         groups, best = (
             {
-                "": {"target": teacher.samples(PLANE_POINTS)}
+                "": {"target": context.teacher.samples(PLANE_POINTS)}
                 | {title: points for samples in [best, *groups.values()] for title, points in samples.items()}
             },
             {},
@@ -380,6 +379,11 @@ def _saved_noise_scale(folder, config):
 
 def _noise_scale(config, log_gamma):
     return figures.log_gamma_picture(log_gamma.detach().cpu().numpy(), config.gamma.per_step, config.gamma.per_pixel)
+
+
+def _eagerly(backend):
+    """Changes of a run's keys for a few pictures: eager calls are done before a compiler is."""
+    return {"backend": backend, "compile": False, "cuda_graphs": False}
 
 
 def _ddim_title(nfe, name="DDIM"):

@@ -1,17 +1,15 @@
 """The few-step sampler: K layers from noise to image, one seed per image. DDIM is the same code with the teacher in it."""
 
-import dataclasses
-
 import torch
 
 from .. import ops
-from ..build import build_ddim_layer, build_execution, build_layer, build_network, device_of, prepare_device
+from ..build import build_context, build_ddim_layers, build_untrained_student
 from ..checkpoints.run_folder import RunFolder
 from ..checkpoints.weights import load_weights
+from ..config import change_config
 from ..data import to_uint8
 from ..execution import EAGER
-from ..method.layers import attach_log_gamma
-from ..parallel.world import ALONE, connect
+from ..parallel.world import connect
 
 WEIGHTS = ("ema", "raw")
 
@@ -21,11 +19,14 @@ SMALLEST_CPU_BATCH = 16
 
 
 class Batches:
-    """Seeds in batches of a size that `execution` can take: whole ones where shapes are fixed, and on a CPU none too small."""
+    """Cuts seeds into batches of a size that `execution` can take.
+
+    Where shapes are fixed all batches have one size. On a CPU none is smaller than `SMALLEST_CPU_BATCH`.
+    """
 
     def __init__(self, execution):
         self.execution = execution
-        self.size = None  # the batch that was compiled or recorded
+        self.fixed_size = None  # of the batch that was compiled or recorded
 
     def __call__(self, draw, seeds, device, batch_size, on_batch=None):
         """draw(seeds [B] int64) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
@@ -36,27 +37,30 @@ class Batches:
         seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
         smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
         if self.execution.fixed_shapes:
-            batch_size = smallest = self.size = self.size or max(smallest, min(batch_size, len(seeds)))
-        parts = []
+            self.fixed_size = self.fixed_size or max(smallest, min(batch_size, len(seeds)))
+            batch_size = smallest = self.fixed_size
+        batches = []
         for chunk in seeds.split(batch_size):
             wanted = len(chunk)
             if wanted < smallest:
                 chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
-            parts.append(draw(chunk)[:wanted])
+            batches.append(draw(chunk)[:wanted])
             if on_batch:
                 on_batch(wanted)
-        return torch.cat(parts)
+        return torch.cat(batches)
 
 
 class Sampler:
     """A noise-prediction network with the layers that it runs through.
 
-    network: (x [B, *event], t [B] int) -> noise, a module with `event_shape`; layer: `Layer`; log_gamma in the layers' shape; execution: eager,
-    compiled, and on a CUDA device all layers as one graph. Network and log_gamma may be changed in place between calls.
+    network: (x [B, *event], t [B] int) -> noise, a module with `event_shape`.
+    layers: `Layers`; log_gamma: in the layers' shape.
+    execution: eager, compiled, and on a CUDA device all layers as one graph.
+    Network and log_gamma may be changed in place between calls.
     """
 
-    def __init__(self, network, layer, log_gamma, execution=EAGER):
-        self.network, self.layer, self.log_gamma, self.execution = network, layer, log_gamma, execution
+    def __init__(self, network, layers, log_gamma, execution=EAGER):
+        self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.predict = execution.compiled(network)
         self._draw = execution.graphed(self._all_layers)
         self._batches = Batches(execution)
@@ -65,80 +69,76 @@ class Sampler:
     def __call__(self, seeds, batch_size=250, on_batch=None):
         """Draw one sample a seed: seeds, a sequence of ints -> float32 [N, *event] on the network's device.
 
-        A sample depends on its own seed alone, not on the batch that it is drawn in. `on_batch(n)` is called after every
-        batch with the number of samples in it. Raises ValueError for no seeds or a batch of none.
+        A sample depends on its own seed alone, not on the batch that it is drawn in. `on_batch(n)` is called after
+        every batch with the number of samples in it. Raises ValueError for no seeds or a batch of none.
         """
-        return self._batches(self._draw, seeds, self.layer.tau.device, batch_size, on_batch)
+        return self._batches(self._draw, seeds, self.layers.tau.device, batch_size, on_batch)
 
     @torch.no_grad()
     def _all_layers(self, seeds):
         """x_0 of the seeds [B], from x_K through all layers: what is recorded as one graph."""
         x = ops.draw_noise(seeds, 0, self.network.event_shape)
-        for current in range(self.layer.nfe, 0, -1):
+        for current in range(self.layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
-            eps_hat = self.predict(x, self.layer.tau[k])
-            # The last layer gives its mean, since noise there would only be seen as noise; DDIM with eta 0 has none anywhere.
-            if current == 1 or self.layer.eta == 0:
-                x = self.layer.mean(x, eps_hat, k)
+            eps_hat = self.predict(x, self.layers.tau[k])
+            # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
+            if current == 1 or self.layers.eta == 0:
+                x = self.layers.mean(x, eps_hat, k)
             else:
-                x = self.layer.step(x, eps_hat, k, self.log_gamma, seeds)
+                x = self.layers.step(x, eps_hat, self.log_gamma, ops.Noise(seeds, k))
         return x
 
     @property
     def nfe(self):
         """Network evaluations per sample."""
-        return self.layer.nfe
+        return self.layers.nfe
 
 
-def ddim_sampler(config, teacher, nfe, eta, execution=EAGER):
-    """DDIM with `nfe` evaluations of the teacher, at the run's betas and spacing."""
-    device = device_of(teacher)
-    return Sampler(teacher, build_ddim_layer(config, nfe, eta, device), torch.zeros(1, device=device), execution)
+def ddim_sampler(context, nfe, eta):
+    """DDIM with `nfe` evaluations of the context's teacher, at the run's betas and spacing."""
+    layers = build_ddim_layers(context.config, nfe, eta, context.device)
+    return Sampler(context.teacher, layers, torch.zeros(1, device=context.device), context.execution)
 
 
-def load_sampler(run, weights="ema", step=None, backend=None, compile=None, cuda_graphs=None, world=ALONE):
-    """The sampler of a run's newest checkpoint, or of that of a step: `weights` are the "ema" or the "raw" ones.
+def load_sampler(run, world, weights="ema", step=None, changes=None):
+    """The sampler of a run's newest checkpoint, or of that of a step; every rank of `world` gets it, rank 0 reads it.
 
-    backend ("auto", "torch" or "triton"), compile and cuda_graphs (True or False): in the place of the run's. With several processes every rank gets it,
-    and rank 0 reads it. Returns (Sampler, config, step).
-    Raises ValueError where the run has no checkpoint, the weights are unknown, or what is asked for cannot run here.
+    run: what `train` returned or a folder's path; weights: the "ema" or the "raw" ones.
+    changes: keys of the run's configuration with other values, as {"backend": "torch", "compile": False}.
+    Returns (Sampler, Context without a teacher, step). Raises ValueError where the run has no checkpoint, the weights
+    are unknown, or what is asked for cannot run here.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: {weights!r} is unknown; choose ema or raw")
-    folder = run if isinstance(run, RunFolder) else RunFolder(run)
-    config, steps = world.from_first(lambda: (folder.config(), folder.checkpoints()))
+    folder = RunFolder.of(run)
+    config, steps = world.from_main(lambda: (folder.config(), folder.checkpoints()))
     if not steps:
         raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
     step = steps[-1] if step is None else step
-    choices = {key: value for key, value in (("compile", compile), ("cuda_graphs", cuda_graphs)) if value is not None}
-    config = dataclasses.replace(config, **choices)
-    device, _ = prepare_device(config, backend, world)
-    execution = build_execution(config, device)
-    layer = build_layer(config, device)
-    student = attach_log_gamma(build_network(config, device), layer).to(device).eval().requires_grad_(False)
+    context = build_context(change_config(config, changes or {}), world)
+    student = build_untrained_student(context)
     stem = "student_ema" if weights == "ema" else "student"
-    load_weights(
-        student,
-        world.tensors_from_first(lambda: folder.load_tensors(step, stem)),
-        folder.checkpoint_path(step) / f"{stem}.safetensors",
-    )
-    return Sampler(student, layer, student.log_scaled_gamma, execution), config, step
+    tensors = world.tensors_from_main(lambda: folder.load_tensors(step, stem))
+    load_weights(student, tensors, folder.checkpoint_path(step) / f"{stem}.safetensors")
+    return Sampler(student, context.layers, student.log_scaled_gamma, context.execution), context, step
 
 
-def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, backend=None, compile=None, cuda_graphs=None):
-    """Draw images from a run: `run` is what `train` returned or a folder's path, `seeds` a sequence of ints; the rest as of `load_sampler`.
+def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, **changes):
+    """Draw images from a run.
+
+    run: what `train` returned or a folder's path; seeds: a sequence of ints; weights: "ema" or "raw".
+    on_batch(n): called after every batch of at most `batch_size` images.
+    changes: in the place of the run's keys, as backend="torch", compile=True or cuda_graphs=False.
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
-    image, whatever the batch. Started once per process by a launcher, each rank draws its part and all have the result.
-    Raises ValueError for a path that holds no run, and as `load_sampler`.
+    image, whatever the batch. Started once per process by a launcher, each rank draws its share and all have the
+    result. Raises ValueError for a path that holds no run, and as `load_sampler`.
     """
-    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    folder = RunFolder.of(run)
     config = folder.config()
     world = connect(config)
     with world.watched(config.distributed.timeout):
-        sampler, config, _ = load_sampler(
-            folder, weights, backend=backend, compile=compile, cuda_graphs=cuda_graphs, world=world
-        )
+        sampler, _, _ = load_sampler(folder, world, weights, changes=changes)
         if len(seeds) == 0:
             raise ValueError("seeds: none given; ask for at least one image")
         x = sampler(world.share(seeds), batch_size, world.counting(on_batch))

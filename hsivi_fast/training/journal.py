@@ -1,61 +1,69 @@
-"""What a training leaves for the eye: its bar, metrics.jsonl, TensorBoard, Weights & Biases where it is asked for, and pictures on the way."""
+"""What a training leaves for the eye: bar, metrics.jsonl, TensorBoard, Weights & Biases, and pictures on the way."""
 
 import io
 import secrets
 import sys
 import time
 
+import numpy as np
+from PIL import Image
+
 from .. import ops
 from ..config import resolved_dict
 from ..data import to_uint8
-from ..parallel.world import ALONE
+from ..report.figures import image_grid, log_gamma_picture
 from .telemetry import GpuMonitor
 
 
 def check_journal(config):
-    """ValueError where the configuration asks for Weights & Biases and its package is missing; before a training has cost anything."""
+    """ValueError where the configuration asks for Weights & Biases and its package is missing.
+
+    Asked before a training has cost anything.
+    """
     if config.log.wandb is not None and _wandb() is None:
-        raise ValueError(
-            f"log.wandb: {config.log.wandb!r} needs the package wandb, which is not installed; pip install wandb"
-        )
+        needed = f"{config.log.wandb!r} needs the package wandb, which is not installed"
+        raise ValueError(f"log.wandb: {needed}; pip install wandb")
 
 
 def pictures_due(config, step, measured):
-    """Whether a step ends with pictures; measured: whether it ends with a measurement. By the configuration and the step alone: all ranks have to agree."""
+    """Whether a step ends with pictures; measured: whether it ends with a measurement.
+
+    By the configuration and the step alone: all ranks have to agree.
+    """
     if config.log.images_every:
         return step % config.log.images_every == 0 or step == config.train.steps
-    return (
-        measured or config.eval.num_samples > 0 and step == config.train.steps
-    )  # the final table is a measurement too
+    ends_with_table = config.eval.num_samples > 0 and step == config.train.steps  # which is a measurement too
+    return measured or ends_with_table
 
 
 class Journal:
-    """The progress bar, metrics.jsonl, TensorBoard and Weights & Biases of a run. Losses are summed on the device between log steps, and averaged over ranks there."""
+    """The progress bar, metrics.jsonl, TensorBoard and Weights & Biases of a run.
 
-    def __init__(self, folder, config, execution, progress, world=ALONE):
-        self.folder, self.config, self.execution, self.progress, self.world = folder, config, execution, progress, world
+    Losses are summed on the device between log steps, and averaged over ranks there.
+    """
+
+    def __init__(self, context, folder, progress):
+        self.context, self.folder, self.progress = context, folder, progress
+        self.config, self.execution, self.world = context.config, context.execution, context.world
         self.sums, self.counts = {}, {}
+        self.bar = self.tensorboard = self.wandb = self.gpu = None
 
     def __enter__(self):
         return self
 
-    def start(self, step, backend, device):
+    def start(self, step):
         """Take up the records at a step, and open the bar and the writers there."""
         self.logged_step, self.prepared, self.drawing = step, self.execution.seconds, 0.0
-        if not self.world.first:
+        if not self.world.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and only a training writes there
+        from tqdm import tqdm  # here: the other ranks draw no bar
 
         self.folder.forget_metrics_after(step)
         self.seconds = max((record["seconds"] for record in self.folder.metrics()), default=0.0)
         total = self.config.train.steps
         if self.progress:
-            tqdm.write(
-                f"backend {backend}{' (interpreted)' if backend == 'triton' and ops.triton_is_interpreted() else ''}, device {device}, run folder {self.folder.path}"
-                + (f", going on from step {step} of {total}" if step else ""),
-                file=sys.stderr,
-            )
+            tqdm.write(self._opening(step), file=sys.stderr)
         self.bar = tqdm(
             total=total,
             initial=step,
@@ -65,9 +73,18 @@ class Journal:
             dynamic_ncols=True,
         )
         self.tensorboard = SummaryWriter(self.folder.path / "tensorboard", purge_step=step + 1)
-        self.wandb = WandbRun(self.folder, self.config, self.bar.write) if self.config.log.wandb is not None else None
-        self.gpu = GpuMonitor(device)
+        if self.config.log.wandb is not None:
+            self.wandb = WandbRun(self.folder, self.config, self.bar.write)
+        self.gpu = GpuMonitor(self.context.device)
         self.logged_time = time.perf_counter()
+
+    def _opening(self, step):
+        """The line above the bar: what runs where."""
+        backend = self.context.backend
+        interpreted = " (interpreted)" if backend == "triton" and ops.triton_is_interpreted() else ""
+        going_on = f", going on from step {step} of {self.config.train.steps}" if step else ""
+        place = f"device {self.context.device}, run folder {self.folder.path}"
+        return f"backend {backend}{interpreted}, {place}{going_on}"
 
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
@@ -77,19 +94,16 @@ class Journal:
 
     def log(self, step, student_lr, score_net_lr, metric):
         """Write one record; the host waits for the device here, and the ranks for each other."""
-        means = {
-            name: float(self.world.sum(total)) / (self.counts[name] * self.world.size)
-            for name, total in self.sums.items()
-        }
+        counts = {name: count * self.world.size for name, count in self.counts.items()}
+        means = {name: float(self.world.sum(total)) / counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
-        if not self.world.first:
+        if not self.world.is_main:
             return
         now = time.perf_counter()
         elapsed, images = now - self.logged_time, (step - self.logged_step) * self.config.train.batch_size
         self.seconds += elapsed
-        preparing = (
-            self.execution.seconds - self.prepared
-        )  # compiling and recording, which are not the speed of training
+        # Compiling and recording are not the speed of training.
+        preparing = self.execution.seconds - self.prepared
         training = elapsed - preparing - self.drawing
         record = {
             "step": step,
@@ -113,28 +127,23 @@ class Journal:
             self.wandb.log(step, scalars)
         shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
         if preparing >= 1 and self.progress:
-            self.bar.write(
-                f"step {step}: compiling and recording took {preparing:.0f} s of {elapsed:.0f} s", file=sys.stderr
-            )
-        self.bar.set_postfix(
-            {name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False
-        )
+            took = f"compiling and recording took {preparing:.0f} s of {elapsed:.0f} s"
+            self.bar.write(f"step {step}: {took}", file=sys.stderr)
+        postfix = {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
+        self.bar.set_postfix(postfix, refresh=False)
         self.logged_step, self.logged_time, self.prepared, self.drawing = step, now, preparing + self.prepared, 0.0
 
     def show(self, step, samples, log_gamma, began):
-        """Write pictures of the averaged student: samples/step_XXXXXXX.png, and both to TensorBoard and Weights & Biases.
+        """Write pictures of the averaged student: samples/step_XXXXXXX.png, and both to TensorBoard and W&B.
 
-        samples: images [N, C, H, W] in -1 .. 1 of fixed seeds, or points [N, 2], which are not shown; log_gamma: as of `Layer`; began: when sampling them began (`time.perf_counter()`): the time is kept out of the rate.
+        samples: images [N, C, H, W] in -1 .. 1 of fixed seeds, or points [N, 2], which are not shown.
+        log_gamma: as of `Layers`; began: when sampling them began (`time.perf_counter()`), a time that is kept out of
+        the rate.
         """
-        if not self.world.first:
+        if not self.world.is_main:
             return
-        from ..report.figures import image_grid, log_gamma_picture
-
-        pictures = {
-            "log_gamma": log_gamma_picture(
-                log_gamma.detach().cpu().numpy(), self.config.gamma.per_step, self.config.gamma.per_pixel
-            )
-        }
+        gamma = self.config.gamma
+        pictures = {"log_gamma": log_gamma_picture(log_gamma.detach().cpu().numpy(), gamma.per_step, gamma.per_pixel)}
         if samples.ndim == 4:
             pictures["samples"] = image_grid(to_uint8(samples).cpu().numpy())
             self.folder.write(f"samples/step_{step:07d}.png", pictures["samples"])
@@ -146,32 +155,33 @@ class Journal:
         self.drawing += time.perf_counter() - began
 
     def saved(self, step, seconds, size):
-        """Note that a checkpoint of a step took so many seconds and bytes: in saves.jsonl, and on the terminal where it is worth a line."""
-        if self.world.first:
+        """Note in saves.jsonl what a checkpoint of a step took, and on the terminal where it took long."""
+        if self.world.is_main:
             self.folder.append("saves.jsonl", {"step": step, "seconds": seconds, "bytes": size})
         if seconds >= 1 and self.progress:
             self.bar.write(f"step {step}: saving {size / 1e6:.0f} MB took {seconds:.1f} s", file=sys.stderr)
 
     def advance(self, step):
         """Move the bar."""
-        if self.world.first:
+        if self.world.is_main:
             self.bar.update(step - self.bar.n)
 
     def __exit__(self, kind, *exception):
-        if hasattr(self, "bar"):
+        if self.bar is not None:
             self.bar.close()
-        if hasattr(self, "tensorboard"):
+        if self.tensorboard is not None:
             self.tensorboard.close()
-        if hasattr(self, "gpu"):
+        if self.gpu is not None:
             self.gpu.stop()
-        if getattr(self, "wandb", None):
+        if self.wandb is not None:
             self.wandb.finish(failed=kind is not None)
 
 
 class WandbRun:
     """A run at Weights & Biases, whose name there (wandb.json in the run's folder) a resumed run takes up again.
 
-    Trouble there (no network, no account, a full quota) is told once by `warn(line, file)`; from then on nothing is sent, and training goes on.
+    Trouble there (no network, no account, a full quota) is told once by `warn(line, file)`. From then on nothing is
+    sent, and training goes on.
     """
 
     def __init__(self, folder, config, warn):
@@ -188,9 +198,7 @@ class WandbRun:
 
     def show(self, step, pictures):
         """Send pictures of a step, {name: uint8 [H, W, 3]}."""
-        self._try(
-            lambda: self.run.log({"step": step, **{name: _wandb().Image(pixels) for name, pixels in pictures.items()}})
-        )
+        self._try(lambda: self.run.log({"step": step, **_as_wandb_images(pictures)}))
 
     def finish(self, failed):
         """Send what is left, and how it ended."""
@@ -214,29 +222,27 @@ class WandbRun:
             return
         try:
             call()
-        except (
-            Exception
-        ) as error:  # whatever its client, its network layer and its service raise: none of it is the training's affair
+        except Exception as error:
+            # Whatever its client, its network layer and its service raise: none of it is the training's affair.
             self.broken = True
-            self.warn(
-                f"warning: Weights & Biases: {' '.join(str(error).split())}; nothing more is sent there", sys.stderr
-            )
+            reason = " ".join(str(error).split())
+            self.warn(f"warning: Weights & Biases: {reason}; nothing more is sent there", sys.stderr)
+
+
+def _as_wandb_images(pictures):
+    return {name: _wandb().Image(pixels) for name, pixels in pictures.items()}
 
 
 def _wandb():
     """The package, or None where there is none."""
     try:
-        import wandb
+        import wandb  # here: it is optional
     except ImportError:
         return None
-    return (
-        wandb if hasattr(wandb, "init") else None
-    )  # a folder `wandb` where the command runs, which offline runs leave, is importable too
+    # A folder `wandb` where the command runs, which offline runs leave, is importable too.
+    return wandb if hasattr(wandb, "init") else None
 
 
 def _pixels(png):
     """uint8 [H, W, 3] of a picture's bytes."""
-    import numpy as np
-    from PIL import Image
-
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

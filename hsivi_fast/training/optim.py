@@ -26,7 +26,10 @@ def learning_rate(rule, base, step, warmup, total):
 
 
 def adam(parameters, lr=0.0, capturable=False):
-    """Adam(0.9, 0.999) with amsgrad, in torch's fused form; the rate is set before every step, or filled into the tensor `lr`."""
+    """Adam(0.9, 0.999) with amsgrad, in torch's fused form.
+
+    The rate is set before every step, or filled into the tensor `lr`.
+    """
     return torch.optim.Adam(
         parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable
     )
@@ -35,8 +38,8 @@ def adam(parameters, lr=0.0, capturable=False):
 class EMA:
     """Exponential moving average of parameters, with the ramp min(decay, (1 + n) / (10 + n)) over updates n.
 
-    named_parameters: (name, tensor) pairs, a network's or one rank's parts of them. `weight`: a tensor [] that holds 1 - decay for the update, where
-    that update is recorded and replayed (see frozen.py).
+    named_parameters: (name, tensor) pairs, a network's or one rank's shards of them.
+    weight: a tensor [] that holds 1 - decay for the update, where that is recorded and replayed (see execution.py).
     """
 
     def __init__(self, named_parameters, decay, weight=None):
@@ -45,21 +48,21 @@ class EMA:
         self.parameters = {name: parameter.detach().clone() for name, parameter in named_parameters}
 
     def count(self):
-        """The host's part of an update: one more."""
+        """What the host does of an update: one more."""
         self.updates += 1
         if self.weight is not None:
             self.weight.fill_(self._weight())
 
     @torch.no_grad()
     def update(self, parameters):
-        """The device's part: move towards the present parameters, in the order that this was made with."""
-        own, present = list(self.parameters.values()), [parameter.detach() for parameter in parameters]
+        """What the device does: move towards the present parameters, in the order that this was made with."""
+        averages, present = list(self.parameters.values()), [parameter.detach() for parameter in parameters]
         if self.weight is None:
-            torch._foreach_lerp_(own, present, self._weight())
+            torch._foreach_lerp_(averages, present, self._weight())
         else:  # there is no lerp by a tensor [] of one pass
-            difference = torch._foreach_sub(present, own)
+            difference = torch._foreach_sub(present, averages)
             torch._foreach_mul_(difference, self.weight)
-            torch._foreach_add_(own, difference)
+            torch._foreach_add_(averages, difference)
 
     def _weight(self):
         return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))

@@ -1,22 +1,25 @@
-"""Small teachers, where no checkpoint can be had: a noise-prediction UNet (the DDPM loss) and the metric's feature network."""
+"""Small teachers, where no checkpoint can be had: a UNet by the DDPM loss, and the metric's feature network."""
 
 import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .. import ops
-from ..build import build_execution, in_form_of, prepare_device
+from ..build import build_context, in_form_of
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
-from ..metrics.evaluation import StreamingMoments, save_statistics
+from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
 from ..nets import build_unet
 from ..parallel.interrupt import Interrupted, StopRequest
-from ..parallel.world import processes
+from ..parallel.world import ALONE, processes
 from .engine import PlainEngine
 
 # Purposes of the run seed's random numbers (see rollout.py for those of the distillation).
@@ -29,42 +32,29 @@ EPOCHS = {"digits": 40, "mnist": 10}  # of the feature networks
 def train_teacher(config, outdir, progress=False):
     """Train `config.network` on `config.data` with the DDPM loss E |eps - eps_hat(x_t, t)|^2 (Ho et al. 2020, eq. 14).
 
-    Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued. Returns the path of
-    teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names no data or is another
-    run's, and `Interrupted` after SIGINT or SIGTERM, when it has been saved.
+    Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued.
+    Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
+    no data or is another run's, and `Interrupted` after SIGINT or SIGTERM, when it has been saved.
     """
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
     if processes() > 1:
-        raise ValueError(
-            f"WORLD_SIZE: {processes()} processes were launched; a teacher is trained in one, start it without a launcher"
-        )
-    settings, (device, _) = config.teacher_train, prepare_device(config)
+        launched = f"{processes()} processes were launched"
+        raise ValueError(f"WORLD_SIZE: {launched}; a teacher is trained in one, start it without a launcher")
+    settings = config.teacher_train
+    context = build_context(dataclasses.replace(config, cuda_graphs=False), ALONE)
+    device = context.device
     images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = build_unet(config.network).to(device)
+    network = _fresh_network(config).to(device)
     in_form_of(config, network)
     if images.shape[1:] != network.event_shape:
-        raise ValueError(
-            f"network: makes images {list(network.event_shape)}, the data {config.data!r} has {list(images.shape[1:])}"
-        )
-    engine = PlainEngine(
-        network, CLIP, settings.ema, build_execution(dataclasses.replace(config, cuda_graphs=False), device)
-    )
+        found = f"the data {config.data!r} has {list(images.shape[1:])}"
+        raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
+    engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
     folder = RunFolder.start(outdir, config)
-    with (
-        folder.locked(),
-        StopRequest() as stop,
-        tqdm(
-            total=settings.steps, desc=f"teacher {config.name}", unit="step", disable=not progress, dynamic_ncols=True
-        ) as bar,
-    ):
+    with folder.locked(), StopRequest() as stop, _bar(settings.steps, f"teacher {config.name}", progress) as bar:
         step, total, count = 0, torch.zeros((), device=device), 0
         if folder.checkpoints():
             step = folder.checkpoints()[-1]
@@ -96,17 +86,28 @@ def train_teacher(config, outdir, progress=False):
                 folder.drop_old_checkpoints()
             bar.update(1)
             if stopping:
-                raise Interrupted(
-                    f"stopped at step {step} of {settings.steps}; saved in {folder.path}; the same command goes on from there",
-                    stopping,
-                )
+                where = f"stopped at step {step} of {settings.steps}; saved in {folder.path}"
+                raise Interrupted(f"{where}; the same command goes on from there", stopping)
     file = folder.path / "teacher.safetensors"
     save_file({name: value.cpu().contiguous() for name, value in engine.averaged().items()}, file)
     return file
 
 
+def _bar(total, title, progress):
+    return tqdm(total=total, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
+
+
+def _fresh_network(config):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_unet(config.network)
+
+
 def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
-    """(loss, d loss / d eps_hat, eps_hat) of one minibatch, whose images, times and noise are addressed by (run seed, step)."""
+    """(loss, d loss / d eps_hat, eps_hat) of one minibatch.
+
+    Its images, times and noise are addressed by (run seed, step).
+    """
     device = images.device
     index = _uniform_below(len(images), run_seed, IMAGES, step, batch_size, device)
     t = _uniform_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
@@ -123,26 +124,37 @@ def _uniform_below(limit, run_seed, purpose, step, n, device):
 
 
 def _rate(settings, step):
-    return settings.lr * min(step / max(settings.warmup, 1), 1.0) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    warmup = min(step / max(settings.warmup, 1), 1.0)
+    return settings.lr * warmup * (1 + math.cos(math.pi * step / settings.steps)) / 2
 
 
 def train_feature_network(config, outdir, progress=False):
     """Train the classifier of a data set's labels whose penultimate activations are the features of its metric.
 
-    AdamW with a one-cycle rate and label smoothing, on all but `HELD_OUT` images; prints its accuracy on those. Writes features.safetensors,
-    and reference.npz, the features' mean and covariance over all images. Returns the path of the first. Raises ValueError for a data set without labels or of another size.
+    AdamW with a one-cycle rate and label smoothing, on all but `HELD_OUT` images; prints its accuracy on those. Writes
+    features.safetensors, and reference.npz with the features' mean and covariance over all images.
+    Returns the path of the first. Raises ValueError for a data set without labels or of another size.
     """
-    from pathlib import Path
-
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
     if config.data not in CLASSIFIERS:
         raise ValueError(f"data: {config.data!r} has no feature network to train; choose {' or '.join(CLASSIFIERS)}")
     data = load_data(config.data, config.data_path)
     if data.labels is None:
         raise ValueError(f"data_path: {config.data_path!r} holds no labels; a feature network is trained on them")
     images, labels = to_uint8(torch.from_numpy(data.images), data.levels), torch.from_numpy(data.labels)
+    network = _train_classifier(config, images, labels, progress)
+    moments = StreamingMoments()
+    with torch.no_grad():
+        for batch in images.split(250):
+            moments.add(network.features(batch))
+    file = Path(outdir) / "features.safetensors"
+    save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
+    statistics = {**moments.statistics(), "features": describe_features(config.data, file)}
+    save_statistics(Path(outdir) / "reference.npz", statistics)
+    return file
+
+
+def _train_classifier(config, images, labels, progress):
+    """The data set's classifier, trained on uint8 images [N, C, H, W] and labels [N]."""
     epochs, batch_size = EPOCHS[config.data], 64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -151,7 +163,7 @@ def train_feature_network(config, outdir, progress=False):
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         steps = epochs * -(-len(trained) // batch_size)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        with tqdm(total=steps, desc="feature network", unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        with _bar(steps, "feature network", progress) as bar:
             for _ in range(epochs):
                 for batch in trained[torch.randperm(len(trained))].split(batch_size):
                     loss = F.cross_entropy(network(images[batch]), labels[batch], label_smoothing=0.1)
@@ -163,13 +175,4 @@ def train_feature_network(config, outdir, progress=False):
             with torch.no_grad():
                 accuracy = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean()
             bar.write(f"accuracy on {HELD_OUT} held-out images: {accuracy:.4f}", file=sys.stderr)
-    moments = StreamingMoments()
-    with torch.no_grad():
-        for batch in images.split(250):
-            moments.add(network.features(batch))
-    file = Path(outdir) / "features.safetensors"
-    save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
-    save_statistics(
-        Path(outdir) / "reference.npz", {**moments.statistics(), "features": describe_features(config.data, file)}
-    )
-    return file
+    return network

@@ -5,16 +5,15 @@ import subprocess
 import threading
 from importlib import metadata
 
+import torch
+
 from .. import ops
-from ..config import PACKAGE
-from ..parallel.world import ALONE
-from .engine import uses_deepspeed
+from ..config import PACKAGE, uses_deepspeed
 
 
-def describe_environment(config, backend, device, world=ALONE):
+def describe_environment(context):
     """Versions, device, commit, the backend that runs, precision and processes, as environment.json holds them."""
-    import torch
-
+    config, world, device, backend = context.config, context.world, context.device, context.backend
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
     for package in ("hsivi_fast", "torch", "triton", "numpy", "deepspeed", "torch-fidelity"):
@@ -37,16 +36,20 @@ def describe_environment(config, backend, device, world=ALONE):
     }
 
 
-def _nvml_handle(device):
-    """NVML's handle of a CUDA device; None where there is no such device, driver or package."""
-    if device.type != "cuda":
-        return None
+def _pynvml():
+    """NVIDIA's package; None where it is not installed, and so no GPU can be asked."""
     try:
-        import pynvml
+        import pynvml  # here: it is of use on a machine with a GPU alone
     except ImportError:
         return None
-    import torch
+    return pynvml
 
+
+def _nvml_handle(device):
+    """NVML's handle of a CUDA device; None where there is no such device, driver or package."""
+    pynvml = _pynvml() if device.type == "cuda" else None
+    if pynvml is None:
+        return None
     try:
         pynvml.nvmlInit()
         # By its UUID: CUDA_VISIBLE_DEVICES renumbers the devices of a process, and NVML does not know.
@@ -56,47 +59,44 @@ def _nvml_handle(device):
 
 
 class EnergyMeter:
-    """Joules that a GPU took since this was made, from the counter that NVIDIA's driver keeps (Volta and newer); None where there is no such GPU or counter."""
+    """Joules that a GPU took since this was made, from the counter that NVIDIA's driver keeps (Volta and newer)."""
 
     def __init__(self, device):
-        self.handle = _nvml_handle(device)
+        self.handle, self.pynvml = _nvml_handle(device), _pynvml()
         if self.handle is not None:
-            import pynvml
-
             try:
-                self.start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
-            except pynvml.NVMLError:
+                self.start = self._read()
+            except self.pynvml.NVMLError:
                 self.handle = None
 
     def joules(self):
-        """Energy so far, in joules, or None."""
-        if self.handle is None:
-            return None
-        import pynvml
+        """Energy so far, in joules, or None where there is no such GPU or counter."""
+        return None if self.handle is None else self._read() - self.start
 
-        return (
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) - self.start
-        ) / 1e3  # the counter is in millijoules
+    def _read(self):
+        return self.pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3  # it counts millijoules
 
 
 class GpuMonitor:
     """Power, utilisation, memory and energy of one GPU, averaged from one `record` to the next.
 
-    A thread asks the driver once in `period` seconds, away from the training's own thread: asked only at log steps, when the host has just waited for the
-    device, it would find the GPU idle. Without an NVIDIA GPU there is no thread.
+    A thread asks the driver once in `period` seconds, away from the training's own thread: asked only at log steps,
+    when the host has just waited for the device, it would find the GPU idle. Without an NVIDIA GPU there is no thread.
     """
 
     def __init__(self, device, period=1.0):
-        self.handle, self.meter, self.period = _nvml_handle(device), EnergyMeter(device), period
+        self.handle, self.pynvml = _nvml_handle(device), _pynvml()
+        self.meter, self.period = EnergyMeter(device), period
         self.samples, self.joules, self.stopped, self.thread = [], 0.0, threading.Event(), None
         if self.handle is not None:
             self.thread = threading.Thread(target=self._run, name="gpu monitor", daemon=True)
             self.thread.start()
 
     def record(self, images):
-        """{"gpu_power_watts", "gpu_utilisation_percent", "gpu_memory_bytes": means since the last call, "joules_per_image": energy by `images`, trained since then}.
+        """What was measured since the last call, as keys of a record; images: how many were trained since then.
 
-        What the driver does not tell is left out, so without a GPU it is {}.
+        gpu_power_watts, gpu_utilisation_percent, gpu_memory_bytes: means; joules_per_image: energy by images. What the
+        driver does not tell is left out, so without a GPU it is {}.
         """
         if self.handle is None:
             return {}
@@ -123,20 +123,21 @@ class GpuMonitor:
             self.samples.append(self._sample())
 
     def _sample(self):
-        """(watts, percent, bytes) of this moment, None for what the driver does not tell (memory on some, utilisation of a MIG part)."""
-        import pynvml
+        """(watts, percent, bytes) of this moment.
 
-        def told(read):
-            try:
-                return read()
-            except pynvml.NVMLError:
-                return None
+        None for what the driver does not tell: memory on some GPUs, the utilisation of a MIG part.
+        """
+        milliwatts = self._told(self.pynvml.nvmlDeviceGetPowerUsage)
+        utilisation = self._told(self.pynvml.nvmlDeviceGetUtilizationRates)
+        memory = self._told(self.pynvml.nvmlDeviceGetMemoryInfo)
+        watts = None if milliwatts is None else milliwatts / 1e3
+        return watts, getattr(utilisation, "gpu", None), getattr(memory, "used", None)
 
-        return (
-            told(lambda: pynvml.nvmlDeviceGetPowerUsage(self.handle) / 1e3),  # it gives milliwatts
-            told(lambda: pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu),
-            told(lambda: pynvml.nvmlDeviceGetMemoryInfo(self.handle).used),
-        )
+    def _told(self, read):
+        try:
+            return read(self.handle)
+        except self.pynvml.NVMLError:
+            return None
 
 
 def commit():
@@ -144,12 +145,8 @@ def commit():
     root = PACKAGE.resolve().parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
-        return (
-            subprocess.run(
-                ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-            ).stdout.strip()
-            or None
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None

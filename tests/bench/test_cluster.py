@@ -7,7 +7,7 @@ import torch
 
 from bench import cluster
 from bench.cluster import Case, Cluster, Network, advice, collectives, cycle, memory, needed_samples, sent_per_cycle
-from hsivi_fast.build import build_layer
+from hsivi_fast.build import build_layers
 from hsivi_fast.config import load_config
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.nets import build_unet
@@ -154,7 +154,7 @@ def test_memory_by_hand():
 
 def test_the_pool_is_the_one_of_a_rollout():
     config = load_config("toy2d", ["nfe=10", "train.batch_size=16", "train.f_learning_times=20"])
-    layer = build_layer(config, "cpu")
+    layer = build_layers(config, "cpu")
     student = attach_log_gamma(build_unet("toy2d"), layer)
     case = Case(replace(SMALL, event=2), 1, 16)
     rollout = build_rollout(config, layer, student)

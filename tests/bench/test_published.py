@@ -8,7 +8,7 @@ from test_golden_training import CASES, _network
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.published import PublishedTraining, cycle_work, published_sample, through_png
-from hsivi_fast.method.layers import Layer
+from hsivi_fast.method.layers import Layers
 from hsivi_fast.method.schedule import make_schedule
 from hsivi_fast.sampling.sampler import Sampler
 from hsivi_fast.training.optim import learning_rate
@@ -91,7 +91,7 @@ def test_its_sampler_is_ours_with_the_same_noise():
     training = _training("train_shared_image_gamma")
     with torch.no_grad():
         training.log_gamma.fill_(0.2)
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), **CASES["train_shared_image_gamma"])
+    layer = Layers(make_schedule("linear", 1000, "quad", 5), **CASES["train_shared_image_gamma"])
     from hsivi_fast import ops
 
     seeds = torch.arange(16)

@@ -8,7 +8,7 @@ import torch
 from golden_values import fill_by_name, load_golden
 
 from hsivi_fast import ops
-from hsivi_fast.method.layers import Layer, attach_log_gamma
+from hsivi_fast.method.layers import Layers, attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
 from hsivi_fast.nets import build_unet
 from hsivi_fast.training.engine import PlainEngine
@@ -47,7 +47,7 @@ def test_six_iterations_agree_with_the_published_code(name, backend_device, monk
         monkeypatch.setattr(ops, "group_norm_silu", functools.partial(ops.group_norm_silu, backend="torch"))
     golden = load_golden(name)
     tensor = lambda key: torch.from_numpy(golden[key]).to(device)
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), **CASES[name]).to(device)
+    layer = Layers(make_schedule("linear", 1000, "quad", 5), **CASES[name]).to(device)
     teacher = _network().to(device).requires_grad_(False)
     student = PlainEngine(attach_log_gamma(_network(0.95), layer).to(device), clip=1.0, ema=0.999)
     score_net = PlainEngine(_network(1.05).to(device), clip=1.0, ema=0.999)

@@ -33,7 +33,7 @@ def go_on(folder, overrides):
         for name, engine in (("student", student), ("score_net", score_net)):
             tensors, numbers = engine.state(name)
             loaded.update(numbers)
-            if world.first:
+            if world.is_main:
                 loaded.update(
                     {
                         stem: {key: value.detach().numpy().copy() for key, value in values.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsivi_fast import ops
-from hsivi_fast.build import build_layer
+from hsivi_fast.build import build_layers
 from hsivi_fast.config import load_config
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.nets import build_unet
@@ -19,7 +19,7 @@ def _setting(*overrides):
     config = load_config(
         "toy2d", [f"nfe={NFE}", f"train.batch_size={BATCH}", f"train.f_learning_times={CYCLE}", "seed=3", *overrides]
     )
-    layer = build_layer(config, "cpu")
+    layer = build_layers(config, "cpu")
     torch.manual_seed(0)
     student = build_unet("toy2d")
     torch.nn.init.normal_(student.layers[-1].weight, std=0.1)

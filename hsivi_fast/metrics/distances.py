@@ -1,0 +1,188 @@
+"""Distances between sets of samples, and what they are computed from: moments and features that arrive in batches.
+
+Frechet distance, kernel distance, precision and recall are torch-fidelity's functions, on features of images. The two
+distances of 2-D samples are our own.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PLANE_BINS, PLANE_PROJECTIONS = 48, 32
+FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
+NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
+
+
+class StreamingMoments:
+    """Mean and covariance of features that arrive in batches: sums and outer products in float64."""
+
+    def __init__(self):
+        self.count, self.total, self.outer = 0, None, None
+
+    def add(self, features):
+        """Take in features [N, D]."""
+        features = features.double()
+        total, outer = features.sum(0), features.T @ features
+        self.count += len(features)
+        self.total = total if self.total is None else self.total + total
+        self.outer = outer if self.outer is None else self.outer + outer
+
+    def reduce(self, world):
+        """Take in what the other ranks have: every rank has all of it afterwards."""
+        count = torch.tensor([self.count], dtype=torch.float64, device=self.total.device)
+        for value in (count, self.total, self.outer):
+            world.sum(value)
+        self.count = int(count)
+
+    def statistics(self):
+        """{"mu": [D], "sigma": [D, D]}, float64 arrays; sigma is the unbiased covariance."""
+        if self.count < 2:
+            raise ValueError(f"num-samples: {self.count} is too few for a covariance; use at least 2")
+        mu = self.total / self.count
+        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
+        return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy()}
+
+
+class KeptFeatures:
+    """The first features of a stream, `FEATURES_KEPT` at most over all ranks of `world`.
+
+    They are for metrics that compare sample by sample. count: how many samples there are, over all ranks.
+    """
+
+    def __init__(self, world, count):
+        self.world, self.count, self.batches = world, count, []
+        self.room = min(-(-count // world.size), FEATURES_KEPT // world.size)
+
+    def add(self, features):
+        """Take in features [N, D] of this rank's samples, repeated ones included."""
+        if self.room:
+            self.batches.append(features[: self.room])
+            self.room -= len(self.batches[-1])
+
+    def gathered(self):
+        """Float32 [M, D] on the CPU, without the repetitions that fill up ranks' shares; on every rank."""
+        features = torch.cat(self.batches)
+        if self.world.size == 1:
+            return features.cpu()
+        share = -(-self.count // self.world.size)
+        by_rank = enumerate(self.world.gather(features))
+        return torch.cat([kept[: max(self.count - rank * share, 0)] for rank, kept in by_rank]).cpu()
+
+
+def frechet_distance(first, second):
+    """Frechet distance between two Gaussians {"mu", "sigma"} (Heusel et al. 2017, eq. 6), by torch-fidelity's function.
+
+    Raises ValueError where their feature sizes differ.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # here: it takes a second
+
+    if np.shape(first["mu"]) != np.shape(second["mu"]):
+        sizes = f"{np.shape(first['mu'])[0]} features on one side and {np.shape(second['mu'])[0]} on the other"
+        raise ValueError(f"statistics: {sizes}; both must come from the same feature network")
+    return fid_statistics_to_metric(_as_float64(first), _as_float64(second), verbose=False)[KEY_METRIC_FID]
+
+
+def _as_float64(statistics):
+    return {key: np.asarray(statistics[key], dtype=np.float64) for key in ("mu", "sigma")}
+
+
+def kernel_distance(features, reference):
+    """Kernel distance (KID, Binkowski et al. 2018) of features [N, D] to [M, D], by torch-fidelity's 100 subsets.
+
+    A subset has 1,000 images, or all where there are fewer. Returns the mean over subsets and, under
+    `kernel_inception_subset_std`, the deviation.
+    """
+    # Here: it takes a second, and few runs measure it.
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    subset = min(1000, len(features), len(reference))
+    values = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
+    return {
+        "kernel_inception_distance": values[KEY_METRIC_KID_MEAN],
+        "kernel_inception_subset_std": values[KEY_METRIC_KID_STD],
+    }
+
+
+def precision_recall(features, reference):
+    """{"precision", "recall", "f_score"} (Kynkaanniemi et al. 2019) of features [N, D] against [M, D].
+
+    Raises ValueError where a side has too few images for a neighbourhood.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric  # here: it takes a second, and few runs measure it
+
+    count = min(len(features), len(reference))
+    if count <= NEIGHBOURS:
+        problem = f"{count} images are too few for precision and recall"
+        raise ValueError(f"num-samples: {problem}; use more than {NEIGHBOURS}")
+    # 1,000 rows of the distance matrix at a time: whole, it takes 400 MB for 10,000 images a side.
+    return prc_features_to_metric(
+        features, reference, prc_neighborhood=NEIGHBOURS, prc_batch_size=1000, save_cpu_ram=True, verbose=False
+    )
+
+
+def plane_edges():
+    """The edges of the grid on which 2-D samples are counted, float64 [M + 1]."""
+    return torch.linspace(-3, 3, PLANE_BINS + 1, dtype=torch.float64)
+
+
+def js_divergence(points, masses):
+    """Jensen-Shannon divergence, in nats, of points [N, 2] to the exact masses of the grid's cells.
+
+    masses: [M M + 1], the last one of all that is outside of the grid.
+    """
+    edges = plane_edges()
+    counts, _ = torch.histogramdd(points, [edges, edges])
+    counts = torch.cat([counts.flatten(), (len(points) - counts.sum())[None]])
+    p, q = counts / counts.sum(), masses
+    middle = (p + q) / 2
+    return float((torch.special.xlogy(p, p / middle).nansum() + torch.special.xlogy(q, q / middle).nansum()) / 2)
+
+
+def sliced_wasserstein(points, exact):
+    """Sliced Wasserstein-2 distance of points [N, 2] to as many exact samples [N, 2]."""
+    angles = torch.arange(PLANE_PROJECTIONS, dtype=torch.float64) * (torch.pi / PLANE_PROJECTIONS)
+    directions = torch.stack([angles.cos(), angles.sin()])  # [2, P]
+    difference = (points @ directions).sort(dim=0).values - (exact @ directions).sort(dim=0).values
+    return float(difference.square().mean().sqrt())
+
+
+def load_statistics(path):
+    """Reference statistics from an npz file, as EDM publishes them: `mu` [D] and `sigma` [D, D].
+
+    `features` too where the file says what made them.
+    """
+    where = f"reference {str(path)!r}"
+    try:
+        with np.load(path) as file:
+            statistics = {"mu": file["mu"], "sigma": file["sigma"]}
+            if "features" in file:
+                statistics["features"] = str(file["features"])
+    except FileNotFoundError:
+        raise ValueError(f"{where}: no such file") from None
+    except Exception as error:  # not a zip, no such array, pickled objects: numpy raises many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: expected an npz file with mu and sigma ({reason})") from None
+    mu, sigma = statistics["mu"], statistics["sigma"]
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise ValueError(f"{where}: mu {mu.shape} and sigma {sigma.shape} do not fit each other")
+    return statistics
+
+
+def save_statistics(path, statistics):
+    """Write statistics to an npz file that `load_statistics` reads, atomically.
+
+    statistics: {"mu", "sigma", "features" (what made them, see `describe_features`)}.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: several processes may be at it.
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".unfinished")
+    try:
+        with open(descriptor, "wb") as file:
+            np.savez(file, **statistics)
+        Path(beside).replace(path)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,57 @@
+"""The table of a run: what its columns and samplers are called, and its rows as text."""
+
+TITLES = {
+    "frechet_distance": "Frechet distance",
+    "kernel_inception_distance": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "f_score": "F-score",
+    "js_divergence": "JS divergence",
+    "sliced_wasserstein": "sliced Wasserstein",
+}
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddim_eta": "start (DDIM, run's eta)",
+    "ddpm": "DDPM (ancestral)",
+    "dpmpp_2m": "DPM-Solver++(2M)",
+    "unipc": "UniPC",
+    "hsivi_ema": "HSIVI (EMA)",
+    "hsivi_raw": "HSIVI (raw)",
+}
+
+
+def sampler_title(name):
+    """What a sampler of results.json is called in tables and pictures."""
+    return SAMPLERS[name]
+
+
+def spread_key(column):
+    """The key of a column's standard deviation over seed sets: frechet_distance -> frechet_std, and so on."""
+    return column.removesuffix("_distance").removesuffix("_divergence") + "_std"
+
+
+def table_lines(rows):
+    """Rows of results.json as lists of cells, the heading first."""
+    columns = [column for column in TITLES if column in rows[0]]
+    lines = [["sampler", "NFE", *[TITLES[column] for column in columns], "images/s"]]
+    for row in rows:
+        nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if "evaluations" in row else str(row["nfe"])
+        cells = [_cell(row, column) for column in columns]
+        lines.append([sampler_title(row["sampler"]), nfe, *cells, f"{row['images_per_second']:.0f}"])
+    return lines
+
+
+def _cell(row, column):
+    spread, digits = row[spread_key(column)], 2 if column == "frechet_distance" else 4
+    return f"{row[column]:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
+
+
+def format_table(rows):
+    """Rows as aligned text for a terminal."""
+    lines = table_lines(rows)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for name, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        text.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return "\n".join(text)

@@ -1,0 +1,52 @@
+"""The averaged student during a run: what is measured and shown of it."""
+
+import torch
+
+from ..build import build_untrained_student
+from ..metrics.evaluation import measure_row
+from ..sampling.sampler import Sampler
+
+PICTURED = 64  # samples of a grid during training
+
+
+class AveragedStudent:
+    """The student with its averaged weights: one network, whose weights are replaced in place.
+
+    All ranks have to ask at the same step: in ZeRO 3 putting the weights together is a collective, and each rank draws
+    its share of the samples.
+    """
+
+    def __init__(self, context, student):
+        self.context, self.student = context, student
+        self.network = self.sampler = None
+
+    def distance(self, metric):
+        """The metric's first column, on one set of seeds; every rank draws its share of them."""
+        network, layers = self._with_present_weights(), self.context.layers
+        self.sampler = self.sampler or Sampler(network, layers, network.log_scaled_gamma, self.context.execution)
+        num_samples = self.context.config.eval.num_samples
+        row = measure_row("hsivi_ema", self.sampler, metric, num_samples, 1, world=self.context.world)
+        return row[metric.columns[0]]
+
+    def pictures(self):
+        """(samples of the seeds 0 .. 63 in the sampler's form, log_gamma).
+
+        Of a 2-D run no samples are shown, and few are drawn.
+        """
+        network, world = self._with_present_weights(), self.context.world
+        count = PICTURED if self.context.config.teacher.target is None else 1
+        world.mark("drawing pictures")
+        # Called eagerly: a sampler that is compiled or recorded keeps the batch of its first call, and measurements
+        # have a larger one.
+        sampler = Sampler(network, self.context.layers, network.log_scaled_gamma)
+        samples = sampler(world.share(range(count)), on_batch=world.counting(None))
+        return world.gather_shares(samples, count), network.log_scaled_gamma
+
+    def _with_present_weights(self):
+        averaged = self.student.averaged()
+        if self.network is None:
+            self.network = build_untrained_student(self.context)
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(averaged[name])
+        return self.network
