@@ -50,8 +50,16 @@ def read_teacher(config, network, progress=False):
 def _check_what_weights_do_not_show(checkpoint, config):
     """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
     groups = (
-        ("network", {**NORMS, **network_arguments(config.network)}, {key: checkpoint.network[key] for key in checkpoint.stated}),
-        ("teacher", {"betas": config.teacher.betas, "steps": config.teacher.steps}, checkpoint.settings.get("teacher", {})),
+        (
+            "network",
+            {**NORMS, **network_arguments(config.network)},
+            {key: checkpoint.network[key] for key in checkpoint.stated},
+        ),
+        (
+            "teacher",
+            {"betas": config.teacher.betas, "steps": config.teacher.steps},
+            checkpoint.settings.get("teacher", {}),
+        ),
     )
     for group, ours, said in groups:
         for key in ("norm_eps", "norm_groups", "image_size", "heads", "betas", "steps"):

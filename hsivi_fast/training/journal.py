@@ -82,7 +82,10 @@ class Journal:
         """The line above the bar: what runs where."""
         backend = self.context.backend
         interpreted = " (interpreted)" if backend == "triton" and ops.triton_is_interpreted() else ""
-        going_on = f", going on from step {step} of {self.config.train.steps}" if step else ""
+        total = self.config.train.steps
+        going_on = f", going on from step {step} of {total}" if step else ""
+        if step == total:
+            going_on = f", trained already to step {step}"
         place = f"device {self.context.device}, run folder {self.folder.path}"
         return f"backend {backend}{interpreted}, {place}{going_on}"
 
@@ -125,7 +128,7 @@ class Journal:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(step, scalars)
-        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
+        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance (1 set)": metric}
         if preparing >= 1 and self.progress:
             took = f"compiling and recording took {preparing:.0f} s of {elapsed:.0f} s"
             self.bar.write(f"step {step}: {took}", file=sys.stderr)

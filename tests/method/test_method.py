@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_values import load_golden, relative_error
 
-from hsivi_fast.method.layers import Layer
+from hsivi_fast.method.layers import Layers
 from hsivi_fast.method.losses import student_loss_and_grads
 from hsivi_fast.method.schedule import knots, make_schedule, signal_levels
 
@@ -34,7 +34,7 @@ def test_repeated_knots_are_refused_in_training_and_dropped_in_a_baseline():
         (lambda: knots("quad", 0, 1000), "nfe: 0"),
         (lambda: knots("uniform", 1000, 1000), "nfe: 1000"),
         (lambda: signal_levels("sigmoid", 1000), "betas: 'sigmoid'"),
-        (lambda: Layer(make_schedule("linear", 1000, "quad", 5), 1.5), "eta: 1.5"),
+        (lambda: Layers(make_schedule("linear", 1000, "quad", 5), 1.5), "eta: 1.5"),
     ],
 )
 def test_bad_schedules_are_named(call, message):
@@ -50,7 +50,7 @@ def test_layer_is_the_published_one(per_step, per_pixel, eta, backend_device):
     value = lambda name: torch.from_numpy(golden[f"per_step_{per_step}.per_pixel_{per_pixel}.eta{eta}.{name}"]).to(
         backend_device
     )
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel)).to(
+    layer = Layers(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel)).to(
         backend_device
     )
     log_gamma, eps_hat, k = value("log_gamma").requires_grad_(), value("eps_hat").requires_grad_(), value("k")
@@ -68,7 +68,7 @@ def test_layer_is_the_published_one(per_step, per_pixel, eta, backend_device):
 def test_a_student_that_is_the_teacher_is_ddim(eta):
     """DDIM in its own words: predict x_0, go to the next level, add sigma z (Song et al. 2021, eq. 12 and 16)."""
     schedule = make_schedule("linear", 1000, "quad", 5)
-    layer = Layer(schedule, eta, per_step=False, per_pixel=False)
+    layer = Layers(schedule, eta, per_step=False, per_pixel=False)
     generator = torch.Generator().manual_seed(0)
     x, eps, z = (torch.randn(4, 1, 3, 3, generator=generator) for _ in range(3))
     for k in range(1, 6):
@@ -84,7 +84,7 @@ def test_a_student_that_is_the_teacher_is_ddim(eta):
 def test_two_stage_gradient_is_the_gradient_through_one_graph(per_step, per_pixel):
     """The student's gradient, in float64: pulled back to x_{k-1} first, against autograd through everything."""
     torch.manual_seed(0)
-    layer = Layer(make_schedule("linear", 1000, "quad", 4), 0.7, per_step, per_pixel).double()
+    layer = Layers(make_schedule("linear", 1000, "quad", 4), 0.7, per_step, per_pixel).double()
     nets = [
         torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 6)).double() for _ in range(3)
     ]
