@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import philox, score_losses
+from hsivi_fast.kernels import noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 
 from .shapes import network_norms
@@ -242,7 +242,7 @@ def collect(full):
                     continue
                 seen.add(key)
                 name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
-                stage_two = kernel is step._sum_groups_kernel
+                stage_two = kernel is noise_scale._sum_groups_kernel
                 work.append(
                     {
                         "case": case,
@@ -351,17 +351,7 @@ COLUMNS = (
     "accesses",
     "instructions_per_element",
 )
-SUMMARY_TITLES = (
-    "kernel",
-    "type",
-    "layout",
-    "compiled",
-    "registers a thread",
-    "stack bytes",
-    "shared bytes, at most",
-    "16-byte accesses",
-    "instructions an element",
-)
+SUMMARY_TITLES = ("kernel", "type", "layout", "compiled", "registers", "stack", "shared", "16-byte", "instructions")
 TITLES = (
     "kernel",
     "event",

@@ -14,7 +14,7 @@ from test_philox import KNOWN_ANSWERS
 from bench.shapes import network_norms
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import memory, philox, score_losses
+from hsivi_fast.kernels import memory, noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 from hsivi_fast.ops import philox as plain_philox
 from hsivi_fast.ops import reference
@@ -159,7 +159,7 @@ def test_channels_last_and_slices_of_channels(sliced, dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 def test_several_blocks_groups_of_several_samples_and_a_batch_of_one(shape, monkeypatch):
     for batch, programs in ((20, 4), (70, 1056), (1, 1056)):
-        monkeypatch.setattr(step, "PROGRAMS", programs)
+        monkeypatch.setattr(noise_scale, "PROGRAMS", programs)
         i = _method_inputs((3, 12, 10) if batch < 70 else (3, 5, 4), torch.float32, shape, batch=batch)
         _check_step(i, block=128)
         _check_losses(i, block=128)
