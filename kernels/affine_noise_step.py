@@ -19,8 +19,16 @@ import triton
 import triton.language as tl
 
 from .memory import cut_samples, element_offset, layout_arguments, load_float, store_rounded
-from .noise_scale import NONE, finish_sum, gamma_shape, noise_source, prepare_sum
-from .noise_scale import load_log_gamma, load_noise, table_entry
+from .noise_scale import (
+    NONE,
+    finish_sum,
+    gamma_shape,
+    load_log_gamma,
+    load_noise,
+    noise_source,
+    prepare_sum,
+    table_entry,
+)
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 

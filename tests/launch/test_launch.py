@@ -74,7 +74,13 @@ def undisturbed(tmp_path_factory):
 @needs_deepspeed
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(tmp_path, undisturbed):
     code, output = launch(
-        tmp_path, "tests/support/faulty_rank.py", *RUN, "eval.num_samples=30", "--outdir", tmp_path / "run", FAULT="kill:1:5"
+        tmp_path,
+        "tests/support/faulty_rank.py",
+        *RUN,
+        "eval.num_samples=30",
+        "--outdir",
+        tmp_path / "run",
+        FAULT="kill:1:5",
     )
     assert code != 0 and seconds_since_the_kill(output) < 60
     (line,) = [line for line in output.splitlines() if line.startswith("hsivi:")]

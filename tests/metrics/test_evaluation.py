@@ -1,4 +1,4 @@
-"""Statistics and distances against plain numpy and torch-fidelity's own route, memory, saved images, and what is refused."""
+"""Statistics and distances against numpy and torch-fidelity's own route, memory, saved images, and what is refused."""
 
 import numpy as np
 import pytest
@@ -245,8 +245,13 @@ def test_kernel_distance_by_hand():
     """One subset of everything: the unbiased estimate with the kernel (x.y / D + 1)^3."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 4, generator=generator).double(), 1 + torch.randn(20, 4, generator=generator).double()
-    kernel = lambda a, b: (a @ b.T / 4 + 1) ** 3
-    others = lambda k: float((k.sum() - k.trace()) / (20 * 19))
+
+    def kernel(a, b):
+        return (a @ b.T / 4 + 1) ** 3
+
+    def others(k):
+        return float((k.sum() - k.trace()) / (20 * 19))
+
     expected = others(kernel(x, x)) + others(kernel(y, y)) - 2 * float(kernel(x, y).mean())
     values = kernel_distance(x, y)
     assert values["kernel_inception_distance"] == pytest.approx(expected, rel=1e-9) and values[
@@ -255,7 +260,7 @@ def test_kernel_distance_by_hand():
 
 
 def test_kept_features_leave_out_what_fills_up_the_ranks_shares(monkeypatch):
-    """Five samples on four ranks: shares of two, of which the third rank's second and both of the fourth's are repetitions."""
+    """Five samples on four ranks: shares of two. The third rank's second and both of the fourth's are repetitions."""
     world = World(rank=0, size=4)
     shares = [[0, 1], [2, 3], [4, 4], [4, 4]]
     monkeypatch.setattr(World, "gather", lambda self, own: torch.tensor(shares)[:, :, None].float())

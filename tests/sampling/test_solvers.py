@@ -132,12 +132,8 @@ def test_order_one_is_ddim_on_the_same_timesteps(context):
 
 
 def test_ddpm_is_ddim_with_eta_one(context):
-    assert torch.equal(
-        baseline_sampler(context, "ddpm", 7)(range(9)), ddim_sampler(context, 7, 1.0)(range(9))
-    )
-    assert torch.equal(
-        baseline_sampler(context, "ddim", 7)(range(9)), ddim_sampler(context, 7, 0.0)(range(9))
-    )
+    assert torch.equal(baseline_sampler(context, "ddpm", 7)(range(9)), ddim_sampler(context, 7, 1.0)(range(9)))
+    assert torch.equal(baseline_sampler(context, "ddim", 7)(range(9)), ddim_sampler(context, 7, 0.0)(range(9)))
 
 
 def test_a_batch_is_filled_up_where_shapes_are_fixed(context):

@@ -68,7 +68,13 @@ def seconds_since_the_kill(output):
 def _start(size, task):
     os.environ["DS_ACCELERATOR"] = "cpu"
     CONTEXT.set_forkserver_preload(
-        ["hsivi_fast.training.trainer", "hsivi_fast.report.run_report", "deepspeed", "torch.utils.tensorboard", "sklearn.datasets"]
+        [
+            "hsivi_fast.training.trainer",
+            "hsivi_fast.report.run_report",
+            "deepspeed",
+            "torch.utils.tensorboard",
+            "sklearn.datasets",
+        ]
     )
     port, processes, pipes = free_port(), [], []
     for rank in range(size):
