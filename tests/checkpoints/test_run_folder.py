@@ -47,7 +47,7 @@ def test_a_full_disk_loses_nothing_older(tmp_path, config):
     """A real failing write: the process may not write files larger than 100 kB."""
     program = textwrap.dedent("""
         import resource, signal, sys, torch
-        from hsivi_fast.run_folder import RunFolder
+        from hsivi_fast.checkpoints.run_folder import RunFolder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
