@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from hsivi_fast.build import build_layer, build_score_net, build_student, load_teacher
 from hsivi_fast.checkpoints import download
-from hsivi_fast.checkpoints.convert import _network_that_can_be_published, convert_checkpoint
+from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.formats import read_checkpoint
+from hsivi_fast.checkpoints.published_format import publishable_network
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.checkpoints.weights import read_weights
 from hsivi_fast.config import load_config, resolved_dict
@@ -580,20 +581,20 @@ def test_a_published_network_with_other_normalisations(tmp_path):
     with pytest.raises(
         ValueError, match="network.norm_groups: 16 cannot be published, the published code's cifar10 network has 32"
     ):
-        _network_that_can_be_published(_config(tmp_path, {"name": "cifar10", "norm_groups": 16}, "cifar10.pt"))
+        publishable_network(_config(tmp_path, {"name": "cifar10", "norm_groups": 16}, "cifar10.pt"))
     with pytest.raises(
         ValueError, match="network.heads: 8 cannot be published, the published code's imagenet64 network has 4"
     ):
-        _network_that_can_be_published(_config(tmp_path, {"name": "imagenet64", "heads": 8}, "imagenet64.pt"))
+        publishable_network(_config(tmp_path, {"name": "imagenet64", "heads": 8}, "imagenet64.pt"))
     with pytest.warns(
         UserWarning, match="network.norm_eps: the run has 1e-06, the published code runs its cifar10 network with 1e-05"
     ):
-        _network_that_can_be_published(_config(tmp_path, {"name": "cifar10", "norm_eps": 1e-6}, "cifar10.pt"))
+        publishable_network(_config(tmp_path, {"name": "cifar10", "norm_eps": 1e-6}, "cifar10.pt"))
     assert (
-        _network_that_can_be_published(load_config("digits"))["norm_groups"] == 8
+        publishable_network(load_config("digits"))["norm_groups"] == 8
     )  # which the published code has no network of
     with pytest.raises(ValueError, match="network.family: 'mlp'"):
-        _network_that_can_be_published(load_config("toy2d"))
+        publishable_network(load_config("toy2d"))
 
 
 def test_ddpm_torch_s_own_norm_eps_is_the_guess_for_its_teachers(tmp_path):
