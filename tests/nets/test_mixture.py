@@ -37,9 +37,8 @@ def test_masses_samples_and_scale_agree(name):
     counts, _ = torch.histogramdd(points.double(), [edges, edges])
     assert float((counts / len(points) - masses).abs().sum()) < 0.03
     assert 0.8 < float(points.square().mean()) < 1.2
-    assert torch.equal(teacher.samples(10), teacher.samples(10)) and not torch.equal(
-        teacher.samples(10), teacher.samples(10, seed=1)
-    )
+    assert torch.equal(teacher.samples(10), teacher.samples(10))
+    assert not torch.equal(teacher.samples(10), teacher.samples(10, seed=1))
 
 
 def test_plane_metric_knows_the_target_from_a_gaussian():
@@ -73,9 +72,8 @@ def test_corrected_teacher_starts_exact_and_trains_the_correction_alone():
     network = CorrectedTeacher(teacher, correction)
     x, t = torch.randn(4, 2), torch.tensor([1, 10, 100, 800])
     assert torch.equal(network(x, t), teacher(x, t))
-    assert [name for name, _ in network.named_parameters()] == ["correction.weight"] and list(network.state_dict()) == [
-        "correction.weight"
-    ]
+    assert [name for name, _ in network.named_parameters()] == ["correction.weight"]
+    assert list(network.state_dict()) == ["correction.weight"]
 
 
 def test_an_unknown_target_is_named():
