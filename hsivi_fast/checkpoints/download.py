@@ -63,9 +63,9 @@ def fetch_checkpoint(name_or_url, progress=False):
     return file
 
 
-def cache_folder():
-    """Where downloaded checkpoints lie."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(torch.hub.get_dir()) / "checkpoints")
+def cache_folder(fallback=None):
+    """Where files of this machine are kept: $HSIVI_CACHE, or else `fallback`, or torch's own cache of checkpoints."""
+    return Path(os.environ.get(CACHE_VARIABLE) or fallback or Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def _is_address(text):
