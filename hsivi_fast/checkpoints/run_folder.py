@@ -26,7 +26,12 @@ CHECKPOINTS_KEPT = 2  # besides the best
 
 
 class RunFolder(os.PathLike):
-    """The folder of one run. Use `start` to train in it and `RunFolder(path)` to read it."""
+    """The folder of one run. Use `start` to train in it and `RunFolder(path)` to read it.
+
+    `steps_before`: the train.steps that it had before `start` took it up again; None otherwise.
+    """
+
+    steps_before = None
 
     def __init__(self, path):
         """Raises ValueError where `path` does not hold a run."""
@@ -56,12 +61,12 @@ class RunFolder(os.PathLike):
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
-        holds_run = (path / "config.yaml").is_file()
+        holds_run, steps_before = (path / "config.yaml").is_file(), None
         if fresh and holds_run:
             raise ValueError(f"outdir {str(path)!r}: holds a run already and --fresh was given; choose another folder")
         if holds_run:
             before = resolved_dict(cls(path).config())  # keys that are newer than the run have their defaults
-            now = resolved_dict(config)
+            now, steps_before = resolved_dict(config), before["train"]["steps"]
             difference = config_difference(_may_go_on(before, now), now)
             if difference:
                 raise ValueError(
@@ -74,7 +79,9 @@ class RunFolder(os.PathLike):
         write_atomically(path / "config.yaml", resolved_yaml(config).encode())
         (path / "checkpoints").mkdir(exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
-        return cls(path)
+        folder = cls(path)
+        folder.steps_before = steps_before
+        return folder
 
     @contextlib.contextmanager
     def locked(self):

@@ -52,7 +52,10 @@ def read_teacher(config, network, progress=False):
     Raises ValueError, in one line, where it cannot be had or read, or is of another network or another noise than the
     configuration says.
     """
-    checkpoint = read_checkpoint(locate_checkpoint(config.teacher.checkpoint, progress))
+    path = locate_checkpoint(config.teacher.checkpoint, progress)
+    if not path.exists():
+        raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
+    checkpoint = read_checkpoint(path)
     load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
     _check_what_weights_do_not_show(checkpoint, config)
     return network
