@@ -1,4 +1,4 @@
-"""Package description. The package list is explicit: `kernels` is a folder beside the package, reached through a link."""
+"""Package description. The list is explicit: `kernels` is a folder beside the package, reached through a link."""
 
 from pathlib import Path
 
