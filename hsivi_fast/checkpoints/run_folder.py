@@ -15,11 +15,10 @@ import os
 import shutil
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config import config_difference, config_from_dict, resolved_dict, resolved_yaml
+from ..config import config_difference, config_from_dict, read_resolved, resolved_dict, resolved_yaml
 from .files import sync, write_atomically, written_beside
 
 CHECKPOINTS_KEPT = 2  # besides the best
@@ -96,11 +95,9 @@ class RunFolder(os.PathLike):
     def config_dict(self):
         """The resolved configuration as plain values."""
         try:
-            return OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-        except Exception as error:
-            raise ValueError(
-                f"run {str(self.path)!r}: config.yaml is not readable: {' '.join(str(error).split())}"
-            ) from None
+            return read_resolved(self.path / "config.yaml")
+        except ValueError as error:
+            raise ValueError(f"run {str(self.path)!r}: {error}") from None
 
     def config(self):
         """The resolved configuration, checked."""
