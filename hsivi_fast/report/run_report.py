@@ -1,5 +1,7 @@
 """The report of one run: its pictures in samples/ and its page, report.html."""
 
+import datetime
+
 from ..metrics.features import network_of
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
@@ -44,7 +46,9 @@ def write_report(folder, teacher=None, backend=None):
     pictures["log_gamma"] = noise_scale_picture(config, student.log_gamma)
     sections["Noise scale"] = page.paragraph(NOISE_SCALE) + page.chart(pictures["log_gamma"], "exp(log_gamma)")
     sections["GPU"] = gpu_section({config.name: metrics})
-    sections["Configuration"] = page.preformatted((folder.path / "config.yaml").read_text())
+    sections["Where and when"] = page.paragraph(_circumstances(folder, metrics))
+    text = page.preformatted((folder.path / "config.yaml").read_text())
+    sections["Configuration"] = page.folded("config.yaml, every key", text)
 
     for stem, png in pictures.items():
         folder.write(f"samples/{stem}.png", png)
@@ -54,6 +58,20 @@ def write_report(folder, teacher=None, backend=None):
     )
     folder.write("report.html", page.html_page(f"hsivi_fast: {config.name}", summary, sections))
     return folder.path / "report.html"
+
+
+def _circumstances(folder, metrics):
+    """The machine, how long training took, and the day of this page."""
+    environment = folder.read_json("environment.json", {})
+    told = []
+    if environment:
+        threads, processes = environment["threads"], environment["world_size"]
+        told.append(f"Trained on {environment['device_name']} ({threads} CPU threads, {processes} processes)")
+        told.append(f"backend {environment['backend']}, precision {environment['precision']}")
+        told.append(f"torch {environment['versions']['torch']}")
+    if metrics:
+        told.append(f"{max(record['seconds'] for record in metrics):.0f} seconds of training")
+    return "; ".join([*told, f"this page is of {datetime.date.today().isoformat()}"]) + "."
 
 
 def _samples(context, student):
