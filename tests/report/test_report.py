@@ -223,6 +223,7 @@ def test_a_page_of_one_run(runs, page_of_three):
         "Training",
         "Noise scale",
         "GPU",
+        "Where and when",
         "Configuration",
     ]
     assert len(page_of_three.images) == 6 and "no GPU" in page_of_three.text
