@@ -1,4 +1,6 @@
-"""`hsivi train` on a rank that fails at a step as it is told: FAULT=what:rank:step, what being one of the functions below.
+"""`hsivi train` on a rank that fails at a step as it is told: FAULT=what:rank:step.
+
+`what` is one of the functions below.
 
 Run as a script by a launcher, or given to `command_on_ranks` of ranks.py.
 """
@@ -8,7 +10,7 @@ import signal
 import time
 
 from hsivi_fast.parallel import world as distributed
-from hsivi_fast.training import trainer
+from hsivi_fast.training.updates import Updates
 
 
 def kill(updates, batch):
@@ -40,7 +42,7 @@ def install(fault):
     if what == "code":
         distributed._code_hash = lambda: "other code"
         return
-    update = trainer.Updates.score_net
+    update = Updates.score_net
 
     def failing(updates, batch, lr):
         failing.step += 1
@@ -49,7 +51,7 @@ def install(fault):
         return update(updates, batch, lr)
 
     failing.step = 0
-    trainer.Updates.score_net = failing
+    Updates.score_net = failing
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import torch
 from conftest import KERNEL_DEVICE
 
 from hsivi_fast import load_config, sample, train
-from hsivi_fast.build import load_teacher, prepare_device
+from hsivi_fast.build import build_context, load_teacher
+from hsivi_fast.parallel.world import ALONE
 
 
 def test_a_network_in_bfloat16_has_float32_weights_results_and_gradients():
@@ -51,4 +52,4 @@ def test_a_run_in_bfloat16_is_the_run_in_float32_up_to_bfloat16(tmp_path):
 
 def test_tf32_is_for_cuda():
     with pytest.raises(ValueError, match="precision: 'tf32' is a mode of CUDA devices, the device is cpu"):
-        prepare_device(load_config("digits", ["precision=tf32", "device=cpu"]))
+        build_context(load_config("digits", ["precision=tf32", "device=cpu"]), ALONE)
