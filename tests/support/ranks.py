@@ -1,6 +1,7 @@
 """Several CPU ranks on this machine, without a launcher: forked from a server that has imported everything once."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -9,6 +10,17 @@ import time
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# What a rank would import when it first needs it, for seconds: the compiler with the first optimizer, for example.
+PRELOADED = [
+    "hsivi_fast.training.trainer",
+    "hsivi_fast.training.estimate",
+    "omegaconf",
+    "sklearn.datasets",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 def free_port():
@@ -70,15 +82,7 @@ def seconds_since_the_kill(output):
 
 def _start(size, task):
     os.environ["DS_ACCELERATOR"] = "cpu"
-    CONTEXT.set_forkserver_preload(
-        [
-            "hsivi_fast.training.trainer",
-            "hsivi_fast.report.run_report",
-            "deepspeed",
-            "torch.utils.tensorboard",
-            "sklearn.datasets",
-        ]
-    )
+    CONTEXT.set_forkserver_preload(PRELOADED)
     port, processes, pipes = free_port(), [], []
     for rank in range(size):
         mine, theirs = CONTEXT.Pipe(duplex=False)
@@ -138,6 +142,7 @@ def _become(environment):
 
     from hsivi_fast.training import trainer
 
+    gc.freeze()  # what is preloaded stays: DeepSpeed collects often, and each look at all of it takes half a second
     os.environ.update(environment)
     torch.set_num_threads(1)
     trainer.write_report = lambda folder, teacher: None  # it takes longer than the trainings of tests
