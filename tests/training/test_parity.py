@@ -13,9 +13,9 @@ from hsivi_fast.training.trainer import train
 from hsivi_fast.training.zero import DeepSpeedEngine
 
 STEPS = 6
-# Not a multiple of 4 trajectories in a pool (11 = ceil(2 * 16 / 3)), and nearly all parameters in pieces in stage 3,
-# which keeps small ones whole by itself.
-RUN = ["device=cpu", "train.batch_size=16", f"train.steps={STEPS}", "log_every=1"]
+# Not a multiple of 4 trajectories in a pool (22 = ceil(2 * 32 / 3)), and nearly all parameters in pieces in stage 3,
+# which keeps small ones whole by itself. Two ranks have the shapes that test_execution.py compiles.
+RUN = ["device=cpu", "train.batch_size=32", f"train.steps={STEPS}", "log_every=1"]
 VARIANTS = {
     "": [],
     "accumulation": ["distributed.accumulation=2"],
@@ -155,9 +155,9 @@ def test_the_training_is_that_of_one_plain_process(runs, size, engine, zero, var
 
 def test_the_record_says_who_trained(runs):
     environment = json.loads((runs[4][0] / "deepspeed_2_" / "environment.json").read_text())
-    assert (environment["world_size"], environment["samples_per_rank"], environment["zero"]) == (4, 4, 2)
+    assert (environment["world_size"], environment["samples_per_rank"], environment["zero"]) == (4, 8, 2)
     environment = json.loads((runs[1][0] / "plain_0_" / "environment.json").read_text())
-    assert (environment["world_size"], environment["samples_per_rank"], environment["zero"]) == (1, 16, None)
+    assert (environment["world_size"], environment["samples_per_rank"], environment["zero"]) == (1, 32, None)
     (save,) = map(json.loads, (runs[2][0] / "deepspeed_1_" / "saves.jsonl").read_text().splitlines())
     assert save["step"] == STEPS and save["seconds"] > 0
     saved = runs[2][0] / "deepspeed_1_" / "checkpoints" / f"step_{STEPS}"
