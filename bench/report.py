@@ -4,8 +4,8 @@
     python -m bench.report --print    prints the tables; of other files too, as in --print runs/h100/*.jsonl
 
 A table stands in bench/README.md between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in
-bench/results. What kind of table it is says the word before the device. tests/bench/test_bench_report.py holds the document
-to the files.
+bench/results. What kind of table it is says the word before the device. The page is held to the files by
+tests/bench/test_bench_figures.py.
 """
 
 import io
