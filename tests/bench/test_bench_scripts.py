@@ -13,7 +13,7 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 """
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "aot.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_finds_the_repository_by_the_same_two_lines(path):
     text = path.read_text()
     assert MECHANISM in text and "\nfrom ." not in text
