@@ -1,4 +1,4 @@
-"""Package description. The package list is explicit: `kernels` is a folder beside the package, reached through a link."""
+"""Package description. The list is explicit: `kernels` is a folder beside the package, reached through a link."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ setup(
         "click>=8.1",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "diffusers"],
+        "dev": ["ruff", "pytest", "pytest-benchmark", "pytest-xdist", "diffusers"],
         "diffusers": ["diffusers"],
         "wandb": ["wandb"],
     },

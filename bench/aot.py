@@ -1,16 +1,20 @@
-"""What the compiler makes of every kernel, without a GPU: registers, spills, stack, shared memory, access widths, instructions.
+"""What the compiler makes of every kernel, without a GPU: registers, spills, stack, memory, accesses, instructions.
 
     python -m bench.aot                              the whole matrix, a table on the terminal
     python -m bench.aot --json bench/results/aot.jsonl --summary bench/results/aot.md
     python -m bench.aot --subset                     what the tests check
+    python -m bench.aot --sass FILE                  the subset's machine code: written to FILE, or compared with it
 
-The launchers run on tensors without memory, their launches are recorded instead of executed, and each distinct one is compiled for
-sm_80, sm_90 and sm_100. Exit code 1 if any kernel spills, has a stack, or accesses memory in narrower pieces than it should.
+The launchers run on tensors without memory, their launches are recorded instead of executed, and each distinct one is
+compiled for sm_80, sm_90 and sm_100. Exit code 1 if any kernel spills, has a stack, or accesses memory in narrower
+pieces than it should, and with --sass if any machine code differs.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -30,7 +34,7 @@ from triton.compiler import ASTSource
 
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import philox, score_losses
+from hsivi_fast.kernels import noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 
 from .shapes import network_norms
@@ -39,16 +43,23 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVENTS = {"cifar10": (3, 32, 32), "celeba64": (3, 64, 64), "digits": (1, 8, 8), "odd": (3, 17, 5)}
+MEMORY_FORMATS = {"row-major": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYERS = 10
-TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
+TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 
 
-# ---- what is launched -------------------------------------------------------------------------------------------------
+# ---- what is launched ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def recorded_launches():
-    """Inside, kernels are not run: the list that is yielded receives (kernel, {argument: value}, compiler options) of every launch."""
+    """Inside, kernels are not run. The list that it yields receives (kernel, {argument: value}, options) a launch."""
     launches = []
     run = triton.runtime.jit.JITFunction.run
 
@@ -63,8 +74,13 @@ def recorded_launches():
         triton.runtime.jit.JITFunction.run = run
 
 
+def _empty(*shape, dtype=torch.float32):
+    """A tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def method_cases(full):
-    """(case, tensor bytes that a block moves per element, whether 16-byte accesses are due, launch) of the four method kernels and the draw."""
+    """Of the four method kernels and the draw: (case, tensor bytes an element, are 16-byte accesses due, launch)."""
     gammas = {"[1]": (1, 1), "[K]": (LAYERS, 1), "[event]": (1, None), "[K, event]": (LAYERS, None)}
     for event_name, event in EVENTS.items() if full else [("cifar10", EVENTS["cifar10"]), ("odd", EVENTS["odd"])]:
         size = torch.Size(event).numel()
@@ -75,12 +91,11 @@ def method_cases(full):
                 for gamma_name, (rows, columns) in gammas.items():
                     if not full and (event_name == "odd" or layout == "channels_last") and gamma_name != "[event]":
                         continue
-                    empty = lambda *shape, kind=torch.float32: torch.empty(*shape, dtype=kind, device="meta")
                     batch = 16
-                    x = empty(batch, *event, kind=dtype)
+                    x = _empty(batch, *event, dtype=dtype)
                     e = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
-                    table, log_gamma = empty(LAYERS + 1), empty(rows, columns or size)
-                    seeds, stream = empty(batch, kind=torch.int64), empty(batch, kind=torch.int64)
+                    table, log_gamma = _empty(LAYERS + 1), _empty(rows, columns or size)
+                    seeds, stream = _empty(batch, dtype=torch.int64), _empty(batch, dtype=torch.int64)
                     address = (log_gamma, seeds, stream, None, None)
                     width, due = x.element_size(), size % 16 == 0 and layout == "row-major"
                     case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": gamma_name}
@@ -93,7 +108,12 @@ def method_cases(full):
                     yield case, 4, size % 16 == 0, lambda: philox.draw_noise(seeds, stream, None, event)
                 if layout == "row-major":
                     case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": "none"}
-                    yield case, 3 * width, size % 16 == 0, lambda: step.affine_noise_step(x, x, table, table, None, None, None, stream, None, None)
+                    yield (
+                        case,
+                        3 * width,
+                        size % 16 == 0,
+                        lambda: step.affine_noise_step(x, x, table, table, None, None, None, stream, None, None),
+                    )
 
 
 def norm_cases(full):
@@ -101,32 +121,52 @@ def norm_cases(full):
     norms = network_norms(NETWORKS)
     for use in norms if full else [use for use in norms if (use.channels, use.size) in SUBSET_NORMS]:
         for dtype_name, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
-            for layout, memory_format in (("row-major", torch.contiguous_format), ("channels_last", torch.channels_last)):
-                x = torch.empty(16, use.channels, use.size, use.size, dtype=dtype, device="meta").to(memory_format=memory_format)
-                vector, rows = torch.empty(use.channels, dtype=dtype, device="meta"), torch.empty(16, 2 * use.channels, dtype=dtype, device="meta")
+            for layout, memory_format in MEMORY_FORMATS.items():
+                x = _empty(16, use.channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
+                vector, rows = _empty(use.channels, dtype=dtype), _empty(16, 2 * use.channels, dtype=dtype)
                 scale, shift = rows.chunk(2, dim=1) if use.modulated else (None, None)
-                add = torch.empty(16, use.channels, dtype=dtype, device="meta") if use.added else None
-                statistics = torch.empty(16, use.groups, device="meta")
-                case = {"event": f"{use.size}x{use.size}x{use.channels}/{use.groups}", "dtype": dtype_name, "layout": layout,
-                        "log_gamma": "silu" * use.silu + " modulated" * use.modulated + " added" * use.added or "plain"}
-                yield case, None, False, lambda: norm.group_norm_silu(x, use.groups, vector, vector, 1e-5, use.silu, scale, shift, add)
-                yield case, None, False, lambda: norm.group_norm_silu_backward(x, x, use.groups, vector, vector, use.silu, scale, shift, add, statistics, statistics)
+                add = _empty(16, use.channels, dtype=dtype) if use.added else None
+                statistics = _empty(16, use.groups)
+                case = {
+                    "event": f"{use.size}x{use.size}x{use.channels}/{use.groups}",
+                    "dtype": dtype_name,
+                    "layout": layout,
+                    "log_gamma": "silu" * use.silu + " modulated" * use.modulated + " added" * use.added or "plain",
+                }
+                yield (
+                    case,
+                    None,
+                    False,
+                    lambda: norm.group_norm_silu(x, use.groups, vector, vector, 1e-5, use.silu, scale, shift, add),
+                )
+                yield (
+                    case,
+                    None,
+                    False,
+                    lambda: norm.group_norm_silu_backward(
+                        x, x, use.groups, vector, vector, use.silu, scale, shift, add, statistics, statistics
+                    ),
+                )
 
 
 # One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest.
 SUBSET_NORMS = {(128, 32), (256, 16), (512, 8), (384, 64), (640, 32), (896, 8)}
 
 
-# ---- compilation ------------------------------------------------------------------------------------------------------
+# ---- compilation -----------------------------------------------------------------------------------------------------
 
 
 def source_of(kernel, arguments):
-    """The ASTSource of one launch, specialised as the runtime does: None, constexprs and the integer 1 are constants, multiples of 16 are marked."""
+    """The ASTSource of one launch, specialised as the runtime does.
+
+    None, constexprs and the integer 1 are constants. Multiples of 16 are marked.
+    """
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if name in constants or value is None or value is not True and value is not False and isinstance(value, int) and value == 1:
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if name in constants or value is None or is_one:
             signature[name], constexprs[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(index,)] = TRITON_TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -139,22 +179,36 @@ def source_of(kernel, arguments):
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
+def machine_code_hash(code):
+    """sha256 of the instructions and encodings that `cuobjdump -sass` prints, without names of functions and files."""
+    return hashlib.sha256("\n".join(re.findall(r"/\*.*\*/", code)).encode()).hexdigest()
+
+
 def measure(source, options, architecture):
-    """Figures of one compiled kernel: registers, stack and spill bytes, shared bytes, instructions, and 16-byte accesses a thread."""
+    """Figures of one compiled kernel: registers, stack, spills, shared bytes, instructions, accesses, and its hash."""
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     # What stands behind the final branch to itself is padding.
     instructions = [name for name in instructions if name != "NOP"]
-    number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])
     accesses = [name for name in instructions if name.split(".")[0] in ("LDG", "STG")]
-    return {"registers": number("REG"), "stack": number("STACK"), "local": sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
-            "shared": compiled.metadata.shared, "instructions": len(instructions), "wide_accesses": sum("128" in name for name in accesses),
-            "accesses": len(accesses)}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
+        "shared": compiled.metadata.shared,
+        "instructions": len(instructions),
+        "wide_accesses": sum("128" in name for name in accesses),
+        "accesses": len(accesses),
+        "sass": machine_code_hash(code),
+    }
+
+
+def _cuobjdump(*arguments):
+    return subprocess.run([TOOLS / "cuobjdump", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _measure_in_process(arguments):
@@ -168,7 +222,7 @@ WORK = []
 
 
 def collect(full):
-    """The distinct launches of all cases: dicts of case, kernel name, launch, tensor bytes per element, whether wide accesses are due."""
+    """The distinct launches of all cases: dicts of case, kernel, launch, bytes an element, are wide accesses due."""
     seen, work = set(), []
     with recorded_launches() as launches:
         for case, moved, due, launch in itertools.chain(method_cases(full), norm_cases(full)):
@@ -176,13 +230,28 @@ def collect(full):
             launch()
             for kernel, values, options in launches:
                 source = source_of(kernel, values)
-                key = (kernel.fn.__module__, kernel.fn.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
+                key = (
+                    kernel.fn.__module__,
+                    kernel.fn.__name__,
+                    str(source.signature),
+                    str(source.constants),
+                    str(source.attrs),
+                    str(options),
+                )
                 if key in seen:
                     continue
                 seen.add(key)
                 name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
-                stage_two = kernel is step._sum_groups_kernel
-                work.append({"case": case, "kernel": name, "launch": (kernel, values, options), "moved": None if stage_two else moved, "due": due and not stage_two})
+                stage_two = kernel is noise_scale._sum_groups_kernel
+                work.append(
+                    {
+                        "case": case,
+                        "kernel": name,
+                        "launch": (kernel, values, options),
+                        "moved": None if stage_two else moved,
+                        "due": due and not stage_two,
+                    }
+                )
     return work
 
 
@@ -194,23 +263,39 @@ def row_of(item, architecture, figures):
         tile = values["BLOCK"] * values.get("GROUPS", 1)
     else:
         tile = values["PIXEL_TILE"] * values["GROUPS_HERE"] * values["CHANNEL_TILE"]
-    row = {"kernel": item["kernel"], **item["case"], "sm": architecture, "due": item["due"], "tile": tile, "warps": warps, **figures,
-           "instructions_per_element": round(figures["instructions"] * 32 * warps / tile, 1)}
+    row = {
+        "kernel": item["kernel"],
+        **item["case"],
+        "sm": architecture,
+        "due": item["due"],
+        "tile": tile,
+        "warps": warps,
+        **figures,
+        "instructions_per_element": round(figures["instructions"] * 32 * warps / tile, 1),
+    }
     problems = []
     if figures["stack"] or figures["local"]:
         problems.append(f"{figures['stack']} bytes of stack and {figures['local']} accesses to local memory")
     if figures["registers"] * 32 * warps > 65536:
         problems.append("more registers than a multiprocessor has")
     if item["due"] and figures["wide_accesses"] * 16 * 32 * warps < item["moved"] * tile:
-        problems.append(f"{figures['wide_accesses']} accesses of 16 bytes do not move {item['moved']} bytes for each of {tile} elements")
+        problems.append(
+            f"{figures['wide_accesses']} accesses of 16 bytes do not move {item['moved']} bytes "
+            f"for each of {tile} elements"
+        )
     row["problems"] = problems
     return row
 
 
 def run(full, architectures, processes):
-    """All rows, in a fixed order. The subset compiles for the newest architecture only what is checked for access widths."""
+    """All rows, in a fixed order. For the newest architecture the subset has only what is checked for access widths."""
     WORK[:] = collect(full)
-    tasks = [(index, architecture) for index in range(len(WORK)) for architecture in architectures if full or architecture < 100 or WORK[index]["due"]]
+    tasks = [
+        (index, architecture)
+        for index in range(len(WORK))
+        for architecture in architectures
+        if full or architecture < 100 or WORK[index]["due"]
+    ]
     rows = {}
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
         for index, architecture, figures in pool.map(_measure_in_process, tasks, chunksize=4):
@@ -220,10 +305,69 @@ def run(full, architectures, processes):
     return [rows[task] for task in tasks]
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+# ---- machine code ----------------------------------------------------------------------------------------------------
 
-COLUMNS = ("kernel", "event", "dtype", "layout", "log_gamma", "sm", "tile", "warps", "registers", "stack", "shared", "wide_accesses", "accesses", "instructions_per_element")
-TITLES = ("kernel", "event", "dtype", "layout", "variant", "sm", "tile", "warps", "registers", "stack", "shared", "16-byte", "accesses", "instr/element")
+
+def machine_code(rows):
+    """{variant: sha256}, taken out of the rows. One case may launch a kernel in two variants: they are numbered."""
+    hashes, seen = {}, collections.Counter()
+    for row in rows:
+        name = " ".join(str(row[column]) for column in ("kernel", "event", "dtype", "layout", "log_gamma", "sm"))
+        seen[name] += 1
+        hashes[f"{name} #{seen[name]}"] = row.pop("sass")
+    return hashes
+
+
+def compare_machine_code(hashes, file):
+    """Write the hashes, or compare them with the file's and print what differs. Returns whether they are the same."""
+    if not file.exists():
+        file.write_text(json.dumps(hashes, indent=1) + "\n")
+        print(f"{len(hashes)} variants written to {file}", file=sys.stderr)
+        return True
+    before = json.loads(file.read_text())
+    different = [variant for variant in {**before, **hashes} if before.get(variant) != hashes.get(variant)]
+    for variant in different:
+        what = "is new" if variant not in before else "is gone" if variant not in hashes else "differs"
+        print(f"{variant}: {what}")
+    print(f"{len(hashes)} variants, {len(different)} not as in {file}", file=sys.stderr)
+    return not different
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "kernel",
+    "event",
+    "dtype",
+    "layout",
+    "log_gamma",
+    "sm",
+    "tile",
+    "warps",
+    "registers",
+    "stack",
+    "shared",
+    "wide_accesses",
+    "accesses",
+    "instructions_per_element",
+)
+SUMMARY_TITLES = ("kernel", "type", "layout", "compiled", "registers", "stack", "shared", "16-byte", "instructions")
+TITLES = (
+    "kernel",
+    "event",
+    "dtype",
+    "layout",
+    "variant",
+    "sm",
+    "tile",
+    "warps",
+    "registers",
+    "stack",
+    "shared",
+    "16-byte",
+    "accesses",
+    "instr/element",
+)
 
 
 def markdown(rows):
@@ -232,17 +376,29 @@ def markdown(rows):
 
 
 def summary(rows):
-    """The rows of real shapes (no odd event sizes) as a Markdown table of ranges: one line a kernel, size of type and layout, over all variants, shapes and architectures."""
+    """The rows of real shapes as a Markdown table of ranges: one line a kernel, size of type and layout.
+
+    Ranges are over all variants, shapes and architectures. Odd event sizes are left out.
+    """
     lines = {}
     for row in rows:
         if row["event"] != "odd":
-            lines.setdefault((row["kernel"], "fp32" if row["dtype"] == "fp32" else "bf16, fp16", row["layout"]), []).append(row)
+            lines.setdefault(
+                (row["kernel"], "fp32" if row["dtype"] == "fp32" else "bf16, fp16", row["layout"]), []
+            ).append(row)
     cells = []
     for (kernel, dtype, layout), group in lines.items():
-        span = lambda column: f"{min(row[column] for row in group)} to {max(row[column] for row in group)}"
-        wide = "all" if all(row["due"] and not row["problems"] for row in group) else f"{sum(row['wide_accesses'] for row in group) / sum(row['accesses'] for row in group):.0%}"
-        cells.append([f"`{kernel}`", dtype, layout, len(group), span("registers"), max(row["stack"] for row in group), max(row["shared"] for row in group), wide, span("instructions_per_element")])
-    return _markdown(("kernel", "type", "layout", "compiled", "registers a thread", "stack bytes", "shared bytes, at most", "16-byte accesses", "instructions an element"), cells)
+        wide = "all"
+        if not all(row["due"] and not row["problems"] for row in group):
+            wide = f"{sum(row['wide_accesses'] for row in group) / sum(row['accesses'] for row in group):.0%}"
+        stack, shared = max(row["stack"] for row in group), max(row["shared"] for row in group)
+        span, lean = _span(group, "registers"), _span(group, "instructions_per_element")
+        cells.append([f"`{kernel}`", dtype, layout, len(group), span, stack, shared, wide, lean])
+    return _markdown(SUMMARY_TITLES, cells)
+
+
+def _span(rows, column):
+    return f"{min(row[column] for row in rows)} to {max(row[column] for row in rows)}"
 
 
 def _markdown(titles, cells):
@@ -253,23 +409,31 @@ def _markdown(titles, cells):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subset", action="store_true", help="what the tests check")
-    parser.add_argument("--sm", type=int, action="append", help="one architecture; may be repeated; all three by default")
+    parser.add_argument(
+        "--sm", type=int, action="append", help="one architecture; may be repeated; all three by default"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
+    parser.add_argument(
+        "--sass", type=Path, help="compare the subset's machine code with this file; write it where it is not there"
+    )
     parser.add_argument("--summary", type=Path, help="write a summary as a Markdown table")
     arguments = parser.parse_args()
-    rows = run(not arguments.subset, arguments.sm or ARCHITECTURES, arguments.processes)
-    table = markdown(rows)
-    print(table)
+    rows = run(not (arguments.subset or arguments.sass), arguments.sm or ARCHITECTURES, arguments.processes)
+    hashes = machine_code(rows)
+    same = compare_machine_code(hashes, arguments.sass) if arguments.sass else True
+    if not arguments.sass:
+        print(markdown(rows))
     if arguments.json:
         arguments.json.write_text("".join(json.dumps({**row, "triton": triton.__version__}) + "\n" for row in rows))
     if arguments.summary:
         arguments.summary.write_text(summary(rows) + "\n")
     bad = [row for row in rows if row["problems"]]
     for row in bad:
-        print(f"PROBLEM {row['kernel']} {row['event']} {row['dtype']} {row['layout']} {row['log_gamma']} sm_{row['sm']}: {'; '.join(row['problems'])}", file=sys.stderr)
+        name = " ".join(row[column] for column in ("kernel", "event", "dtype", "layout", "log_gamma"))
+        print(f"PROBLEM {name} sm_{row['sm']}: {'; '.join(row['problems'])}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled with Triton {triton.__version__}, {len(bad)} with problems", file=sys.stderr)
-    return 1 if bad else 0
+    return 1 if bad or not same else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The command `hsivi`. Imports stay inside the commands, so that --help answers at once."""
+"""The command `hsivi`.
+
+Imports of ours stay inside the commands: torch alone takes more than a second, and --help and a misspelt key are to be
+answered at once.
+"""
 
 import contextlib
 import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -12,6 +17,10 @@ from .parallel.interrupt import Interrupted
 
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+LEGEND = """\
+start: the student before training, which is DDIM with the run's eta. EMA: averaged weights, the ones to use; raw: as
+the optimizer left them. "distinct": DDIM's spacing repeats timesteps, and the doubles are left out. +- is the standard
+deviation over seed sets."""
 
 
 class Command(click.Command):
@@ -23,16 +32,44 @@ class Command(click.Command):
             formatter.write(f"Example:\n  {self.epilog}\n")
 
 
-def execution_options(command):
-    """The options --compile and --cuda-graphs of a command that samples."""
-    for option, meaning in (
-        ("cuda-graphs", "All layers as one CUDA graph, or not"),
-        ("compile", "Compile the network (pays for many batches), or not"),
-    ):
-        command = click.option(f"--{option}/--no-{option}", default=None, help=f"{meaning}; as the run by default.")(
-            command
-        )
+def sampler_options(command):
+    """The options of a command that samples: which weights, and what goes in the place of the run's keys."""
+    options = [
+        click.option(
+            "--weights",
+            type=click.Choice(["ema", "raw"]),
+            default="ema",
+            show_default=True,
+            help="Averaged weights, or as the optimizer left them.",
+        ),
+        backend_option,
+        click.option(
+            "--compile/--no-compile",
+            default=None,
+            help="Compile the network (pays for many batches), or not; as the run by default.",
+        ),
+        click.option(
+            "--cuda-graphs/--no-cuda-graphs",
+            default=None,
+            help="All layers as one CUDA graph, or not; as the run by default.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
     return command
+
+
+def backend_option(command):
+    """The option --backend."""
+    return click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")(
+        command
+    )
+
+
+def config_arguments(command):
+    """The arguments CONFIG [KEY=VALUE]..."""
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config")(command)
 
 
 @click.group(context_settings=CONTEXT)
@@ -41,11 +78,18 @@ def hsivi():
     """Few-step samplers from diffusion models: HSIVI-SM, made fast."""
 
 
-@hsivi.command(cls=Command, epilog="hsivi train digits --outdir runs/a train.steps=400")
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@hsivi.command(
+    cls=Command,
+    short_help="Distil a teacher into a few-step sampler.",
+    epilog="hsivi train digits --outdir runs/a train.steps=400",
+)
+@config_arguments
 @click.option("--outdir", help="The run's folder; runs/CONFIG by default. A run that is there is continued.")
-@click.option("--fresh", is_flag=True, help="Refuse to go on with a run that is there.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Refuse to go on with a run that is there. To start anew, give another --outdir; nothing is ever overwritten.",
+)
 @click.option(
     "--dry-run", is_flag=True, help="Print the resolved config, and what memory and work it needs; train nothing."
 )
@@ -57,43 +101,48 @@ def hsivi():
 def train(config, overrides, outdir, fresh, dry_run, processes):
     """Distil a teacher into a few-step sampler, and end with its table and report.
 
-    CONFIG is a name in configs/ or a YAML file. The names: digits, digits_long, mnist, cifar10, celeba64, imagenet64, the last four also with _nfe5 and _nfe15
-    (10 evaluations otherwise), toy2d and smoke.
+    CONFIG is a name in configs/ or a YAML file. The names: digits, digits_long, toy2d, smoke, and mnist, cifar10,
+    celeba64, imagenet64, these four also with _nfe5 and _nfe15 (10 evaluations otherwise).
     """
     from .config import load_config, resolved_yaml
 
     config = load_config(config, overrides)  # before torch is imported: a misspelt key is told at once
     if processes and not dry_run:
         raise ValueError("processes: goes with --dry-run; a launcher says how many processes train")
+    _say_that_it_starts()
     if dry_run:
         from .parallel.world import processes as launched_processes
         from .training.estimate import estimate_text
 
         text = estimate_text(config, processes or launched_processes())
-        if _first():
+        if _is_main():
             click.echo(f"{resolved_yaml(config)}\n{text}")
         return
     from .metrics.table import format_table
     from .training.trainer import train
 
+    began = time.monotonic()
     folder = train(config, outdir, fresh, progress=True)
-    if not _first():
+    if not _is_main():
         return
     rows = folder.read_json("results.json")
     if rows:
-        click.echo("\n" + format_table(rows) + "\n")
+        click.echo(f"\n{format_table(rows)}\n\n{LEGEND}\n")
     click.echo(f"report: {folder.path / 'report.html'}\nsamples: {folder.path / 'samples'}")
+    click.echo(f"took: {_duration(time.monotonic() - began)}; next: hsivi sample {folder.path} --seeds 0-63")
 
 
-@hsivi.command(cls=Command, epilog="hsivi sample runs/digits --seeds 0-63 --outdir pictures")
+@hsivi.command(
+    cls=Command,
+    short_help="Draw images from a run, one a seed.",
+    epilog="hsivi sample runs/digits --seeds 0-63 --outdir pictures",
+)
 @click.argument("run")
 @click.option("--seeds", required=True, help="One seed an image: 0-63, or 1,5,9-12.")
 @click.option("--outdir", help="Where images go; samples/seeds in the run's folder by default.")
-@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
 @click.option("--batch", default=250, show_default=True, help="Images per network call.")
-@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
-@execution_options
-def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
+@sampler_options
+def sample(run, seeds, outdir, batch, weights, **changes):
     """Draw images from a run: one PNG a seed and grid.png; for a 2-D target, points.npz.
 
     A seed always gives the same image.
@@ -109,18 +158,9 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     numbers = parse_seeds(seeds)
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
-    with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _first(), dynamic_ncols=True) as bar:
-        images = sample(
-            folder,
-            numbers,
-            weights,
-            batch,
-            on_batch=bar.update,
-            backend=backend,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
-        ).numpy()
-    if not _first():
+    with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _is_main(), dynamic_ncols=True) as bar:
+        images = sample(folder, numbers, weights, batch, on_batch=bar.update, **changes).numpy()
+    if not _is_main():
         return
     if images.ndim == 2:
         np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
@@ -131,12 +171,20 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     click.echo(f"{len(images)} images and grid.png: {target}")
 
 
-@hsivi.command(name="eval", cls=Command, epilog="hsivi eval runs/digits --num-samples 5000")
+@hsivi.command(
+    name="eval",
+    cls=Command,
+    short_help="Measure a run's sampler: FID, and more.",
+    epilog="hsivi eval runs/digits --num-samples 5000",
+)
 @click.argument("run")
 @click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
 @click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
-@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
-@click.option("--metric", help="Feature network in the place of the run's: digits, mnist or inception.")
+@click.option(
+    "--metric",
+    type=click.Choice(["digits", "mnist", "inception"]),
+    help="Feature network in the place of the run's.",
+)
 @click.option(
     "--inception",
     metavar="FILE",
@@ -147,9 +195,8 @@ def sample(run, seeds, outdir, weights, batch, backend, compile, cuda_graphs):
     metavar="PATH",
     help="Write the images too: into a folder as PNGs, or into one FILE.npz (arr_0, uint8 [N, H, W, C]).",
 )
-@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
-@execution_options
-def evaluate(run, num_samples, ref, weights, metric, inception, save_images, backend, compile, cuda_graphs):
+@sampler_options
+def evaluate(run, num_samples, ref, weights, **options):
     """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
@@ -158,27 +205,16 @@ def evaluate(run, num_samples, ref, weights, metric, inception, save_images, bac
 
     if num_samples < 2:  # before a bar of such a length is drawn
         raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
-    with tqdm(total=num_samples, unit="image", desc="eval", disable=not _first(), dynamic_ncols=True) as bar:
-        row = evaluate(
-            run,
-            num_samples,
-            ref,
-            weights,
-            on_batch=bar.update,
-            backend=backend,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
-            metric=metric,
-            inception=inception,
-            save_images=save_images,
-        )
-    if _first():
+    with tqdm(total=num_samples, unit="image", desc="eval", disable=not _is_main(), dynamic_ncols=True) as bar:
+        row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, **options)
+    if _is_main():
         click.echo(format_table([row]))
 
 
-@hsivi.command(cls=Command, epilog="hsivi teacher digits --outdir runs/digits_teacher")
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@hsivi.command(
+    cls=Command, short_help="Train a small teacher.", epilog="hsivi teacher digits --outdir runs/digits_teacher"
+)
+@config_arguments
 @click.option("--outdir", help="Where teacher.safetensors goes; runs/CONFIG_teacher by default.")
 @click.option(
     "--feature-network",
@@ -195,11 +231,15 @@ def teacher(config, overrides, outdir, feature_network):
 
     config = load_config(config, overrides)
     target = _output_folder(outdir or f"runs/{config.name}_teacher")
-    file = (train_feature_network if feature_network else train_teacher)(config, target, progress=True)
-    click.echo(f"written: {file}")
+    train = train_feature_network if feature_network else train_teacher
+    click.echo(f"written: {train(config, target, progress=True)}")
 
 
-@hsivi.command(cls=Command, epilog="hsivi convert cifar10_2040.pt --to teachers/cifar10")
+@hsivi.command(
+    cls=Command,
+    short_help="Read checkpoints of others, or write a published one.",
+    epilog="hsivi convert cifar10_2040.pt --to teachers/cifar10",
+)
 @click.argument("source")
 @click.option(
     "--to",
@@ -210,8 +250,9 @@ def teacher(config, overrides, outdir, feature_network):
 def convert(source, target):
     """Turn checkpoints of others into files of ours, and a run of ours into a file of the published code.
 
-    SOURCE: a ddpm-torch, improved-diffusion or published HSIVI file, a folder of diffusers' UNet2DModel, the name of a published teacher (cifar10, imagenet64),
-    an address, or a run's folder. What it is is read from its content; no code in it is run.
+    SOURCE: a ddpm-torch, improved-diffusion or published HSIVI file, a folder of diffusers' UNet2DModel, the name of a
+    published teacher (cifar10, imagenet64), an address, or a run's folder. What it is is read from its content. No code
+    in it is run.
     """
     from .checkpoints.convert import convert_checkpoint
 
@@ -219,7 +260,11 @@ def convert(source, target):
         click.echo(f"written: {path}")
 
 
-@hsivi.command(cls=Command, epilog="hsivi export runs/digits --format diffusers --outdir digits_pipeline")
+@hsivi.command(
+    cls=Command,
+    short_help="Write a run's sampler for others to use.",
+    epilog="hsivi export runs/digits --format diffusers --outdir digits_pipeline",
+)
 @click.argument("run")
 @click.option(
     "--format",
@@ -229,11 +274,12 @@ def convert(source, target):
     help="What the folder is for.",
 )
 @click.option("--outdir", required=True, help="A new folder.")
-@click.option("--weights", default="ema", show_default=True, help="ema or raw.")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 def export(run, form, outdir, weights):
     """Write a run's sampler in a form that others can use, after comparing it with the run's own.
 
-    safetensors: weights, a JSON config and a model card; diffusers: a folder for HSIVIPipeline.from_pretrained; aoti: one compiled file that needs torch alone.
+    safetensors: weights, a JSON config and a model card. diffusers: a folder for HSIVIPipeline.from_pretrained. aoti:
+    one compiled file that needs torch alone.
     """
     from .checkpoints.run_folder import RunFolder
     from .export.write import export_run
@@ -244,14 +290,19 @@ def export(run, form, outdir, weights):
     click.echo(f"exported: {export_run(folder, form, outdir, weights)}")
 
 
-@hsivi.command(cls=Command, epilog="hsivi report runs/mnist runs/mnist_nfe5 --out comparison.html")
+@hsivi.command(
+    cls=Command,
+    short_help="Draw a run's report again, or compare runs.",
+    epilog="hsivi report runs/mnist runs/mnist_nfe5 --out comparison.html",
+)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--out", help="Where the page that compares several runs goes; comparison.html by default.")
-@click.option("--backend", type=click.Choice(["auto", "torch", "triton"]), help="In the place of the run's.")
+@backend_option
 def report(runs, out, backend):
     """Draw a run's pictures and report.html again; of several runs, one page that compares them."""
     from .checkpoints.run_folder import RunFolder
-    from .report.run_report import compare_runs, write_report
+    from .report.comparison import compare_runs
+    from .report.run_report import write_report
 
     folders = [RunFolder(run) for run in runs]
     if len(folders) == 1 and out is None:
@@ -261,15 +312,15 @@ def report(runs, out, backend):
 
 
 def parse_seeds(text):
-    """ "0-63" or "1,5,9-12" -> list of ints; ValueError for anything else."""
+    """Seeds as a list of ints, from "0-63" or "1,5,9-12"; ValueError for anything else."""
     seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
         if not match:
             raise ValueError(f"seeds: {text!r} is not understood; write 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"seeds: {part.strip()!r} runs backwards; write {last}-{first}")
+            raise ValueError(f"seeds: {item.strip()!r} runs backwards; write {last}-{first}")
         if last >= 2**63:
             raise ValueError(f"seeds: {last} is too large; a seed is below 2^63")
         seeds += range(first, last + 1)
@@ -277,8 +328,6 @@ def parse_seeds(text):
 
 
 def _output_folder(path):
-    from pathlib import Path
-
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
@@ -286,9 +335,21 @@ def _output_folder(path):
     return path
 
 
-def main(arguments=None):
-    """Run the command: exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption.
+def _say_that_it_starts():
+    """A line before the first silence: torch and what stands on it take some seconds to load."""
+    if _is_main() and sys.stderr.isatty():
+        click.echo("loading ...", err=True)
 
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def main(arguments=None):
+    """Run the command.
+
+    Exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption.
     arguments: those of the command line by default. Of several processes that a launcher has started, rank 0 speaks.
     """
     try:
@@ -304,19 +365,22 @@ def main(arguments=None):
 
 
 def launched(command):
-    """What the files in launch/ do: one command, with the arguments that the deepspeed launcher passes on and without the one that it adds."""
+    """What the files in launch/ do: one command, with the arguments that the deepspeed launcher passes on.
+
+    The launcher adds --local_rank, which is left out.
+    """
     main([command, *(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))])
     from .parallel.world import disconnect
 
     disconnect()
 
 
-def _first():
+def _is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(message, code):
-    if not _first():
+    if not _is_main():
         time.sleep(RANK_0_SPEAKS)  # its launcher ends all when one has ended
         from .parallel.world import connected
 

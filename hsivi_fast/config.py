@@ -231,6 +231,14 @@ def resolved_yaml(config):
     return _omegaconf().to_yaml(_omegaconf().create(resolved_dict(config)))
 
 
+def read_resolved(file):
+    """The plain values of a run's config.yaml; ValueError, in one line, where it is not readable."""
+    try:
+        return _omegaconf().to_container(_omegaconf().load(file))
+    except Exception as error:  # whatever the YAML parser raises: its message spans lines
+        raise ValueError(f"{Path(file).name} is not readable: {' '.join(str(error).split())}") from None
+
+
 def config_from_dict(values):
     """The inverse of `resolved_dict`; raises ValueError like `load_config`."""
     return _validated(values)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -13,7 +15,10 @@ IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x
 
 @dataclass(frozen=True)
 class DataSet:
-    """images: float32 [N, C, H, W] in -1 .. 1; labels: int64 [N], or None; levels: how many grey levels the images have."""
+    """Images in memory.
+
+    images: float32 [N, C, H, W] in -1 .. 1; labels: int64 [N], or None; levels: how many grey levels the images have.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -23,9 +28,10 @@ class DataSet:
 def load_data(name, path=None):
     """Load a data set by name.
 
-    "digits": the 1,797 real 8x8 digits of scikit-learn's load_digits, 17 grey levels. "mnist": the idx files (.gz or not) in
-    the folder `path`, 28x28 digits with two black pixels around them, 32x32; the training images where they are there, otherwise the
-    test images. "images": `path` is a folder of pictures of one size, or an npz file whose array is uint8 [N, H, W, C] or [N, C, H, W].
+    "digits": the 1,797 real 8x8 digits of scikit-learn's load_digits, with 17 grey levels.
+    "mnist": the idx files in the folder `path`, packed with gzip or not. Two black pixels around its 28x28 digits make
+    them 32x32. These are the training images where they are there, otherwise the test images.
+    "images": `path` is a folder of pictures of one size, or an npz file of uint8 [N, H, W, C] or [N, C, H, W].
     Raises ValueError for an unknown name, a missing path or what cannot be read.
     """
     if name == "digits":
@@ -33,9 +39,8 @@ def load_data(name, path=None):
     if name not in ("mnist", "images"):
         raise ValueError(f"data: {name!r} is unknown; choose digits, mnist or images")
     if path is None:
-        raise ValueError(
-            f"data_path: missing; data={name} is read from a {'folder of idx files' if name == 'mnist' else 'folder of pictures or an npz file'}, say data_path=FOLDER"
-        )
+        place = "a folder of idx files" if name == "mnist" else "a folder of pictures or an npz file"
+        raise ValueError(f"data_path: missing; data={name} is read from {place}, say data_path=FOLDER")
     if not Path(path).exists():
         raise ValueError(f"data_path: {str(path)!r} is not there")
     if name == "mnist":
@@ -50,7 +55,7 @@ def has_data(config):
 
 
 def _digits():
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here: it takes 0.7 s and most runs read no digits
 
     digits = load_digits()
     images = digits.images.astype(np.float32)[:, None] / 8 - 1  # [1797, 1, 8, 8], grey levels 0 .. 16
@@ -60,20 +65,19 @@ def _digits():
 def _mnist(folder):
     if not folder.is_dir():
         raise ValueError(f"data_path: {str(folder)!r} is a file; data=mnist wants the folder that holds the idx files")
-    for prefix in ("train", "t10k"):
-        files = [_idx_file(folder, prefix, part) for part in ("images-idx3", "labels-idx1")]
-        if files[0]:
-            break
-    else:
+    split = "train" if _idx_file(folder, "train-images-idx3") else "t10k"
+    images_file, labels_file = _idx_file(folder, f"{split}-images-idx3"), _idx_file(folder, f"{split}-labels-idx1")
+    if images_file is None:
         raise ValueError(
-            f"data_path: {str(folder)!r} holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte, with or without .gz"
+            f"data_path: {str(folder)!r} holds neither train-images-idx3-ubyte nor t10k-images-idx3-ubyte, "
+            "with or without .gz"
         )
-    images = read_idx(files[0])
+    images = read_idx(images_file)
     if images.ndim != 3 or images.dtype != np.uint8 or max(images.shape[1:]) > 32:
         raise ValueError(
-            f"data_path: {str(files[0])!r} holds {images.dtype} {list(images.shape)}, expected uint8 [N, 28, 28]"
+            f"data_path: {str(images_file)!r} holds {images.dtype} {list(images.shape)}, expected uint8 [N, 28, 28]"
         )
-    labels = read_idx(files[1]).astype(np.int64) if files[1] else None
+    labels = read_idx(labels_file).astype(np.int64) if labels_file else None
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"data_path: {len(images)} images and {labels.shape} labels in {str(folder)!r}")
     top, left = (32 - images.shape[1]) // 2, (32 - images.shape[2]) // 2
@@ -81,13 +85,13 @@ def _mnist(folder):
     return DataSet(_scaled(padded[:, None]), labels, levels=256)
 
 
-def _idx_file(folder, prefix, part):
-    """The file of a part of MNIST, under one of the names that it goes by, or None."""
-    names = [f"{prefix}-{part}-ubyte", f"{prefix}-{part.replace('-idx', '.idx')}-ubyte"]
-    return next(
-        (folder / (name + ending) for name in names for ending in ("", ".gz") if (folder / (name + ending)).is_file()),
-        None,
-    )
+def _idx_file(folder, stem):
+    """The file of MNIST with this stem, "train-images-idx3" and the like, under a name that it goes by, or None."""
+    for name in (f"{stem}-ubyte", f"{stem.replace('-idx', '.idx')}-ubyte"):
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return file
+    return None
 
 
 def read_idx(path):
@@ -115,15 +119,14 @@ def _npz(path):
         ) from None
     if array.dtype != np.uint8 or array.ndim != 4 or not {array.shape[1], array.shape[3]} & {1, 3}:
         raise ValueError(
-            f"data_path: {str(path)!r} holds {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, C] or [N, C, H, W]"
+            f"data_path: {str(path)!r} holds {array.dtype} {list(array.shape)}, "
+            "expected uint8 [N, H, W, C] or [N, C, H, W]"
         )
     return array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
 
 
 def _folder(folder):
     """uint8 [N, C, H, W] of all pictures under a folder, in the order of their names."""
-    from PIL import Image
-
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
         raise ValueError(f"data_path: {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURES))})")
@@ -137,7 +140,8 @@ def _folder(folder):
         images.append(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
         if images[-1].shape != images[0].shape:
             raise ValueError(
-                f"data_path: {str(file)!r} is {list(images[-1].shape)}, {str(files[0])!r} is {list(images[0].shape)}; all pictures must have one size"
+                f"data_path: {str(file)!r} is {list(images[-1].shape)}, "
+                f"{str(files[0])!r} is {list(images[0].shape)}; all pictures must have one size"
             )
     return np.stack(images)
 
@@ -150,9 +154,7 @@ def _scaled(pixels):
 def to_uint8(images, levels=256):
     """Round images [N, C, H, W] in -1 .. 1 to the nearest of `levels` equally spaced grey levels, as uint8 (0 .. 255).
 
-    The only place where this project rounds images: samples, reference images and pictures all pass here.
+    This is the only place where this project rounds images: samples, reference images and pictures all pass here.
     """
-    import torch
-
     level = ((images.clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
     return (level * (255 / (levels - 1))).round().to(torch.uint8)

@@ -1,17 +1,22 @@
-"""GroupNorm with what stands around it in a UNet, in one kernel: y = act(((x + add) normalised) (w (1 + scale)) + b (1 + scale) + shift).
+"""GroupNorm with what stands around it in a UNet, in one kernel.
 
-x is [B, C, *spatial], row-major or channels_last, in G groups of C / G channels; w, b [C] are the affine parameters, scale and shift [B, C]
-the per-sample modulation of the ADM network, add [B, C] the time embedding that the DDPM network adds before the normalisation, and act is SiLU or
-nothing. Statistics are float32. With xh = (x + add - mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument of act:
+    y = act(((x + add) normalised) (w (1 + scale)) + b (1 + scale) + shift)
+
+x is [B, C, *spatial], row-major or channels_last, in G groups of C / G channels. w and b [C] are the affine
+parameters. scale and shift [B, C] modulate a sample's channels (ADM network). add [B, C] is the time embedding that
+is added before the normalisation (DDPM network). act is SiLU or nothing. Statistics are float32. With xh = (x + add -
+mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument of act:
 
     forward     y = act(u),  u = xh w' + b (1 + scale) + shift
     backward    du = dy act'(u)                     P = sum over pixels of du xh,  Q = of du     (each [B, C])
                 dx = rstd (du w' - mean_group(w' Q / pixels) - xh mean_group(w' P / pixels))
-                dw = sum_B P (1 + scale)   db = sum_B Q (1 + scale)   dscale = w P + b Q   dshift = Q   dadd = sum over pixels of dx
+                dw = sum_B P (1 + scale)   db = sum_B Q (1 + scale)   dscale = w P + b Q   dshift = Q
+                dadd = sum over pixels of dx
 
 Two forms. Where a group fits into the registers of one program, it is read once: forward 2 tensor passes, backward 3.
-Larger ones are split over programs of a few pixels each: one kernel makes partial sums, a second finishes
-and applies them, which reads the input twice (3 and 5 passes, some of them from the cache). Sums have a fixed order and no atomics.
+Larger groups are split over programs of a few pixels each. One kernel makes partial sums, a second finishes and
+applies them. That reads the input twice: 3 and 5 passes, some of them from the cache. Sums have a fixed order and no
+atomics.
 """
 
 import torch
@@ -20,21 +25,27 @@ import triton.language as tl
 
 from .memory import DTYPES, load_float, store_rounded
 
-# A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger groups are split.
+# A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger
+# groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-# (elements a thread, elements that a program joins of several groups, most warps). Left to itself the assembler squeezes some variants to the next step of
-# occupancy, and spills 8 bytes for it; a program may have all registers that its warps can have.
+# (elements a thread, elements that a program joins of several groups, most warps)
 FORWARD, BACKWARD = (16, 16384, 8), (16, 8192, 16)
-REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, and of a thread
+# Registers of a multiprocessor, and of a thread at most. A program may have all registers that its warps can have.
+# Left to itself the assembler squeezes some variants to the next step of occupancy, and spills 8 bytes for it.
+REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 1024
 SECTOR_BYTES = 32
 
-# ---- jitted functions -------------------------------------------------------------------------------------------------
+# ---- jitted functions ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _offset(pixel, channel, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _offset(
+    pixel, channel,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,  # of a sample
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
     """Offset of (pixel, channel) within a sample."""
     if CHANNELS_LAST:
         offset = pixel * CHANNELS + channel
@@ -44,21 +55,31 @@ def _offset(pixel, channel, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, CHANNE
 
 
 @triton.jit
-def _tile(sample, first_group, first_pixel, PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr,
-          PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(group, channel, mask of channels, mask, offset in the tensor) of a tile [pixels, groups, channels of a group]."""
+def _tile(
+    sample, first_group, first_pixel,  # where the tile begins
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """(group, channel, mask of channels, mask, offset in the tensor) of a tile [pixels, groups, a group's channels]."""
     pixel = first_pixel + tl.arange(0, PIXEL_TILE)[:, None, None]
     group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
     inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
     channel = group * GROUP_CHANNELS + inner
     channel_mask = inner < GROUP_CHANNELS
     mask = (pixel < PIXELS) & channel_mask
-    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS) + _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
+    offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS)
+    offset += _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
     return group, channel, channel_mask, mask, offset
 
 
 @triton.jit
-def _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, mask, scale_stride, shift_stride):
+def _modulation(
+    w_ptr, b_ptr,  # [C], or None for ones and zeros
+    scale_ptr, shift_ptr,  # [B, C], or None
+    sample, channel, mask,  # a sample, a block of channels, which of them exist
+    scale_stride, shift_stride,  # of the batch
+):  # fmt: skip
     """(w', b (1 + scale) + shift) at a block of channels, float32."""
     if w_ptr is None:
         w = tl.where(mask, 1.0, 0.0)
@@ -74,7 +95,12 @@ def _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, mask, scale
 
 
 @triton.jit
-def _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride):
+def _load_input(
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    sample, offset, channel, mask, channel_mask,  # of the tile
+    add_stride,  # of the batch
+):  # fmt: skip
     """x + add of a tile, 0 where masked."""
     x = load_float(x_ptr + offset, mask)
     if add_ptr is not None:
@@ -84,6 +110,7 @@ def _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add
 
 @triton.jit
 def _activate(u, SILU: tl.constexpr):
+    """act(u)."""
     if SILU:
         u = u / (1.0 + tl.exp(-u))
     return u
@@ -99,22 +126,42 @@ def _pull_back(dy, u, SILU: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
-                    add_stride, scale_stride, shift_stride, eps,
-                    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
-                    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _forward_kernel(
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    w_ptr, b_ptr,  # [C], or None
+    scale_ptr, shift_ptr,  # [B, C], or None
+    y_ptr,  # like x, written
+    mean_ptr, rstd_ptr,  # [B, G], written
+    add_stride, scale_stride, shift_stride,  # of the batch
+    eps,
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
     """One program: GROUPS_HERE whole groups of one sample, in a tile [pixels, groups, channels of a group]."""
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(sample, first_group, 0, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(
+        sample, first_group, 0,
+        PIXELS, GROUPS, GROUP_CHANNELS,
+        GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
+        CHANNELS_LAST,
+    )  # fmt: skip
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     count = PIXELS * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
     centred = tl.where(mask, x - mean[None, :, None], 0.0)
     variance = tl.sum(tl.sum(centred * centred, axis=0), axis=1) / count
     rstd = 1.0 / tl.sqrt(variance + eps)
-    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    w, b = _modulation(
+        w_ptr, b_ptr,
+        scale_ptr, shift_ptr,
+        sample, channel, channel_mask,
+        scale_stride, shift_stride,
+    )  # fmt: skip
     store_rounded(y_ptr + offset, _activate(centred * rstd[None, :, None] * w + b, SILU), mask)
     statistics = sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)
     tl.store(mean_ptr + statistics, mean)
@@ -122,25 +169,51 @@ def _forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, y_ptr, m
 
 
 @triton.jit
-def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dx_ptr, p_ptr, q_ptr, dadd_ptr,
-                     add_stride, scale_stride, shift_stride,
-                     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
-                     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """One program: as `_forward_kernel`; writes dx and the sums P, Q and, where there is an add, dadd."""
+def _backward_kernel(
+    dy_ptr,  # like x
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    w_ptr, b_ptr,  # [C], or None
+    scale_ptr, shift_ptr,  # [B, C], or None
+    mean_ptr, rstd_ptr,  # [B, G]
+    dx_ptr,  # like x, written
+    p_ptr, q_ptr,  # [B, C], written
+    dadd_ptr,  # [B, C], written, or None
+    add_stride, scale_stride, shift_stride,  # of the batch
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: as `_forward_kernel`. It writes dx, the sums P and Q and, where there is an add, dadd."""
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(sample, first_group, 0, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(
+        sample, first_group, 0,
+        PIXELS, GROUPS, GROUP_CHANNELS,
+        GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
+        CHANNELS_LAST,
+    )  # fmt: skip
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     mean = tl.load(mean_ptr + sample * GROUPS + group)
     rstd = tl.load(rstd_ptr + sample * GROUPS + group)
     normed = tl.where(mask, (x - mean) * rstd, 0.0)
-    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    w, b = _modulation(
+        w_ptr, b_ptr,
+        scale_ptr, shift_ptr,
+        sample, channel, channel_mask,
+        scale_stride, shift_stride,
+    )  # fmt: skip
     du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
     p = tl.sum(du * normed, axis=0)  # [GROUPS_HERE, CHANNEL_TILE]
     q = tl.sum(du, axis=0)
     flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
-    flat = sample * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
+    flat = (
+        sample * (GROUPS * GROUP_CHANNELS)
+        + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS
+        + flat_inner
+    )
     flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     tl.store(p_ptr + flat, p, mask=flat_mask)
     tl.store(q_ptr + flat, q, mask=flat_mask)
@@ -157,16 +230,28 @@ def _backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
 
 
 @triton.jit
-def _split_statistics_kernel(x_ptr, add_ptr, mean_ptr, deviation_ptr, add_stride, chunks,
-                             PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
-                             CHANNELS_LAST: tl.constexpr):
-    """One program: a chunk of pixels of some groups of one sample -> their mean and sum of squared deviations, [B, G, chunks]."""
+def _split_statistics_kernel(
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    mean_ptr, deviation_ptr,  # [B, G, chunks], written
+    add_stride,  # of the batch
+    chunks,  # chunks of pixels a sample
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: a chunk of pixels of some groups of a sample. It writes their mean and sum of squared deviations."""
     program = tl.program_id(0)
     chunk = program % chunks
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(
+        sample, first_group, chunk * PIXEL_TILE,
+        PIXELS, GROUPS, GROUP_CHANNELS,
+        GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
+        CHANNELS_LAST,
+    )  # fmt: skip
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     count = tl.minimum(PIXELS - chunk * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
@@ -177,57 +262,119 @@ def _split_statistics_kernel(x_ptr, add_ptr, mean_ptr, deviation_ptr, add_stride
 
 
 @triton.jit
-def _split_forward_kernel(x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, chunk_mean_ptr, chunk_deviation_ptr, y_ptr, mean_ptr, rstd_ptr,
-                          add_stride, scale_stride, shift_stride, eps, chunks,
-                          PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
-                          CHUNK_TILE: tl.constexpr, SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """One program: joins the chunks' statistics (Chan et al. 1979) and applies them to its chunk; the first chunk's program keeps them."""
+def _split_forward_kernel(
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    w_ptr, b_ptr,  # [C], or None
+    scale_ptr, shift_ptr,  # [B, C], or None
+    chunk_mean_ptr, chunk_deviation_ptr,  # [B, G, chunks]
+    y_ptr,  # like x, written
+    mean_ptr, rstd_ptr,  # [B, G], written
+    add_stride, scale_stride, shift_stride,  # of the batch
+    eps,
+    chunks,  # chunks of pixels a sample
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    CHUNK_TILE: tl.constexpr,  # chunks, padded to a power of two
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: joins the chunks' statistics (Chan et al. 1979) and applies them to its chunk.
+
+    The program of the first chunk keeps the joined statistics.
+    """
     program = tl.program_id(0)
     chunk = program % chunks
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
     group_row = sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)
-    part = tl.arange(0, CHUNK_TILE)[None, :]
-    part_mask = (part < chunks) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
-    part_count = tl.where(part < chunks, tl.minimum(PIXELS - part * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS, 0).to(tl.float32)  # [1, CHUNK_TILE]
-    part_mean = tl.load(chunk_mean_ptr + group_row[:, None] * chunks + part, mask=part_mask, other=0.0)
-    deviation = tl.load(chunk_deviation_ptr + group_row[:, None] * chunks + part, mask=part_mask, other=0.0)
+    joined = tl.arange(0, CHUNK_TILE)[None, :]  # the chunks that are joined
+    joined_mask = (joined < chunks) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
+    joined_count = tl.where(  # [1, CHUNK_TILE]
+        joined < chunks,
+        tl.minimum(PIXELS - joined * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS,
+        0,
+    ).to(tl.float32)
+    joined_mean = tl.load(chunk_mean_ptr + group_row[:, None] * chunks + joined, mask=joined_mask, other=0.0)
+    deviation = tl.load(chunk_deviation_ptr + group_row[:, None] * chunks + joined, mask=joined_mask, other=0.0)
     count = PIXELS * GROUP_CHANNELS
-    mean = tl.sum(part_mean * part_count, axis=1) / count  # [GROUPS_HERE]
-    between = part_mean - mean[:, None]
-    variance = tl.sum(deviation + between * between * part_count, axis=1) / count
+    mean = tl.sum(joined_mean * joined_count, axis=1) / count  # [GROUPS_HERE]
+    between = joined_mean - mean[:, None]
+    variance = tl.sum(deviation + between * between * joined_count, axis=1) / count
     rstd = 1.0 / tl.sqrt(variance + eps)
     tl.store(mean_ptr + group_row, mean, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
     tl.store(rstd_ptr + group_row, rstd, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
 
-    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(
+        sample, first_group, chunk * PIXEL_TILE,
+        PIXELS, GROUPS, GROUP_CHANNELS,
+        GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
+        CHANNELS_LAST,
+    )  # fmt: skip
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
-    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    w, b = _modulation(
+        w_ptr, b_ptr,
+        scale_ptr, shift_ptr,
+        sample, channel, channel_mask,
+        scale_stride, shift_stride,
+    )  # fmt: skip
     normed = (x - mean[None, :, None]) * rstd[None, :, None]
     store_rounded(y_ptr + offset, _activate(normed * w + b, SILU), mask)
 
 
 @triton.jit
-def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, along_ptr, across_ptr, dx_ptr, p_ptr, q_ptr, dadd_ptr,
-                           add_stride, scale_stride, shift_stride, chunks,
-                           PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
-                           SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """One program: a chunk of pixels of some groups. Without dx_ptr it writes its part of P and Q, [B, chunks, C]; with it dx, from the groups' sums, and its part of dadd."""
+def _split_backward_kernel(
+    dy_ptr,  # like x
+    x_ptr,  # [B, C, *spatial]
+    add_ptr,  # [B, C], or None
+    w_ptr, b_ptr,  # [C], or None
+    scale_ptr, shift_ptr,  # [B, C], or None
+    mean_ptr, rstd_ptr,  # [B, G]
+    along_ptr, across_ptr,  # [B, G], mean_group(w' P / pixels) and of Q; None in the first launch
+    dx_ptr,  # like x, written; None in the first launch
+    p_ptr, q_ptr,  # [B, chunks, C], written; None in the second launch
+    dadd_ptr,  # [B, chunks, C], written, or None
+    add_stride, scale_stride, shift_stride,  # of the batch
+    chunks,  # chunks of pixels a sample
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
+    GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One program: a chunk of pixels of some groups of one sample.
+
+    It is launched twice. The first launch writes the chunk's sums P and Q. The second writes dx, from the groups'
+    sums, and the chunk's sum dadd.
+    """
     program = tl.program_id(0)
     chunk = program % chunks
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(sample, first_group, chunk * PIXEL_TILE, PIXELS, GROUPS, GROUP_CHANNELS, GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE, CHANNELS_LAST)
+    group, channel, channel_mask, mask, offset = _tile(
+        sample, first_group, chunk * PIXEL_TILE,
+        PIXELS, GROUPS, GROUP_CHANNELS,
+        GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
+        CHANNELS_LAST,
+    )  # fmt: skip
     x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     mean = tl.load(mean_ptr + sample * GROUPS + group)
     rstd = tl.load(rstd_ptr + sample * GROUPS + group)
     normed = tl.where(mask, (x - mean) * rstd, 0.0)
-    w, b = _modulation(w_ptr, b_ptr, scale_ptr, shift_ptr, sample, channel, channel_mask, scale_stride, shift_stride)
+    w, b = _modulation(
+        w_ptr, b_ptr,
+        scale_ptr, shift_ptr,
+        sample, channel, channel_mask,
+        scale_stride, shift_stride,
+    )  # fmt: skip
     du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
     flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
-    flat = (sample * chunks + chunk) * (GROUPS * GROUP_CHANNELS) + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS + flat_inner
+    flat = (
+        (sample * chunks + chunk) * (GROUPS * GROUP_CHANNELS)
+        + (first_group + tl.arange(0, GROUPS_HERE)[:, None]) * GROUP_CHANNELS
+        + flat_inner
+    )
     flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     if dx_ptr is None:
         tl.store(p_ptr + flat, tl.sum(du * normed, axis=0), mask=flat_mask)
@@ -241,14 +388,15 @@ def _split_backward_kernel(dy_ptr, x_ptr, add_ptr, w_ptr, b_ptr, scale_ptr, shif
             tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
 
 
-# ---- launchers --------------------------------------------------------------------------------------------------------
+# ---- for the launchers -----------------------------------------------------------------------------------------------
 
 
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
-    """How one (shape, groups) runs, whatever the batch: a dict of tile sizes, compiler options, and `chunks`, 1 for the form of one pass.
+    """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
-    A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one group are a few bytes in each
-    pixel's row, so it takes several until it uses whole sectors of 32 bytes, as far as its registers go.
+    A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
+    group are a few bytes in each pixel's row. There a program takes groups until it uses whole sectors of 32 bytes,
+    as far as its registers go.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
@@ -260,72 +408,52 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
     least = 0 if split else LEAST_ELEMENTS
     groups_here = 1
-    while groups % (2 * groups_here) == 0 and 2 * groups_here * column <= limit and (
-            groups_here * column < least or groups_here * group_channels * element_size < wanted):
+    while (
+        groups % (2 * groups_here) == 0
+        and 2 * groups_here * column <= limit
+        and (groups_here * column < least or groups_here * group_channels * element_size < wanted)
+    ):
         groups_here *= 2
     if split:
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
     warps = min(most_warps, max(1, elements // (32 * elements_a_thread)))
-    return {"PIXELS": pixels, "GROUPS": groups, "GROUP_CHANNELS": group_channels, "GROUPS_HERE": groups_here, "PIXEL_TILE": pixel_tile, "CHANNEL_TILE": channel_tile,
-            "chunks": triton.cdiv(pixels, pixel_tile), "num_warps": warps, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * warps))}
+    return {
+        "PIXELS": pixels,
+        "GROUPS": groups,
+        "GROUP_CHANNELS": group_channels,
+        "GROUPS_HERE": groups_here,
+        "PIXEL_TILE": pixel_tile,
+        "CHANNEL_TILE": channel_tile,
+        "chunks": triton.cdiv(pixels, pixel_tile),
+        "num_warps": warps,
+        "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * warps)),
+    }
 
 
-def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
-    """(y like x, mean [B, groups], rstd [B, groups], both float32); see the top of the file.
-
-    x [B, C, *spatial], row-major or channels_last; weight, bias [C] or both None; scale, shift [B, C] or both None; add [B, C] or
-    None; of these the rows must be contiguous. Raises ValueError for a layout or type that no kernel has.
-    """
-    sizes, channels_last = _arrange(x, groups, FORWARD)
-    y = torch.empty_like(x)
-    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    inputs = (x, add, weight, bias, scale, shift)
-    chunks, tile, grid = _launch(x, sizes)
-    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift), eps)
-    if chunks == 1:
-        _forward_kernel[grid](*inputs, y, mean, rstd, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
+def _arrange(x, groups, direction):
+    """(chunks, tile arguments, grid) for x; ValueError for what no kernel has."""
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)"
+        )
+    if x.is_contiguous():
+        channels_last = False
+    elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        channels_last = True
     else:
-        chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
-        deviation = torch.empty_like(chunk_mean)
-        _split_statistics_kernel[grid](x, add, chunk_mean, deviation, _row_stride(add), chunks, **tile, CHANNELS_LAST=channels_last)
-        _split_forward_kernel[grid](*inputs, chunk_mean, deviation, y, mean, rstd, *strides, chunks, **tile,
-                                    CHUNK_TILE=triton.next_power_of_2(chunks), SILU=silu, CHANNELS_LAST=channels_last)
-    return y, mean, rstd
+        raise ValueError(
+            f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} "
+            "is neither contiguous nor channels_last; call .contiguous()"
+        )
+    tile = plan(x.shape[1], groups, x[0, 0].numel(), x.element_size(), channels_last, direction)
+    chunks = tile.pop("chunks")
+    grid = (len(x) * (tile["GROUPS"] // tile["GROUPS_HERE"]) * chunks,)
+    return chunks, {**tile, "CHANNELS_LAST": channels_last}, grid
 
 
-def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
-    """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file. dy is laid out like x."""
-    sizes, channels_last = _arrange(x, groups, BACKWARD)
-    batch, channels = x.shape[:2]
-    dx = torch.empty_like(x)
-    chunks, tile, grid = _launch(x, sizes)
-    inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
-    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
-    p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
-    q, dadd = torch.empty_like(p), None if add is None else torch.empty_like(p)
-    if chunks == 1:
-        _backward_kernel[grid](*inputs, dx, p, q, dadd, *strides, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-        return dx, p[:, 0], q[:, 0], None if add is None else dadd[:, 0]
-    _split_backward_kernel[grid](*inputs, None, None, None, p, q, None, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-    p, q = p.sum(1), q.sum(1)
-    factor = _effective_weight(weight, scale)
-    along, across = ((part if factor is None else factor * part).reshape(batch, groups, -1).sum(2) / (x[0].numel() // groups) for part in (p, q))
-    _split_backward_kernel[grid](*inputs, along, across, dx, None, None, dadd, *strides, chunks, **tile, SILU=silu, CHANNELS_LAST=channels_last)
-    return dx, p, q, None if add is None else dadd.sum(1)
-
-
-def parameter_grads(p, q, weight, bias, scale):
-    """(dweight, dbias, dscale, dshift) from P and Q [B, C], None where there is no such input."""
-    dweight = dbias = dscale = dshift = None
-    if weight is not None:
-        one_more = 1.0 if scale is None else 1.0 + scale.to(torch.float32)
-        dweight, dbias = ((part if scale is None else part * one_more).sum(0).to(weight.dtype) for part in (p, q))
-    if scale is not None:
-        dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
-        dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
-    return dweight, dbias, dscale, dshift
+def _row_stride(tensor):
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def _effective_weight(weight, scale):
@@ -336,26 +464,132 @@ def _effective_weight(weight, scale):
     return factor if weight is None else factor * weight.to(torch.float32)
 
 
-def _arrange(x, groups, direction):
-    """(plan, whether x is channels_last); ValueError for what no kernel has."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)")
-    pixels = x[0, 0].numel()
-    if x.is_contiguous():
-        channels_last = False
-    elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        channels_last = True
-    else:
-        raise ValueError(f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} is neither contiguous nor channels_last; call .contiguous()")
-    return plan(x.shape[1], groups, pixels, x.element_size(), channels_last, direction), channels_last
+def _group_mean(channel_sums, factor, groups, elements):
+    """mean_group(w' S / pixels) of channel sums S [B, C]: [B, groups]. factor: w' or None; elements: of a group."""
+    weighted = channel_sums if factor is None else factor * channel_sums
+    return weighted.reshape(len(channel_sums), groups, -1).sum(2) / elements
 
 
-def _launch(x, sizes):
-    """(chunks, tile arguments, grid) of a plan for x."""
-    tile = dict(sizes)
-    chunks = tile.pop("chunks")
-    return chunks, tile, (len(x) * (sizes["GROUPS"] // sizes["GROUPS_HERE"]) * chunks,)
+# ---- public functions ------------------------------------------------------------------------------------------------
 
 
-def _row_stride(tensor):
-    return 0 if tensor is None else tensor.stride(0)
+def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
+    """(y like x, mean [B, groups], rstd [B, groups], both float32); see the top of the file.
+
+    x              [B, C, *spatial], row-major or channels_last
+    weight, bias   [C], or both None
+    scale, shift   [B, C] with contiguous rows, or both None
+    add            [B, C] with contiguous rows, or None
+
+    Raises ValueError for a layout or type that no kernel has.
+    """
+    chunks, tile, grid = _arrange(x, groups, FORWARD)
+    y = torch.empty_like(x)
+    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
+    if chunks == 1:
+        _forward_kernel[grid](
+            x,
+            add,
+            weight, bias,
+            scale, shift,
+            y,
+            mean, rstd,
+            *strides,
+            eps,
+            **tile,
+            SILU=silu,
+        )  # fmt: skip
+        return y, mean, rstd
+    chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
+    deviation = torch.empty_like(chunk_mean)
+    _split_statistics_kernel[grid](
+        x,
+        add,
+        chunk_mean, deviation,
+        _row_stride(add),
+        chunks,
+        **tile,
+    )  # fmt: skip
+    _split_forward_kernel[grid](
+        x,
+        add,
+        weight, bias,
+        scale, shift,
+        chunk_mean, deviation,
+        y,
+        mean, rstd,
+        *strides,
+        eps,
+        chunks,
+        **tile,
+        CHUNK_TILE=triton.next_power_of_2(chunks),
+        SILU=silu,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
+    """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file.
+
+    dy is laid out like x. mean and rstd are what the forward returned; the other arguments and errors are as there.
+    """
+    chunks, tile, grid = _arrange(x, groups, BACKWARD)
+    batch, channels = x.shape[:2]
+    dx = torch.empty_like(x)
+    p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
+    q = torch.empty_like(p)
+    dadd = None if add is None else torch.empty_like(p)
+    inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
+    if chunks == 1:
+        _backward_kernel[grid](
+            *inputs,
+            dx,
+            p, q,
+            dadd,
+            *strides,
+            **tile,
+            SILU=silu,
+        )  # fmt: skip
+        return dx, p[:, 0], q[:, 0], None if add is None else dadd[:, 0]
+    _split_backward_kernel[grid](
+        *inputs,
+        None, None,  # along, across
+        None,  # dx
+        p, q,
+        None,  # dadd
+        *strides,
+        chunks,
+        **tile,
+        SILU=silu,
+    )  # fmt: skip
+    p, q = p.sum(1), q.sum(1)
+    factor, elements = _effective_weight(weight, scale), x[0].numel() // groups
+    along, across = _group_mean(p, factor, groups, elements), _group_mean(q, factor, groups, elements)
+    _split_backward_kernel[grid](
+        *inputs,
+        along, across,
+        dx,
+        None, None,  # p, q
+        dadd,
+        *strides,
+        chunks,
+        **tile,
+        SILU=silu,
+    )  # fmt: skip
+    return dx, p, q, None if add is None else dadd.sum(1)
+
+
+def parameter_grads(p, q, weight, bias, scale):
+    """(dweight, dbias, dscale, dshift) from P and Q [B, C], None where there is no such input."""
+    dweight = dbias = dscale = dshift = None
+    if weight is not None:
+        factor = None if scale is None else 1.0 + scale.to(torch.float32)
+        dweight = (p if factor is None else p * factor).sum(0).to(weight.dtype)
+        dbias = (q if factor is None else q * factor).sum(0).to(weight.dtype)
+    if scale is not None:
+        dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
+        dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
+    return dweight, dbias, dscale, dshift

@@ -1,14 +1,16 @@
-"""Standard normal noise by address, made in registers: Philox4x32-10 and Box-Muller.
+"""Counter-based standard normal noise, made in registers: Philox4x32-10 and Box-Muller.
 
-Element i of a sample's noise is a function of (seed, stream, redraw, i) alone:
+A counter-based generator has no state. Its numbers are a function of a key and a counter. Here these are an address:
+the number of element i of a sample depends on (seed, stream, draw, i) alone ("noise by address").
 
-    key = seed (low word, high word);  counter = (i // 4, stream, redraw, 0)
+    key = seed (low word, high word);  counter = (i // 4, stream, draw, 0)
     words w0..w3 = Philox4x32-10(key, counter);  u = folded to [0, 1), clamped at 1e-7 under the logarithm
     n = sqrt(-2 ln u0) (cos 2 pi u1, sin 2 pi u1), sqrt(-2 ln u2) (cos 2 pi u3, sin 2 pi u3)   for i = 4j .. 4j + 3
 
-These are the numbers of `tl.randn4x(seed, (stream << 32) | j)`. Two things are done otherwise than there, for speed: a half-round
-is one 32 x 32 -> 64 bit multiplication, and sine and cosine are polynomials on an eighth of a turn, because the
-library's carry a slow path with a stack for huge angles. There is no backward: noise has no inputs to differentiate.
+These are the numbers of `tl.randn4x(seed, (stream << 32) | j)`. Two things are done in another way, for speed. A
+half-round is one 32 x 32 -> 64 bit multiplication. Sine and cosine are polynomials on an eighth of a turn: the
+library's carry a slow path with a stack for huge angles. There is no backward, because noise has no inputs to
+differentiate.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -17,14 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .memory import LARGEST_SAMPLE
+from .memory import check_size, cut_samples
 
-# ---- jitted functions -------------------------------------------------------------------------------------------------
+# ---- jitted functions ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def philox4x32(key0, key1, c0, c1, c2, c3):
-    """Ten rounds of Philox4x32; uint32 blocks of one shape in and out."""
+def philox4x32(
+    key0, key1,  # uint32
+    c0, c1, c2, c3,  # the counter, uint32
+):  # fmt: skip
+    """Ten rounds of Philox4x32: four words of the counter's shape."""
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -53,7 +58,9 @@ def _box_muller(u0, u1):
     x = (u1 - 0.25 * quarter) * 6.283185307179586
     x2 = x * x
     sine = x + x * x2 * (-1.6666654611e-1 + x2 * (8.3321608736e-3 + x2 * -1.9515295891e-4))
-    cosine = 1.0 - 0.5 * x2 + x2 * x2 * (4.166664568298827e-2 + x2 * (-1.388731625493765e-3 + x2 * 2.443315711809948e-5))
+    cosine = (
+        1.0 - 0.5 * x2 + x2 * x2 * (4.166664568298827e-2 + x2 * (-1.388731625493765e-3 + x2 * 2.443315711809948e-5))
+    )
     turns = quarter.to(tl.int32)
     swapped = (turns & 1) != 0
     c = tl.where(swapped, sine, cosine)
@@ -64,81 +71,94 @@ def _box_muller(u0, u1):
 
 
 @triton.jit
-def _normal4(seed, stream, redraw, j):
-    """The normals of elements 4j .. 4j + 3; j is a block of int32."""
+def _normal4(
+    seed, stream, draw,  # scalars
+    j,  # a block of int32
+):  # fmt: skip
+    """The normals of elements 4j .. 4j + 3."""
     key = seed.to(tl.uint64, bitcast=True)
     c0 = j.to(tl.uint32)
     zero = c0 * 0
-    w0, w1, w2, w3 = philox4x32((key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32),
-                                c0, zero + stream.to(tl.uint32), zero + redraw.to(tl.uint32), zero)
+    w0, w1, w2, w3 = philox4x32(
+        (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32),
+        c0, zero + stream.to(tl.uint32), zero + draw.to(tl.uint32), zero,
+    )  # fmt: skip
     n0, n1 = _box_muller(_uniform(w0), _uniform(w1))
     n2, n3 = _box_muller(_uniform(w2), _uniform(w3))
     return n0, n1, n2, n3
 
 
 @triton.jit
-def normal_block(seed, stream, redraw, block, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Noise of elements block * BLOCK + [0, BLOCK) of one sample, float32 [BLOCK]. seed: int64, stream and redraw: integers, all scalars.
+def normal_block(
+    seed,  # int64 scalar
+    stream, draw,  # integer scalars
+    block,  # the block's number within the sample
+    BLOCK: tl.constexpr,  # elements a block
+    WIDE: tl.constexpr,  # every lane gets 8 consecutive elements in the place of 4
+):  # fmt: skip
+    """Noise of elements block * BLOCK + [0, BLOCK) of one sample, float32 [BLOCK].
 
-    WIDE gives every lane 8 consecutive elements, so that 16-bit tensors are accessed 16 bytes at a time.
+    With WIDE, 16-bit tensors are accessed 16 bytes at a time.
     """
     if WIDE:
         j = block * (BLOCK // 4) + 2 * tl.arange(0, BLOCK // 8)
-        a0, a1, a2, a3 = _normal4(seed, stream, redraw, j)
-        b0, b1, b2, b3 = _normal4(seed, stream, redraw, j + 1)
+        a0, a1, a2, a3 = _normal4(seed, stream, draw, j)
+        b0, b1, b2, b3 = _normal4(seed, stream, draw, j + 1)
         n0 = tl.join(a0, b0)
         n1 = tl.join(a1, b1)
         n2 = tl.join(a2, b2)
         n3 = tl.join(a3, b3)
     else:
         j = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        n0, n1, n2, n3 = _normal4(seed, stream, redraw, j)
+        n0, n1, n2, n3 = _normal4(seed, stream, draw, j)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
 
 
 @triton.jit
-def load_redraw(redraw_ptr, sample):
-    """The redraw number of a sample; 0 where there is no tensor of them."""
-    if redraw_ptr is None:
-        redraw = tl.program_id(0) * 0
+def load_draw(draw_ptr, sample):
+    """The number of a sample's draw; 0 where there is no tensor of them."""
+    if draw_ptr is None:
+        draw = tl.program_id(0) * 0
     else:
-        redraw = tl.load(redraw_ptr + sample)
-    return redraw
+        draw = tl.load(draw_ptr + sample)
+    return draw
 
 
 @triton.jit
-def _draw_kernel(noise_ptr, seed_ptr, stream_ptr, redraw_ptr, size, blocks, BLOCK: tl.constexpr):
+def _draw_kernel(
+    noise_ptr,  # [B, size] float32, written
+    seed_ptr, stream_ptr, draw_ptr,  # [B]; no draw_ptr: draw 0
+    size, blocks,  # elements a sample, blocks a sample
+    BLOCK: tl.constexpr,  # elements a block
+):  # fmt: skip
+    """One program: a block of one sample."""
     program = tl.program_id(0)
     sample = program // blocks
     block = program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
-    noise = normal_block(tl.load(seed_ptr + sample), tl.load(stream_ptr + sample), load_redraw(redraw_ptr, sample), block, BLOCK, False)
+    noise = normal_block(
+        tl.load(seed_ptr + sample), tl.load(stream_ptr + sample), load_draw(draw_ptr, sample),
+        block, BLOCK, False,
+    )  # fmt: skip
     tl.store(noise_ptr + sample.to(tl.int64) * size + i, noise, mask=i < size)
 
 
-# ---- launcher ---------------------------------------------------------------------------------------------------------
+# ---- public function -------------------------------------------------------------------------------------------------
 
 
-def choose_block(size, element_size=4):
-    """(BLOCK, num_warps) for samples of this many elements: 16 elements a thread, at least 16 bytes, and as few as may be beyond the end."""
-    block = min(2048, max(512 // element_size, triton.next_power_of_2(size)))
-    if block == 2048 and -(-size // 2048) * 2048 > -(-size // 1024) * 1024:
-        block = 1024
-    return block, max(1, block // 512)
-
-
-def draw_noise(seeds, stream, redraw, shape, block=None):
+def draw_noise(seeds, stream, draw, shape, block=None):
     """Standard normal noise, float32 [B, *shape].
 
-    seeds [B] int64; stream [B] int; redraw [B] int or None for 0; block: elements a program, for tests.
+    seeds [B] int64; stream [B] int; draw [B] int or None for 0; block: elements a program, for tests.
     Raises ValueError for a shape with too many elements.
     """
     noise = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
-    size = noise[0].numel()
-    if size > LARGEST_SAMPLE:
-        raise ValueError(f"kernels: a sample of {size} elements is too large; at most {LARGEST_SAMPLE}")
-    chosen, warps = choose_block(size)
-    block = block or chosen
-    blocks = triton.cdiv(size, block)
-    _draw_kernel[(len(seeds) * blocks,)](noise, seeds, stream, redraw, size, blocks, BLOCK=block, num_warps=warps)
+    check_size(noise[0].numel())
+    size, blocks, block, warps = cut_samples(noise, block)
+    _draw_kernel[(len(seeds) * blocks,)](
+        noise,
+        seeds, stream, draw,
+        size, blocks,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return noise

@@ -1,4 +1,7 @@
-"""Measure a run's sampler on several processes: `deepspeed launch/evaluate.py runs/a --num-samples 50000`, with the arguments of `hsivi eval`."""
+"""Measure a run's sampler on several processes, with the arguments of `hsivi eval`:
+
+deepspeed launch/evaluate.py runs/a --num-samples 50000
+"""
 
 from hsivi_fast.cli import launched
 

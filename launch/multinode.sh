@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# One run on several machines, without ssh between them: start this on each machine, with the same arguments and its own NODE_RANK.
+# One run on several machines, without ssh between them. Start this on each machine, with the same arguments and its own
+# NODE_RANK. The first machine is the one whose address is IP_ADDR.
 #
-#   IP_ADDR=10.0.0.1 NUM_NODES=2 NODE_RANK=0 launch/multinode.sh cifar10 --outdir runs/cifar10     # on the first machine, whose address is IP_ADDR
+#   IP_ADDR=10.0.0.1 NUM_NODES=2 NODE_RANK=0 launch/multinode.sh cifar10 --outdir runs/cifar10     # on the first
 #   IP_ADDR=10.0.0.1 NUM_NODES=2 NODE_RANK=1 launch/multinode.sh cifar10 --outdir runs/cifar10     # on the second
 #
 # IP_ADDR    address of machine 0, as the others reach it
 # NUM_NODES  number of machines; NODE_RANK: this one's number, from 0
 # PORT       of machine 0, 29500 by default
 # GPUS       processes on each machine; by default as many as it has GPUs
-# HOSTFILE   in the place of NUM_NODES and GPUS: "name slots=8", a line for each machine in the order of their numbers (launch/hostfile.example)
+# HOSTFILE   in the place of NUM_NODES and GPUS: "name slots=8", a line for each machine in the order of their numbers
+#            (launch/hostfile.example)
 #
-# A first argument that ends in .py is the script in the place of launch/train.py: launch/multinode.sh launch/evaluate.py RUN
+# A first argument that ends in .py is the script in the place of launch/train.py:
+#
+#   launch/multinode.sh launch/evaluate.py RUN
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -57,4 +61,5 @@ count=$(wc -l <<< "$hosts")
 hostfile=$(mktemp)
 trap 'rm -f "$hostfile"' EXIT
 echo "$hosts" > "$hostfile"
-deepspeed --no_ssh --node_rank "$NODE_RANK" --master_addr "$IP_ADDR" --master_port "${PORT:-29500}" --hostfile "$hostfile" "$script" "$@"
+deepspeed --no_ssh --node_rank "$NODE_RANK" --master_addr "$IP_ADDR" --master_port "${PORT:-29500}" \
+    --hostfile "$hostfile" "$script" "$@"

@@ -29,7 +29,10 @@ rollout: {mode: pooled, redraw: 1}
 backend: auto
 precision: fp32
 seed: 0
-train: {steps: 200000, batch_size: 128, f_learning_times: 20, student_lr: 1.6e-5, score_net_lr: 8.0e-5, warmup: 2500, lr_rule: decay, clip: 1.0, ema: 0.999}
+train: {
+  steps: 200000, batch_size: 128, f_learning_times: 20, student_lr: 1.6e-5, score_net_lr: 8.0e-5, warmup: 2500,
+  lr_rule: decay, clip: 1.0, ema: 0.999
+}
 """)
     config = load_config(path)
     assert (

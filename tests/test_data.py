@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from hsivi_fast.data import load_data, to_uint8
 
 
 def test_digits_are_scikit_learns():
-    from sklearn.datasets import load_digits
-
     data = load_data("digits")
     assert data.images.shape == (1797, 1, 8, 8) and data.images.dtype == np.float32 and data.levels == 17
     assert data.images.min() == -1 and data.images.max() == 1

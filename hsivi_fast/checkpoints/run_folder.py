@@ -5,20 +5,32 @@ samples/               pictures; step_XXXXXXX.png are those of the training
 metrics.jsonl          one record per log step
 saves.jsonl            what each checkpoint took: seconds, bytes
 wandb.json             the run's id at Weights & Biases, where log.wandb is set
-checkpoints/step_N/    state.json and safetensors files; written beside and renamed; the last two and the best are kept
+checkpoints/step_N/    state.json and safetensors files; the last two checkpoints and the best are kept
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..config import config_difference, config_from_dict, read_resolved, resolved_dict, resolved_yaml
+from .files import sync, write_atomically, written_beside
+
 CHECKPOINTS_KEPT = 2  # besides the best
 
 
 class RunFolder(os.PathLike):
-    """The folder of one run. Use `start` to train in it and `RunFolder(path)` to read it."""
+    """The folder of one run. Use `start` to train in it and `RunFolder(path)` to read it.
+
+    `steps_before`: the train.steps that it had before `start` took it up again; None otherwise.
+    """
+
+    steps_before = None
 
     def __init__(self, path):
         """Raises ValueError where `path` does not hold a run."""
@@ -39,42 +51,40 @@ class RunFolder(os.PathLike):
 
     @classmethod
     def start(cls, path, config, fresh=False):
-        """Create the folder, or take it up again if it holds a run of the same configuration (train.steps may have grown, `distributed`, `log` and teacher_train.steps may differ).
+        """Create the folder, or take it up again if it holds a run of the same configuration.
 
-        Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or `fresh`
-        was asked for and a run is there.
+        In a run that goes on, train.steps may have grown, and `distributed`, `log` and teacher_train.steps may differ.
+        Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or
+        `fresh` was asked for and a run is there.
         """
-        from ..config import resolved_dict, resolved_yaml
-
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
-        holds_run = (path / "config.yaml").is_file()
+        holds_run, steps_before = (path / "config.yaml").is_file(), None
         if fresh and holds_run:
             raise ValueError(f"outdir {str(path)!r}: holds a run already and --fresh was given; choose another folder")
         if holds_run:
-            before, now = (
-                resolved_dict(cls(path).config()),
-                resolved_dict(config),
-            )  # keys that are newer than the run have their defaults
+            before = resolved_dict(cls(path).config())  # keys that are newer than the run have their defaults
+            now, steps_before = resolved_dict(config), before["train"]["steps"]
             difference = config_difference(_may_go_on(before, now), now)
             if difference:
                 raise ValueError(
-                    f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, distributed.*, log.* and teacher_train.steps change"
+                    f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, "
+                    "distributed.*, log.* and teacher_train.steps change"
                 )
         elif path.is_dir() and any(path.iterdir()):
             raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+        write_atomically(path / "config.yaml", resolved_yaml(config).encode())
         (path / "checkpoints").mkdir(exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
-        return cls(path)
+        folder = cls(path)
+        folder.steps_before = steps_before
+        return folder
 
     @contextlib.contextmanager
     def locked(self):
         """Hold the folder for one training process; ValueError where another one has it."""
-        import fcntl
-
         with open(self.path / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,33 +94,27 @@ class RunFolder(os.PathLike):
 
     def config_dict(self):
         """The resolved configuration as plain values."""
-        from omegaconf import OmegaConf
-
         try:
-            return OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-        except Exception as error:
-            raise ValueError(
-                f"run {str(self.path)!r}: config.yaml is not readable: {' '.join(str(error).split())}"
-            ) from None
+            return read_resolved(self.path / "config.yaml")
+        except ValueError as error:
+            raise ValueError(f"run {str(self.path)!r}: {error}") from None
 
     def config(self):
         """The resolved configuration, checked."""
-        from ..config import config_from_dict
-
         return config_from_dict(self.config_dict())
 
     # Small files
 
     def write(self, name, data):
-        """Write the bytes of a picture or a page, atomically. Raises OSError that names the file where the disk is full."""
-        _write_atomically(self.path / name, data)
+        """Write the bytes of a picture or a page, atomically. Raises OSError that names the file it cannot write."""
+        write_atomically(self.path / name, data)
 
     def write_json(self, name, value):
         """Write results.json and the like, atomically."""
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def read_json(self, name, default=None):
-        """Read a JSON file of the folder, or `default` where there is none."""
+        """The value of a JSON file of the folder, `default` where there is none; ValueError where it is damaged."""
         file = self.path / name
         if not file.is_file():
             return default
@@ -120,7 +124,7 @@ class RunFolder(os.PathLike):
             raise ValueError(f"{file}: not readable as JSON; delete it and run the command again") from None
 
     def append(self, name, record):
-        """Add one record to metrics.jsonl or saves.jsonl."""
+        """Add one record to metrics.jsonl or saves.jsonl. Raises OSError that names the file it cannot write."""
         try:
             with open(self.path / name, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -147,11 +151,8 @@ class RunFolder(os.PathLike):
         """Steps of all complete checkpoints, ascending."""
         folder = self.path / "checkpoints"
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        return sorted(
-            int(name.removeprefix("step_"))
-            for name in names
-            if name.startswith("step_") and name.removeprefix("step_").isdigit()
-        )
+        numbers = [name.removeprefix("step_") for name in names if name.startswith("step_")]
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def checkpoint_path(self, step):
         """The folder of the checkpoint of a step."""
@@ -160,32 +161,22 @@ class RunFolder(os.PathLike):
     def save_checkpoint(self, step, tensors, state):
         """Write a checkpoint: `tensors` maps a file's stem to {name: tensor}, `state` is for state.json.
 
-        Either the whole checkpoint is there afterwards, or (full disk, killed process) everything that was there before; older ones stay until
-        `drop_old_checkpoints`. Returns its size in bytes; raises OSError where it cannot be written.
+        Afterwards the whole checkpoint is there, or after a full disk or a killed process all that was there before.
+        Older checkpoints stay until `drop_old_checkpoints`.
+        Returns its size in bytes; raises OSError where it cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         final = self.checkpoint_path(step)
-        beside = final.with_name(f".{final.name}.unfinished")
-        shutil.rmtree(beside, ignore_errors=True)
         try:
-            beside.mkdir()
-            for stem, values in tensors.items():
-                save_file(
-                    {name: value.detach().cpu().contiguous() for name, value in values.items()},
-                    beside / f"{stem}.safetensors",
-                )
-            (beside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
-            size = sum(file.stat().st_size for file in beside.iterdir())
-            for file in beside.iterdir():
-                _sync(file)
-            if final.exists():  # a run that was stopped at a step that it had saved already
-                shutil.rmtree(final)
-            beside.rename(final)
-            _sync(final.parent)
+            # It replaces one that is there where a run was stopped at a step that it had saved already.
+            with written_beside(final, replace=True) as folder:
+                folder.mkdir()
+                for stem, values in tensors.items():
+                    on_cpu = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+                    save_file(on_cpu, folder / f"{stem}.safetensors")
+                (folder / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+                size = sum(file.stat().st_size for file in folder.iterdir())
+            sync(final.parent)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
             older = self.checkpoints()
             kept = f"the checkpoint of step {older[-1]} is whole" if older else "no checkpoint was there before"
             raise OSError(f"cannot write the checkpoint of step {step} to {final.parent}: {error}; {kept}") from None
@@ -197,86 +188,59 @@ class RunFolder(os.PathLike):
         return (steps[-1], self.load_state(steps[-1])) if steps else (0, None)
 
     def load_state(self, step):
-        """state.json of a checkpoint."""
+        """state.json of a checkpoint; ValueError in one line where it is missing or damaged."""
         return self._readable(self.checkpoint_path(step) / "state.json", lambda file: json.loads(file.read_text()))
 
     def load_tensors(self, step, stem):
-        """{name: tensor} of one file of a checkpoint, on the CPU; ValueError in one line where it is missing or damaged."""
-        from safetensors.torch import load_file
+        """{name: tensor} of one file of a checkpoint, on the CPU.
 
+        Raises ValueError in one line where it is missing or damaged.
+        """
         return self._readable(self.checkpoint_path(step) / f"{stem}.safetensors", load_file)
 
     def best_checkpoint(self):
         """(step, metric) of the checkpoint with the lowest metric, or None where none was measured."""
-        measured = [
-            (state["metric"], step)
-            for step in self.checkpoints()
-            if (state := self._metric_state(step)).get("metric") is not None
-        ]
-        return (min(measured)[1], min(measured)[0]) if measured else None
+        best = None
+        for step in self.checkpoints():
+            metric = self._metric(step)
+            if metric is not None and (best is None or metric < best[1]):
+                best = step, metric
+        return best
 
-    def _metric_state(self, step):
+    def _metric(self, step):
         try:
-            return self.load_state(step)
+            return self.load_state(step).get("metric")
         except ValueError:
-            return {}
+            return None
 
     def _readable(self, file, read):
-        from safetensors import SafetensorError
-
         try:
             return read(file)
         except FileNotFoundError:
             raise ValueError(f"checkpoint {file}: missing; delete {file.parent} to go on from an older one") from None
         except (ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"checkpoint {file}: damaged ({' '.join(str(error).split())}); delete {file.parent} to go on from an older one"
+                f"checkpoint {file}: damaged ({reason}); delete {file.parent} to go on from an older one"
             ) from None
 
     def drop_old_checkpoints(self):
         """Delete all but the last two checkpoints and the best."""
         best = self.best_checkpoint()
-        kept = set(self.checkpoints()[-CHECKPOINTS_KEPT:]) | ({best[0]} if best else set())
+        kept = set(self.checkpoints()[-CHECKPOINTS_KEPT:])
+        if best is not None:
+            kept.add(best[0])
         for step in self.checkpoints():
             if step not in kept:
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
 
 
-def _write_atomically(file, data):
-    beside = file.with_name(f".{file.name}.unfinished")
-    try:
-        beside.write_bytes(data)
-        _sync(beside)
-        beside.replace(file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {file}: {error.strerror or error}") from None
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def config_difference(before, now, prefix=""):
-    """The first key in which two resolved configurations differ, in words, the value of `before` first; None where they agree."""
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            difference = config_difference(old, new, f"{prefix}{key}.")
-            if difference:
-                return difference
-        elif old != new:
-            return f"{prefix}{key} = {old!r}, not {new!r}"
-    return None
-
-
 def _may_go_on(before, now):
-    """`before` with what may change when a run goes on taken from `now`: more steps, how many processes do the work and how, what is shown of it, and how long a
-    teacher's schedule is (its rate follows the new one)."""
+    """`before` with what may change when a run goes on taken from `now`.
+
+    That is more steps, how many processes do the work and how, what is shown of it, and the length of a teacher's
+    training, whose rate follows the new one.
+    """
     before = {
         **before,
         "distributed": now["distributed"],

@@ -14,7 +14,8 @@ from .. import ops
 class Layers(nn.Module):
     """All K layers of one sampler: the tables A, B, c1, sigma and tau, indexed by k, as buffers.
 
-    schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0); per_step, per_pixel: the shape of log_gamma.
+    schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0).
+    per_step, per_pixel: the shape of log_gamma.
     `Layers` have no parameters: log_gamma belongs to the student (see `attach_log_gamma`) and is passed in.
     """
 

@@ -23,8 +23,9 @@ def signal_levels(betas, steps):
 def knots(spacing, nfe, steps, drop_doubles=False):
     """tau_0 < ... < tau_K, int64 [K + 1], K = nfe.
 
-    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)). Raises ValueError where two knots
-    fall together, unless `drop_doubles`, which then gives fewer than K layers (for a DDIM baseline of many steps).
+    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)).
+    Raises ValueError where two knots fall together. With `drop_doubles` there are fewer than K layers then, which a
+    DDIM baseline of many steps wants.
     """
     if nfe < 1 or nfe >= steps:
         raise ValueError(f"nfe: {nfe} layers do not fit a teacher of {steps} steps")

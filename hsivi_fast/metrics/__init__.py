@@ -1,4 +1,4 @@
-"""How good samples are: distances, the feature networks that they look through, tables, and image files for other tools.
+"""How good samples are: distances, the feature networks behind them, tables, and image files for other tools.
 
 May import `sampling/` and what is below it; draws no pictures and trains nothing.
 """

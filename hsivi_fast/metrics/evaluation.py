@@ -1,7 +1,6 @@
 """Measuring samplers: the metric of a run, the rows that it gives, and the table that a run ends with."""
 
 import hashlib
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checkpoints.download import CACHE_VARIABLE
+from ..checkpoints.download import cache_folder
 from ..checkpoints.run_folder import RunFolder
 from ..config import change_config
 from ..data import has_data, load_data, to_uint8
@@ -146,7 +145,7 @@ class ImageMetric:
         for batch in images.split(self.batch_size):
             self.world.mark_detail("reading reference images")
             digest.update(self.rounded(batch).numpy().tobytes())
-        folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hsivi_fast")
+        folder = cache_folder(Path.home() / ".cache" / "hsivi_fast")
         file = folder / f"statistics_{self.name}_{digest.hexdigest()[:20]}.npz"
         if file.is_file():
             return load_statistics(file)

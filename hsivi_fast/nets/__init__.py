@@ -1,4 +1,7 @@
-"""The networks: two UNet families and an MLP, with the parameter names of the published checkpoints."""
+"""The networks: two UNet families and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
+
+May import ops only.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -78,8 +81,8 @@ NETWORKS = {
 def build_unet(network):
     """Build a noise-prediction network with fresh random weights.
 
-    `network` is a name of `NETWORKS`, or a mapping or dataclass with `family` and the arguments of that family's class;
-    with `name` it starts from that named network and overrides what else is given. Entries that are None are left out.
+    `network` is a name of `NETWORKS`, or a mapping or dataclass with `family` and the arguments of that family's class.
+    One with `name` starts from that named network, and its other entries override. Entries that are None are left out.
 
     Returns a module with `event_shape` and forward(x [B, *event_shape] float, t [B] int) -> [B, *event_shape].
     Raises ValueError for an unknown name, family or argument, or sizes that do not fit each other.
@@ -92,16 +95,18 @@ def build_unet(network):
     for key in arguments:
         if key not in known:
             raise ValueError(f"network.{key}: the family {family} has no such setting; it has {', '.join(known)}")
-    missing = [
-        name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments
-    ]
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    missing = [name for name in required if name not in arguments]
     if missing:
         raise ValueError(f"network: the family {family} needs {', '.join(missing)}")
     return FAMILIES[family](**arguments)
 
 
 def network_arguments(network):
-    """The full description of a network (see `build_unet`) as a new dict: named defaults with the overrides applied."""
+    """The full description of a network as a new dict: the named network's entries with the overrides applied.
+
+    `network` is what `build_unet` takes. Raises ValueError for an unknown name or what is no description.
+    """
     if isinstance(network, str):
         network = {"name": network}
     elif is_dataclass(network):
@@ -112,6 +117,7 @@ def network_arguments(network):
     name = given.pop("name", None)
     if name is not None and name not in NETWORKS:
         raise ValueError(
-            f"network: {name!r} is unknown; choose one of {', '.join(NETWORKS)} or describe one with family, channels, ..."
+            f"network: {name!r} is unknown; choose one of {', '.join(NETWORKS)} "
+            "or describe one with family, channels, ..."
         )
     return {**NETWORKS.get(name, {}), **given}

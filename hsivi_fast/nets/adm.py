@@ -1,13 +1,14 @@
-"""The improved-diffusion UNet (Nichol & Dhariwal 2021, arXiv 2102.09672), parameter for parameter as its checkpoints store it.
+"""The improved-diffusion UNet (Nichol & Dhariwal 2021, arXiv 2102.09672).
 
-Used for ImageNet-64. The published network predicts a mean and a variance: its first half of the channels is the noise.
+It has the parameters of that code's checkpoints, name for name, and is used for ImageNet-64.
+The published network predicts a mean and a variance: the first half of its output channels is the noise.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, NoisePredictor, attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, pixel_attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
@@ -51,15 +52,16 @@ class AttentionBlock(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x).flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
         q, k, v = qkv.reshape(batch, self.heads, 3 * channels // self.heads, height * width).chunk(3, dim=2)
-        h = attention(q, k, v).reshape(batch, channels, height * width)
+        h = pixel_attention(q, k, v).reshape(batch, channels, height * width)
         return x + self.proj_out(h).reshape(batch, channels, height, width)
 
 
 class ADMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
-    `attention` lists the downsampling factors (1, 2, 4, ...) at which each residual block is followed by self-attention.
+    `attention` lists the downsampling factors (1, 2, 4, ...) at which self-attention follows each residual block.
     `out_channels` may be larger than the image's channels: the first `image_channels` of them are the noise.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class ADMUNet(NoisePredictor):
         levels = len(multipliers)
         if image_size % 2 ** (levels - 1):
             raise ValueError(
-                f"network.image_size: {image_size} cannot be halved {levels - 1} times; use a multiple of {2 ** (levels - 1)}"
+                f"network.image_size: {image_size} cannot be halved {levels - 1} times; "
+                f"use a multiple of {2 ** (levels - 1)}"
             )
         if channels % norm_groups or channels % heads:
             raise ValueError(
@@ -104,20 +107,17 @@ class ADMUNet(NoisePredictor):
         )
 
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(image_channels, channels, 3, padding=1)])])
-        width, skips, factor = (
-            channels,
-            [channels],
-            1,
-        )  # `skips`: the widths that the way up takes back, last in first out
+        width = channels
+        skips = [channels]  # the widths that the way up takes back, last in first out
+        factor = 1  # by which the resolution is lower than the image's
         for level, multiplier in enumerate(multipliers):
             for _ in range(res_blocks):
                 self.input_blocks.append(stage(width, channels * multiplier, factor))
                 width = channels * multiplier
                 skips.append(width)
             if level < levels - 1:
-                self.input_blocks.append(
-                    nn.ModuleList([nn.ModuleDict({"op": nn.Conv2d(width, width, 3, stride=2, padding=1)})])
-                )
+                halving = nn.ModuleDict({"op": nn.Conv2d(width, width, 3, stride=2, padding=1)})
+                self.input_blocks.append(nn.ModuleList([halving]))
                 skips.append(width)
                 factor *= 2
 
@@ -159,12 +159,12 @@ class ADMUNet(NoisePredictor):
 
 
 def _apply(layers, h, embedding):
-    """Run the parts of a stage in order: a convolution, residual blocks, attention, a change of resolution."""
+    """Run the layers of a stage in order: a convolution, residual blocks, attention, a change of resolution."""
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             h = layer(h)
         elif isinstance(layer, nn.ModuleDict):
-            h = layer["op"](h) if "op" in layer else layer["conv"](upsample(h))
+            h = layer["op"](h) if "op" in layer else layer["conv"](upsample(h))  # half or double the resolution
         else:
             h = layer(h, embedding)
     return h

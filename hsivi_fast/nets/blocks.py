@@ -1,4 +1,7 @@
-"""Building blocks that the networks share: their precision, group normalisation through `ops`, attention, timestep embeddings."""
+"""Building blocks that the networks share.
+
+They are the networks' precision and memory layout, group normalisation, attention, timestep embeddings and upsampling.
+"""
 
 import math
 
@@ -10,18 +13,21 @@ from .. import ops
 
 
 class NoisePredictor(nn.Module):
-    """A noise prediction eps_hat(x, t) of which `predict(x, t)` is the arithmetic; weights, input and result are float32.
+    """A noise prediction eps_hat(x, t); a subclass writes its arithmetic as `predict(x, t)`.
 
-    `precision` is "fp32", "tf32" (float32 here too: models.py turns the device's switch) or "bf16": matrix products, convolutions
-    and what lies between them in bfloat16 by autocast, statistics of normalisations in float32. A network computes in it wherever it is called.
-    With `channels_last` what lies inside an image network has that memory layout (its weights are converted by `in_channels_last`); input and result stay row-major.
+    Weights, input and result are float32. A network computes in its `precision` wherever it is called:
+    "fp32" is float32. "tf32" is float32 here too, since the device has the switch for it, and build.py turns it.
+    "bf16" takes matrix products, convolutions and what lies between them in bfloat16 by autocast;
+    the statistics of normalisations stay in float32.
+
+    With `channels_last` the tensors inside an image network have that memory layout; input and result stay row-major.
     """
 
     precision = "fp32"
     channels_last = False
 
     def in_channels_last(self):
-        """Lay the convolutions' weights and everything inside out as channels_last; returns the network."""
+        """Convert the convolutions' weights and everything inside to channels_last; returns the network."""
         self.channels_last = len(self.event_shape) == 3
         return self.to(memory_format=torch.channels_last) if self.channels_last else self
 
@@ -37,26 +43,30 @@ class NoisePredictor(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with what stands around it in a UNet, as one call of `ops`: an addition before it, a per-sample scale and shift and SiLU after it.
+    """Group normalisation and what stands around it in a UNet, as one call of `ops`.
 
-    It holds exactly the parameters of `torch.nn.GroupNorm` (`weight` [C], `bias` [C]), so checkpoints keep their layout.
+    Around it are an addition before, a scale and a shift per sample after, and SiLU.
+    Its parameters are those of `torch.nn.GroupNorm`, `weight` [C] and `bias` [C], so checkpoints keep their layout.
     """
 
     def forward(self, x, silu=False, scale=None, shift=None, add=None):
-        """y = norm(x + add) (1 + scale) + shift, then SiLU where asked; x [B, C, H, W], scale, shift and add [B, C] or None."""
+        """y = norm(x + add) (1 + scale) + shift, then SiLU where `silu` is set.
+
+        x [B, C, H, W]; scale, shift and add are [B, C] or None; y has the shape of x.
+        """
         return ops.group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add
         )
 
 
-def attention(q, k, v):
-    """Scaled dot-product attention over pixels; q, k, v are [B, heads, d, N] and so is the result."""
+def pixel_attention(q, k, v):
+    """Scaled dot-product attention over N pixels; q, k, v are [B, heads, d, N] and so is the result."""
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
 
 
 def timestep_frequencies(half, spread, device):
-    """Geometric frequencies 1 .. 1/10000, [half]; `spread` is how many steps the factor 10000 is spread over."""
+    """Geometric frequencies that fall from 1 by the factor 10000 over `spread` entries: float32 [half]."""
     return torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / spread))
 
 

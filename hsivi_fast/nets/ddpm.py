@@ -1,13 +1,14 @@
-"""The DDPM UNet (Ho et al. 2020, arXiv 2006.11239, appendix B), parameter for parameter as ddpm-torch checkpoints store it.
+"""The DDPM UNet (Ho et al. 2020, arXiv 2006.11239, appendix B).
 
-Used for CIFAR-10, CelebA-64, MNIST and digits. Level i works at resolution H / 2^i with channels * multipliers[i] channels.
+It has the parameters of ddpm-torch's checkpoints, name for name, and is used for CIFAR-10, CelebA-64, MNIST and digits.
+Level i works at resolution H / 2^i with channels * multipliers[i] channels.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, NoisePredictor, attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, pixel_attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
@@ -40,15 +41,17 @@ class AttentionBlock(nn.Module):
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
         q, k, v = self.project_in(self.norm(x)).flatten(2).unsqueeze(1).chunk(3, dim=2)  # each [B, 1, C, H W]
-        return x + self.project_out(attention(q, k, v).reshape(batch, channels, height, width))
+        return x + self.project_out(pixel_attention(q, k, v).reshape(batch, channels, height, width))
 
 
 class DDPMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
-    `attention` lists, per level, whether each residual block is followed by self-attention. Every width must be a
-    multiple of `norm_groups`, and the image size of 2^(levels - 1). Without `middle` and with `res_blocks` 0 (the way up always has one more)
-    there is a network small enough for checks.
+    `attention` says for each level whether self-attention follows each residual block.
+    `res_blocks` counts the residual blocks of a level on the way down; the way up has one more.
+    Without `middle` and with `res_blocks` 0 the network is small enough for checks.
+    Raises ValueError where a width is no multiple of `norm_groups`, the image size none of 2^(levels - 1),
+    or `attention` has another length than `multipliers`.
     """
 
     def __init__(
@@ -71,7 +74,8 @@ class DDPMUNet(NoisePredictor):
             )
         if image_size % 2 ** (levels - 1):
             raise ValueError(
-                f"network.image_size: {image_size} cannot be halved {levels - 1} times; use a multiple of {2 ** (levels - 1)}"
+                f"network.image_size: {image_size} cannot be halved {levels - 1} times; "
+                f"use a multiple of {2 ** (levels - 1)}"
             )
         if channels % norm_groups:
             raise ValueError(f"network.channels: {channels} is not a multiple of norm_groups = {norm_groups}")
@@ -81,17 +85,15 @@ class DDPMUNet(NoisePredictor):
         widths = [channels * multiplier for multiplier in multipliers]
 
         def block(level, in_channels):
+            """One residual block, with attention where this level has it."""
             residual = ResidualBlock(in_channels, widths[level], embed_channels, norm_groups, norm_eps)
-            return (
-                nn.ModuleList([residual, AttentionBlock(widths[level], norm_groups, norm_eps)])
-                if attention[level]
-                else residual
-            )
+            if not attention[level]:
+                return residual
+            return nn.ModuleList([residual, AttentionBlock(widths[level], norm_groups, norm_eps)])
 
-        def resample(
-            width, stride
-        ):  # the convolution is stored as entry 1: entry 0 (padding, repetition) has no parameters
-            return nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=stride, padding=0 if stride == 2 else 1)})
+        def resample(width, stride, padding):
+            """The convolution of a change of resolution; entry 0, padding or repetition, has no parameters."""
+            return nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=stride, padding=padding)})
 
         self.embed = nn.Sequential(
             nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
@@ -99,7 +101,8 @@ class DDPMUNet(NoisePredictor):
         self.in_conv = nn.Conv2d(image_channels, channels, 3, padding=1)
 
         self.downsamples = nn.ModuleDict()
-        width, skips = channels, [channels]  # `skips`: the widths that the way up takes back, last in first out
+        width = channels
+        skips = [channels]  # the widths that the way up takes back, last in first out
         for level in range(levels):
             layers = nn.ModuleList()
             for _ in range(res_blocks):
@@ -107,19 +110,15 @@ class DDPMUNet(NoisePredictor):
                 width = widths[level]
                 skips.append(width)
             if level < levels - 1:
-                layers.append(resample(width, stride=2))
+                layers.append(resample(width, stride=2, padding=0))
                 skips.append(width)
             self.downsamples[f"level_{level}"] = layers
 
-        self.middle = nn.ModuleList(
-            [
-                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
-                AttentionBlock(width, norm_groups, norm_eps),
-                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
-            ]
-            if middle
-            else []
-        )
+        self.middle = nn.ModuleList()
+        if middle:
+            self.middle.append(ResidualBlock(width, width, embed_channels, norm_groups, norm_eps))
+            self.middle.append(AttentionBlock(width, norm_groups, norm_eps))
+            self.middle.append(ResidualBlock(width, width, embed_channels, norm_groups, norm_eps))
 
         upsamples = {}
         for level in reversed(range(levels)):
@@ -128,7 +127,7 @@ class DDPMUNet(NoisePredictor):
                 layers.append(block(level, width + skips.pop()))
                 width = widths[level]
             if level > 0:
-                layers.append(resample(width, stride=1))
+                layers.append(resample(width, stride=1, padding=1))
             upsamples[f"level_{level}"] = layers
         self.upsamples = nn.ModuleDict({name: upsamples[name] for name in sorted(upsamples)})
 
@@ -165,7 +164,7 @@ class DDPMUNet(NoisePredictor):
 
 
 def _apply(layer, h, embedding):
-    """Run a residual block, or a residual block with its attention."""
-    for part in layer if isinstance(layer, nn.ModuleList) else [layer]:
-        h = part(h, embedding)
+    """Run a residual block, or a list of a residual block and its attention."""
+    for block in layer if isinstance(layer, nn.ModuleList) else [layer]:
+        h = block(h, embedding)
     return h

@@ -4,6 +4,7 @@ If x_0 ~ sum_j w_j N(m_j, s^2 I), then at signal level alpha_bar x_t ~ sum_j w_j
 v = alpha_bar s^2 + 1 - alpha_bar, and the noise prediction is -sqrt(1 - alpha_bar) times the score of that mixture.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -16,7 +17,8 @@ TARGETS = ("checkerboard", "ring", "swiss_roll")
 class MixtureTeacher(nn.Module):
     """The exact noise prediction of a 2-D mixture: x [B, 2], t [B] int -> [B, 2].
 
-    name: one of `TARGETS`; signal_levels: alpha_bar_t, float64 [T]. Attributes: means [J, 2], std, weights 1/J each.
+    name: one of `TARGETS`; signal_levels: alpha_bar_t, float64 [T]. Raises ValueError for another name.
+    Attributes: the mixture's `means` [J, 2] and `std`; each of its Gaussians has the weight 1/J.
     """
 
     event_shape = (2,)
@@ -45,7 +47,7 @@ class MixtureTeacher(nn.Module):
         return torch.from_numpy(points.astype(np.float32))
 
     def bin_masses(self, edges):
-        """Exact probability of every cell of a square grid with these edges [M + 1]: float64 [M, M] (x first)."""
+        """Exact probability of every cell of a square grid with these edges [M + 1]: float64 [M, M], x first."""
         means = self.means.double().cpu()  # [J, 2]
         z = (torch.as_tensor(edges, dtype=torch.float64)[None, None] - means[:, :, None]) / (self.std * math.sqrt(2))
         mass = (0.5 * torch.erf(z)).diff(dim=2)  # [J, 2, M]
@@ -68,10 +70,11 @@ class CorrectedTeacher(nn.Module):
 def _mixture(name):
     """Means [J, 2] and the common standard deviation, scaled to about unit variance per coordinate."""
     if name == "checkerboard":  # 8 squares of a 4 x 4 board, each tiled by 3 x 3 Gaussians
-        squares = [(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
-        thirds = [-1 / 3, 0.0, 1 / 3]
-        means = np.array([(i - 1.5 + u, j - 1.5 + v) for i, j in squares for u in thirds for v in thirds])
-        std = 1 / 6
+        squares = [(i, j) for i, j in itertools.product(range(4), range(4)) if (i + j) % 2 == 0]
+        tiles = list(itertools.product([-1 / 3, 0.0, 1 / 3], repeat=2))
+        means = np.array([(i - 1.5 + u, j - 1.5 + v) for (i, j), (u, v) in itertools.product(squares, tiles)])
+        size = np.sqrt((means**2).mean() + (1 / 6) ** 2)
+        means, std = means / size, (1 / 6) / size
     elif name == "ring":  # 8 Gaussians on a circle
         angles = np.arange(8) * (2 * np.pi / 8)
         means, std = 1.4 * np.stack([np.cos(angles), np.sin(angles)], 1), 0.14
@@ -81,7 +84,4 @@ def _mixture(name):
         means, std = means / np.sqrt((means**2).mean()), 0.07
     else:
         raise ValueError(f"teacher.target: {name!r} is unknown; choose one of {', '.join(TARGETS)}")
-    if name == "checkerboard":
-        size = np.sqrt((means**2).mean() + std**2)
-        means, std = means / size, std / size
     return means, float(std)

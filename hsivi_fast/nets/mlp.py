@@ -10,6 +10,7 @@ class MLP(NoisePredictor):
     """A correction to a noise prediction in the plane: x [B, 2] float, t [B] integers -> [B, 2].
 
     The last layer starts at zero, so that a network "exact score + MLP" starts as the exact score.
+    Raises ValueError for less than one channel or layer.
     """
 
     def __init__(self, channels=64, layers=3, time_channels=32):
@@ -18,11 +19,11 @@ class MLP(NoisePredictor):
             raise ValueError(f"network: channels = {channels} and layers = {layers} must be at least 1")
         self.event_shape = (2,)
         self.time_channels = time_channels
-        widths = [2 + time_channels] + [channels] * layers
-        hidden = [
-            part for width, following in zip(widths, widths[1:]) for part in (nn.Linear(width, following), nn.SiLU())
-        ]
-        self.layers = nn.Sequential(*hidden, nn.Linear(channels, 2))
+        self.layers = nn.Sequential()
+        for index in range(layers):
+            self.layers.append(nn.Linear(channels if index else 2 + time_channels, channels))
+            self.layers.append(nn.SiLU())
+        self.layers.append(nn.Linear(channels, 2))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 

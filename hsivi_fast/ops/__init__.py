@@ -129,9 +129,7 @@ def affine_noise_step(x, e, a, b, s, log_gamma, noise, backend=None):
 def affine_step(x, e, a, b, stream, backend=None):
     """y = a x + b e, without noise, differentiable in x and e; stream [B] int, the rest as of `affine_noise_step`."""
     _check(x, e, (a, b), stream)
-    return library.affine_noise_step(
-        x, e, a, b, None, None, None, stream, None, None, _resolve(backend, x.device)
-    )
+    return library.affine_noise_step(x, e, a, b, None, None, None, stream, None, None, _resolve(backend, x.device))
 
 
 def denoising_loss_and_grads(f, weight, scale, log_gamma, noise, backend=None):

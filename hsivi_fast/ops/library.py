@@ -1,11 +1,12 @@
-"""The operations as operators of torch (`torch.ops.hsivi_fast.*`): each with both backends, its output shapes, and its gradient.
+"""The operations as operators of torch, `torch.ops.hsivi_fast.*`: both backends, output shapes, and gradients.
 
-An operator is opaque to torch.compile, which is the point: Inductor fuses neither into a Triton kernel nor into the integers of the plain Philox
-(which it miscompiles in some forms). The backend is an argument, so that one graph holds one choice. `kernels` is imported when a
-Triton backend runs, and by nothing else than this room.
+An operator is opaque to torch.compile, which is the point. Inductor then fuses neither into a Triton kernel nor into
+the integers of the plain Philox, which it miscompiles in some forms. The backend is an argument, so that one graph
+holds one choice. `kernels/` is imported when a Triton backend runs, and by no other file.
 """
 
 import contextlib
+import importlib
 
 import torch
 from torch import Tensor
@@ -14,14 +15,15 @@ from . import reference
 
 
 def kernels(name):
-    """A module of `kernels/`, imported at its first use."""
-    import importlib
-
+    """A module of `kernels/`, imported at its first use: Triton need not be installed for the torch backend."""
     return importlib.import_module(f"hsivi_fast.kernels.{name}")
 
 
 def _check_stream(stream, layers):
-    """ValueError for a stream outside 1 .. layers, where looking does not make the host wait; on a GPU the kernels give NaN for it."""
+    """ValueError for a stream outside 1 .. layers, where looking does not make the host wait.
+
+    On a GPU the kernels give NaN for it.
+    """
     if stream.device.type == "cpu" and len(stream):
         low, high = int(stream.min()), int(stream.max())
         if low < 1 or high > layers:
@@ -33,7 +35,7 @@ def _device_of(x):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-# ---- noise ------------------------------------------------------------------------------------------------------------
+# ---- noise -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("hsivi_fast::draw_noise", mutates_args=())
@@ -49,7 +51,7 @@ def _(seeds, stream, draw, shape, backend):
     return seeds.new_empty(len(seeds), *shape, dtype=torch.float32)
 
 
-# ---- the affine step --------------------------------------------------------------------------------------------------
+# ---- the affine step -------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("hsivi_fast::affine_noise_step", mutates_args=())
@@ -69,9 +71,7 @@ def affine_noise_step(
     _check_stream(stream, len(a) - 1)
     if backend == "triton":
         with _device_of(x):
-            return kernels("affine_noise_step").affine_noise_step(
-                x, e, a, b, s, log_gamma, seeds, stream, draw, noise
-            )
+            return kernels("affine_noise_step").affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, draw, noise)
     return _laid_out_like(reference.affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, draw, noise), x)
 
 
@@ -133,9 +133,9 @@ def _step_gradients(ctx, dy):
 affine_noise_step.register_autograd(_step_gradients, setup_context=_save_step)
 
 
-# ---- the losses -------------------------------------------------------------------------------------------------------
-# Their gradients are outputs, for L = the mean of the losses. They have no autograd formula on purpose: scaling saved gradients by a
-# cotangent would read and write all of them once more.
+# ---- the losses ------------------------------------------------------------------------------------------------------
+# Their gradients are outputs, for L = the mean of the losses. They have no autograd formula on purpose: scaling saved
+# gradients by a cotangent would read and write all of them once more.
 
 
 @torch.library.custom_op("hsivi_fast::denoising_loss_and_grads", mutates_args=())
@@ -196,7 +196,7 @@ def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend):
     return losses, torch.empty_like(f), torch.empty_like(e), torch.empty_like(log_gamma)
 
 
-# ---- group normalisation ----------------------------------------------------------------------------------------------
+# ---- group normalisation ---------------------------------------------------------------------------------------------
 # Triton only: the plain version is transparent to Inductor, which fuses it with its neighbours.
 
 

@@ -1,9 +1,9 @@
-"""Noise by address: Philox4x32-10 and Box-Muller in plain torch.
+"""Counter-based noise, that is noise by address: Philox4x32-10 and Box-Muller in plain torch.
 
-Every normal number is a pure function of an address: the 64-bit seed of its sample, a stream (the layer), a draw number
-and the index of its element. Nothing is stored and there is no generator state. The rule is the one of Triton's
-`tl.randn4x(seed, (stream << 32) | j)`: key = the seed (low word first), counter = (j, stream, draw, 0), and the four
-outputs make two Box-Muller pairs for the elements 4 j .. 4 j + 3.
+Every normal number is a pure function of its address: the 64-bit seed of its sample, a stream (the layer), the number
+of the draw, and the index of its element. Nothing is stored, and there is no generator state. The rule is that of
+Triton's `tl.randn4x(seed, (stream << 32) | j)`: key = the seed (low word first), counter = (j, stream, draw, 0). The
+four outputs make two Box-Muller pairs for the elements 4 j .. 4 j + 3.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; tested against Random123's known answers.
 """
@@ -19,7 +19,7 @@ TWO_PI = 6.283185307179586
 
 
 def philox4x32(key, counter):
-    """Philox4x32-10: key = 2 and counter = 4 broadcastable int64 tensors of 32-bit words -> 4 int64 tensors of 32-bit words."""
+    """Philox4x32-10 on int64 tensors of 32-bit words: a key of 2 and a counter of 4, broadcastable -> 4 of them."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -39,7 +39,8 @@ def _multiply(word, constant):
 def normal(seeds, stream, shape, draw=0):
     """Standard normal numbers by address: seeds [B] int64, stream an int or [B] int -> float32 [B, *shape].
 
-    The element index is the row-major index inside one sample. `draw` (an int or [B]) numbers independent draws at one address.
+    The element index is the row-major index inside one sample. `draw` (an int or [B]) numbers independent draws at one
+    address.
     """
     size = 1
     for extent in shape:
@@ -55,30 +56,30 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
     This is where sample seeds, layer draws and shuffles come from; `purpose` keeps their numbers apart.
     """
     items = torch.arange(n, dtype=torch.int64, device=device)
-    key = torch.full_like(
-        items, int(run_seed)
-    )  # filled on the device: torch.tensor would copy it there, and the host would wait
-    high = torch.full_like(items, int(counter) >> 32)
-    words = philox4x32(
-        (key & MASK, (key >> 32) & MASK),
-        (items, torch.full_like(items, int(counter) & MASK), high, torch.full_like(items, int(purpose))),
-    )
+    # Filled on the device: torch.tensor would copy the numbers there, and the host would wait.
+    key = torch.full_like(items, int(run_seed))
+    low, high = torch.full_like(items, int(counter) & MASK), torch.full_like(items, int(counter) >> 32)
+    address = (items, low, high, torch.full_like(items, int(purpose)))
+    words = philox4x32((key & MASK, (key >> 32) & MASK), address)
     return words[0] | (words[1] << 32)
 
 
 def _words(seeds, stream, groups, draw):
     """The Philox words of element groups 0 .. groups-1 of every sample: four of [B, groups]."""
     seeds = seeds.to(torch.int64)[:, None]  # [B, 1]
-    stream, draw = (
-        torch.as_tensor(number, dtype=torch.int64, device=seeds.device).reshape(-1, 1).expand(len(seeds), 1)
-        for number in (stream, draw)
-    )
+    stream, draw = _column(stream, seeds), _column(draw, seeds)
     group = torch.arange(groups, dtype=torch.int64, device=seeds.device)[None]  # [1, groups]
-    # "| (stream & 0)": Inductor folds a bare arange times a constant into an index with a 32-bit step and returns wrong integers.
+    # "| (stream & 0)": Inductor folds a bare arange times a constant into an index with a 32-bit step, and returns
+    # wrong integers.
     group = group | (stream & 0)
-    return philox4x32(
-        (seeds & MASK, (seeds >> 32) & MASK), (group, stream & MASK, draw & MASK, torch.zeros_like(stream))
-    )
+    counter = (group, stream & MASK, draw & MASK, torch.zeros_like(stream))
+    return philox4x32((seeds & MASK, (seeds >> 32) & MASK), counter)
+
+
+def _column(number, seeds):
+    """An int or [B] as int64 [B, 1] beside seeds [B, 1]."""
+    number = torch.as_tensor(number, dtype=torch.int64, device=seeds.device)
+    return number.reshape(-1, 1).expand(len(seeds), 1)
 
 
 def _box_muller(word0, word1):
@@ -89,5 +90,5 @@ def _box_muller(word0, word1):
 
 
 def _uniform(word):
-    """A word as a float32 in [0, 1), as Triton's `uint_to_uniform_float`: the sign bit folds instead of being dropped."""
+    """A word as a float32 in [0, 1), as Triton's `uint_to_uniform_float`: the sign bit folds, it is not dropped."""
     return torch.where(word > 0x7FFFFFFF, MASK - word, word).to(torch.float32) * UNIT

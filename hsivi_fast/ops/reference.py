@@ -1,9 +1,12 @@
 """The operations in plain torch: the CPU backend, and what every kernel is tested against.
 
-Conventions shared by all of them. Tensors are [B, *event]. Sample i has a stream k_i in 1 .. K; a, b, s, weight and scale
-are tables [K + 1] of which it takes entry k_i. `log_gamma` is [1 or K, 1 or size of an event]: a sample uses row k_i - 1, or
-the only one, broadcast over its event. Noise n is addressed by (seeds[i], k_i, draw, element), or given as a tensor `noise` [B, *event] in its place.
-Arithmetic is in float32 at least, results in the inputs' dtype.
+Conventions that all of them share:
+
+* Tensors are [B, *event]. Sample i has a stream k_i in 1 .. K.
+* a, b, s, weight and scale are tables [K + 1], of which it takes entry k_i.
+* `log_gamma` is [1 or K, 1 or size of an event]: a sample uses row k_i - 1, or the only one, broadcast over its event.
+* Noise n is addressed by (seeds[i], k_i, draw, element), or given as a tensor `noise` [B, *event] in its place.
+* Arithmetic is in float32 at least, results in the inputs' dtype.
 """
 
 import torch
@@ -52,10 +55,10 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, draw=No
 
 
 def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=None, noise=None):
-    """weight (2 g (target - e) - g^2), g = f - e, target = n scale exp(-log_gamma), summed over each event, averaged over the batch.
+    """weight (2 g (target - e) - g^2), g = f - e, target = n scale exp(-log_gamma).
 
-    Returns (loss per sample [B], whose mean is the loss; d loss / d f; d loss / d e, both [B, *event]; the direct
-    d loss / d log_gamma, in log_gamma's shape).
+    Summed over each event and averaged over the batch. Returns (loss per sample [B], whose mean is the loss; d loss /
+    d f; d loss / d e, both [B, *event]; the direct d loss / d log_gamma, in log_gamma's shape).
     """
     compute = _compute_dtype(f)
     w = _entries(weight, stream, f, compute)
@@ -70,7 +73,10 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=No
 
 
 def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None):
-    """GroupNorm of x + add, x [B, C, ...], then y (1 + scale) + shift, then SiLU where asked; scale, shift, add [B, C] or None."""
+    """GroupNorm of x + add, then y (1 + scale) + shift, then SiLU where asked.
+
+    x: [B, C, ...]; scale, shift, add: [B, C] or None.
+    """
     broadcast = (*x.shape[:2], *[1] * (x.ndim - 2))
     if add is not None:
         x = x + add.reshape(broadcast)

@@ -12,9 +12,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop`, `stop.requested` becomes the signal's number; the same one a second time ends the process at once.
+    """Within `with StopRequest() as stop`, `stop.requested` becomes the signal's number.
 
-    Not so another one: on Ctrl-C a launcher sends SIGTERM after the terminal's SIGINT, and it means the same.
+    The same signal a second time ends the process at once. Not so another one: on Ctrl-C a launcher sends SIGTERM after
+    the terminal's SIGINT, and it means the same.
     """
 
     def __init__(self):

@@ -1,36 +1,37 @@
-"""The processes of one run: who is there, what part each has, what they send each other, and what happens when one of them is lost.
+"""The processes of one run: who is there, what share each has, and what they send each other.
 
-A run is started once per process by a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `connect` makes a `World` of them; without
-these variables there is one process, `ALONE`, and nothing below sends anything. Rank 0 alone reads and writes the run's folder.
+A launcher starts a run once per process, and sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. `connect` makes a
+`World` of them. Without these variables there is one process, `ALONE`, and nothing below sends anything. Rank 0 alone
+reads and writes the run's folder.
 """
 
 import contextlib
 import datetime
-import hashlib
-import importlib.metadata
 import os
-import platform
 import socket
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ..config import PACKAGE
 from .interrupt import Interrupted
 from .liveness import Liveness
+
+LAUNCHER = "start the run with a launcher, as in `deepspeed launch/train.py`"  # advice in messages
 
 _world, _met = None, False  # of this process, once connected
 
 
 class World:
-    """One process among `size`; `rank` counts over all machines, `local_rank` within this one. Collectives must be reached by all ranks in the same order."""
+    """One process among `size`; `rank` counts over all machines, `local_rank` within this one.
 
-    def __init__(
-        self, rank=0, size=1, local_rank=0, device=torch.device("cpu"), store=None, address=None, control=None
-    ):
-        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
+    device: this process's; store: rank 0's key-value store at `address`; control: the group that agreements of the
+    hosts go through. Collectives must be reached by all ranks in the same order.
+    """
+
+    def __init__(self, rank=0, size=1, local_rank=0, device=None, store=None, address=None, control=None):
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.device = device or torch.device("cpu")
         self.store, self.address, self.control = store, address, control  # the store is rank 0's to keep alive
         self.marks, self.doing, self.detail, self.trouble = 0, "starting", "", False
 
@@ -45,12 +46,15 @@ class World:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def share(self, items):
-        """This rank's part of a sequence that need not be cut evenly: equally many for each rank, the last one repeated where they run out."""
+        """This rank's share of a sequence that need not be cut evenly.
+
+        Each rank has equally many items; where they run out, the last one is repeated.
+        """
         if self.size == 1:
             return items
         size = -(-len(items) // self.size)
-        own = list(items[self.rank * size : (self.rank + 1) * size])
-        return own + [items[-1]] * (size - len(own))
+        share = list(items[self.rank * size : (self.rank + 1) * size])
+        return share + [items[-1]] * (size - len(share))
 
     def counted(self, count):
         """How many of this rank's `share` of `count` items are no repetitions."""
@@ -61,12 +65,15 @@ class World:
         """Note that the main thread has got further, and to what: costs nothing and is read by the liveness thread."""
         self.marks, self.doing, self.detail = self.marks + 1, doing, ""
 
-    def mark_detail(self, part):
+    def mark_detail(self, detail):
         """Note that it has got further within what it does."""
-        self.marks, self.detail = self.marks + 1, f", {part}"
+        self.marks, self.detail = self.marks + 1, f", {detail}"
 
     def counting(self, on_batch):
-        """`on_batch(n)` for a sampler of which each rank draws a share: told of all ranks' samples, it marks progress too."""
+        """`on_batch(n)` for a sampler of which each rank draws a share.
+
+        It is told of all ranks' samples, and marks progress too.
+        """
 
         def told(n):
             self.mark_detail(f"{n} samples more")
@@ -84,13 +91,15 @@ class World:
         return tensor
 
     def gather(self, tensor, into=None):
-        """Tensors of one shape from all ranks, [size, *shape]; `into` is a contiguous tensor of that shape to be filled."""
+        """Tensors of one shape from all ranks, [size, *shape].
+
+        into: a contiguous tensor of that shape to be filled.
+        """
         if self.size == 1:
             return tensor[None] if into is None else into.copy_(tensor[None])
         into = tensor.new_empty(self.size, *tensor.shape) if into is None else into
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(
-            into.view(self.size * tensor.shape[0], *tensor.shape[1:]) if tensor.ndim else into, tensor.contiguous()
-        )
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.14's name, and an older one
+        gather(into.view(self.size * tensor.shape[0], *tensor.shape[1:]) if tensor.ndim else into, tensor.contiguous())
         return into
 
     def gather_shares(self, tensor, count):
@@ -106,7 +115,10 @@ class World:
     # Values on the host
 
     def from_main(self, function):
-        """What `function` returns on rank 0, where alone it is called, on every rank; it has to be picklable and small."""
+        """What `function` returns on rank 0, where alone it is called, on every rank.
+
+        The value has to be picklable and small.
+        """
         if self.size == 1:
             return function()
         values = [function() if self.is_main else None]
@@ -117,11 +129,11 @@ class World:
         """{name: tensor on the CPU} that `function` returns on rank 0, where alone it is called, on every rank."""
         if self.size == 1:
             return function()
-        own = function() if self.is_main else None
-        described = self.from_main(lambda: [(name, value.shape, value.dtype) for name, value in own.items()])
+        read = function() if self.is_main else None
+        described = self.from_main(lambda: [(name, value.shape, value.dtype) for name, value in read.items()])
         tensors = {}
         for name, shape, dtype in described:
-            value = own[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
+            value = read[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
             dist.broadcast(value, 0)
             tensors[name] = value.cpu()
         return tensors
@@ -146,8 +158,9 @@ class World:
 
     @contextlib.contextmanager
     def watched(self, timeout):
-        """Within it the ranks watch each other, and an error on one of them ends all: rank 0 raises or prints it, the others leave silently.
+        """Within it the ranks watch each other, and an error on one of them ends all.
 
+        Rank 0 raises or prints it, the others leave silently.
         timeout: seconds that a main thread may take from one `mark` to the next.
         """
         if self.size == 1:
@@ -159,9 +172,8 @@ class World:
             self.mark("ending")
             self.from_main(lambda: None)
             liveness.stopped.set()
-            dist.barrier(
-                group=self.control
-            )  # rank 0 takes the store with it when it leaves, so by then nobody looks there any more
+            # Rank 0 takes the store with it when it leaves: by then nobody may look there any more.
+            dist.barrier(group=self.control)
         except Interrupted:  # all ranks have agreed on it
             raise
         except BaseException as error:
@@ -175,7 +187,7 @@ ALONE = World()
 
 
 def samples_per_rank(what, count, size):
-    """count / size, the part of each rank; ValueError where it is not whole, naming `what` was to be split."""
+    """count / size, the share of each rank; ValueError where it is not whole, naming `what` was to be split."""
     if count % size:
         raise ValueError(f"{what}: {count} cannot be split over {size} processes; use a multiple of {size}")
     return count // size
@@ -187,9 +199,10 @@ def processes():
 
 
 def connect(config):
-    """The `World` of this process: alone, or connected to the others that the launcher has started. Called again, it gives the same one.
+    """The `World` of this process: alone, or connected to the others that the launcher has started.
 
-    Raises ValueError where the master cannot be reached or ranks do not come within `distributed.connect_timeout` seconds, or a rank's device is not there.
+    Called again, it gives the same one. Raises ValueError where the master cannot be reached, ranks do not come within
+    `distributed.connect_timeout` seconds, or a rank's device is not there.
     """
     global _world
     if _world is not None:
@@ -199,40 +212,35 @@ def connect(config):
         return ALONE
     rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
     if not 0 <= rank < size:
-        raise ValueError(
-            f"RANK: {rank} is not below WORLD_SIZE, {size}; start the run with a launcher, as in `deepspeed launch/train.py`"
-        )
+        raise ValueError(f"RANK: {rank} is not below WORLD_SIZE, {size}; {LAUNCHER}")
     address, store = _reach_master(rank, config.distributed.connect_timeout)
     try:
         _meet(rank, size, config.distributed.connect_timeout, address, store)
         device = _agreed_device(config.device, local_rank, rank, size, store)
     except RuntimeError as error:  # the store lives in rank 0's process
-        raise ValueError(
-            f"master {address}: rank 0 has left before all had met ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"master {address}: rank 0 has left before all had met ({reason})") from None
     timeout = datetime.timedelta(seconds=config.distributed.timeout)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-    )
+    group = {"store": dist.PrefixStore("group", store), "rank": rank, "world_size": size, "timeout": timeout}
+    dist.init_process_group(_collectives(device), **group)
     # Agreements of the hosts never wait for a device, so they have a group of their own there.
     control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
     _world = World(rank, size, local_rank, device, store, address, control)
     return _world
 
 
+def _collectives(device):
+    """torch's name of the library that sends tensors on a kind of device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def meet_alone(device):
-    """Make DeepSpeed at home: the kind of device that it works on and, in a process that has met no others, a group of one."""
+    """Say to DeepSpeed on what kind of device it works, and in a process that has met no others make a group of one."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # which DeepSpeed takes for the number of the GPU
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group(_collectives(device), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def connected():
@@ -246,67 +254,19 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def refuse_strangers(world, config):
-    """Compare what each rank is about to run; ValueError, naming the rank and the difference, where one differs from rank 0."""
-    for rank, problem in enumerate(_differences(world.all(_fingerprint(config)))):
-        if problem:
-            raise ValueError(
-                f"rank {rank} has {problem}; start every rank with the same configuration and the same code"
-            )
-
-
-def _differences(fingerprints):
-    from ..checkpoints.run_folder import config_difference
-
-    for own in fingerprints:
-        first = fingerprints[0]
-        different = config_difference(first["config"], own["config"])
-        if different:
-            yield f"another configuration: {different} (rank 0's value first)"
-        else:
-            names = [name for name in first if name != "config" and first[name] != own[name]]
-            yield f"another {names[0]}: {own[names[0]]}, rank 0 has {first[names[0]]}" if names else None
-
-
-def _fingerprint(config):
-    from ..config import resolved_dict
-
-    settings = Path(config.distributed.deepspeed or "")
-    fingerprint = {
-        "config": resolved_dict(config),
-        "distributed.deepspeed": settings.read_text() if settings.is_file() else None,
-        "code of hsivi_fast (hash)": _code_hash(),
-        "Python": platform.python_version(),
-    }
-    for package in ("torch", "deepspeed", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            fingerprint[package] = importlib.metadata.version(package)
-    return fingerprint
-
-
-def _code_hash():
-    """A hash of all our source files that run, kernels included."""
-    package, digest = PACKAGE, hashlib.sha256()
-    for file in sorted(
-        [*package.rglob("*.py"), *(package / "kernels").glob("*.py")],
-        key=lambda path: path.relative_to(package).as_posix(),
-    ):
-        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _from_environment(name, default=None):
     text = os.environ.get(name, default)
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}: {text!r} in the environment is not a number; start the run with a launcher, as in `deepspeed launch/train.py`"
-        ) from None
+        raise ValueError(f"{name}: {text!r} in the environment is not a number; {LAUNCHER}") from None
 
 
 def _agreed_device(name, local_rank, rank, size, store):
-    """This rank's device, if all ranks have found one; otherwise the ValueError of the first that has not, on all of them."""
+    """This rank's device, if all ranks have found one.
+
+    Otherwise the ValueError of the first that has not, on all of them.
+    """
     try:
         device, problem = _device(name, local_rank), ""
     except ValueError as error:
@@ -315,31 +275,34 @@ def _agreed_device(name, local_rank, rank, size, store):
     problems = [(other, text) for other in range(size) if (text := store.get(f"device/{other}").decode())]
     if problems:
         _all_have_read(rank, size, store)
+        bad_rank, text = problems[0]
         # What all ranks say is not one rank's.
-        raise ValueError(problems[0][1] if len(problems) == size else f"rank {problems[0][0]}: {problems[0][1]}")
+        raise ValueError(text if len(problems) == size else f"rank {bad_rank}: {text}")
     return device
 
 
 def _all_have_read(rank, size, store):
-    """Keep rank 0, and the store with it, until the others know why it leaves; not for long, should one of them be gone."""
+    """Keep rank 0, and the store with it, until the others know why it leaves.
+
+    Not for long, should one of them be gone.
+    """
     store.set(f"read/{rank}", "")
-    deadline = time.monotonic() + 5
-    while rank == 0 and time.monotonic() < deadline and not store.check([f"read/{other}" for other in range(size)]):
+    deadline, keys = time.monotonic() + 5, [f"read/{other}" for other in range(size)]
+    while rank == 0 and time.monotonic() < deadline and not store.check(keys):
         time.sleep(0.05)
 
 
 def _device(name, local_rank):
     """A rank's own device: the GPU of its number on this machine, or the CPU."""
-    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if name not in ("auto", "cuda"):
-        raise ValueError(
-            f"device: {name!r} is one device and there are several processes; use auto or cuda, which give each its own"
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: process {local_rank} of this machine has no GPU, it has {torch.cuda.device_count()}; start as many processes as there are GPUs"
-        )
+        problem = f"{name!r} is one device and there are several processes"
+        raise ValueError(f"device: {problem}; use auto or cuda, which give each its own")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        problem = f"process {local_rank} of this machine has no GPU, it has {count}"
+        raise ValueError(f"device: {problem}; start as many processes as there are GPUs")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -350,21 +313,19 @@ def _reach_master(rank, timeout):
     global _met
     host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT")
     if not host:
-        raise ValueError("MASTER_ADDR: not set; start the run with a launcher, as in `deepspeed launch/train.py`")
+        raise ValueError(f"MASTER_ADDR: not set; {LAUNCHER}")
     address = f"{host}:{port}"
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun serves one by itself
     try:
         store = dist.TCPStore(host, port, None, serves, datetime.timedelta(seconds=timeout), wait_for_workers=False)
     except (RuntimeError, OSError) as error:
-        reason = (
-            "is the address in use, or another machine's?"
-            if serves
-            else f"it did not answer within {timeout:g} s (distributed.connect_timeout)"
-        )
-        first_line = str(error).splitlines()[0] if serves else ""
-        raise ValueError(
-            f"master {address}: rank {rank} cannot {'serve' if serves else 'reach'} it; {reason} {first_line}".strip()
-        ) from None
+        if serves:
+            said = str(error).splitlines()[0]
+            problem = f"rank {rank} cannot serve it; is the address in use, or another machine's? {said}"
+        else:
+            late = f"it did not answer within {timeout:g} s (distributed.connect_timeout)"
+            problem = f"rank {rank} cannot reach it; {late}"
+        raise ValueError(f"master {address}: {problem}".strip()) from None
     _met = True
     return address, store
 
@@ -375,9 +336,8 @@ def _meet(rank, size, timeout, address, store):
     deadline, missing = time.monotonic() + timeout, list(range(size))
     while missing := [other for other in missing if not store.check([f"here/{other}"])]:
         if time.monotonic() > deadline:
-            raise ValueError(
-                f"master {address}: {_ranks(missing)} did not come within {timeout:g} s (distributed.connect_timeout)"
-            )
+            late = f"did not come within {timeout:g} s (distributed.connect_timeout)"
+            raise ValueError(f"master {address}: {_ranks(missing)} {late}")
         time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""The few-step sampler: K layers from noise to image, one seed per image. DDIM is the same code with the teacher in it."""
+"""The few-step sampler: K layers from noise to image, one seed an image. DDIM is the same code with the teacher."""
 
 import torch
 

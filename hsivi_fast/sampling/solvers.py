@@ -64,7 +64,7 @@ def baseline_sampler(context, name, nfe):
     """The sampler "ddim", "ddpm", "dpmpp" or "unipc" with `nfe` evaluations of the context's teacher.
 
     DDIM and DDPM (eta 0 and 1) have the run's spacing. The other two are of second order, on the prediction of x_0
-    without thresholding. They have diffusers' own "linspace" spacing below the run's top knot, and end at noise level 0.
+    without thresholding. They have diffusers' own "linspace" spacing below the run's top knot, and end at noise 0.
     """
     if name not in FROM_DIFFUSERS:
         return ddim_sampler(context, nfe, eta=0.0 if name == "ddim" else 1.0)

@@ -64,6 +64,10 @@ class Journal:
         total = self.config.train.steps
         if self.progress:
             tqdm.write(self._opening(step), file=sys.stderr)
+        if self._rates_differ(step):
+            rule, before = self.config.train.lr_rule, self.folder.steps_before
+            warning = f"warning: rates of lr_rule {rule} fall over train.steps, which grew from {before} to {total}"
+            tqdm.write(f"{warning}: this is not the run that was long from the start", file=sys.stderr)
         self.bar = tqdm(
             total=total,
             initial=step,
@@ -82,9 +86,18 @@ class Journal:
         """The line above the bar: what runs where."""
         backend = self.context.backend
         interpreted = " (interpreted)" if backend == "triton" and ops.triton_is_interpreted() else ""
-        going_on = f", going on from step {step} of {self.config.train.steps}" if step else ""
+        total = self.config.train.steps
+        going_on = f", going on from step {step} of {total}" if step else ""
+        if step == total:
+            going_on = f", trained already to step {step}"
         place = f"device {self.context.device}, run folder {self.folder.path}"
         return f"backend {backend}{interpreted}, {place}{going_on}"
+
+    def _rates_differ(self, step):
+        """Whether a run that was made longer has had other learning rates than one that was long from the start."""
+        settings, before = self.config.train, self.folder.steps_before
+        grown = before is not None and before < settings.steps
+        return bool(step) and grown and settings.lr_rule in ("cosine", "linear")
 
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
@@ -125,7 +138,7 @@ class Journal:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(step, scalars)
-        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance": metric}
+        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance (1 set)": metric}
         if preparing >= 1 and self.progress:
             took = f"compiling and recording took {preparing:.0f} s of {elapsed:.0f} s"
             self.bar.write(f"step {step}: {took}", file=sys.stderr)

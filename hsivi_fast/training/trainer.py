@@ -12,8 +12,9 @@ from pathlib import Path
 from ..build import build_context, build_score_net, build_student
 from ..checkpoints.run_folder import RunFolder
 from ..metrics.evaluation import build_metric, final_table
+from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
-from ..parallel.world import connect, processes, refuse_strangers
+from ..parallel.world import connect, processes
 from ..report.run_report import write_report
 from ..sampling.solvers import check_baselines
 from .averaged import AveragedStudent

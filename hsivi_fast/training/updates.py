@@ -67,7 +67,7 @@ class Updates:
 
 
 class FiniteGuard:
-    """Remembers, on the device, the first update with a loss that is not finite; the host looks when it waits anyway."""
+    """Remembers, on the device, the first update with a loss that is not finite; the host looks when it waits."""
 
     def __init__(self, context):
         self.world = context.world

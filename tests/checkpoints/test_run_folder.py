@@ -25,9 +25,8 @@ def test_the_last_two_and_the_best_are_kept(tmp_path, config):
     folder = RunFolder.start(tmp_path / "run", config)
     for step, metric in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 4.0), (60, None)):
         _save(folder, step, metric)
-        assert (
-            step in folder.checkpoints() and len(folder.checkpoints()) <= 4
-        )  # the new one beside the old ones, until they may go
+        # The new one stands beside the old ones until they may go.
+        assert step in folder.checkpoints() and len(folder.checkpoints()) <= 4
         folder.drop_old_checkpoints()
     assert folder.checkpoints() == [20, 50, 60] and folder.best_checkpoint() == (20, 1.0)
     assert float(folder.load_tensors(50, "student")["w"][0]) == 50 and folder.load_state(60)["step"] == 60
@@ -47,7 +46,7 @@ def test_a_full_disk_loses_nothing_older(tmp_path, config):
     """A real failing write: the process may not write files larger than 100 kB."""
     program = textwrap.dedent("""
         import resource, signal, sys, torch
-        from hsivi_fast.run_folder import RunFolder
+        from hsivi_fast.checkpoints.run_folder import RunFolder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -60,11 +59,8 @@ def test_a_full_disk_loses_nothing_older(tmp_path, config):
     _save(folder, 10)
     done = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == ""
-    assert (
-        "cannot write the checkpoint of step 20" in done.stdout
-        and "the checkpoint of step 10 is whole" in done.stdout
-        and done.stdout.count("\n") == 1
-    )
+    assert "cannot write the checkpoint of step 20" in done.stdout
+    assert "the checkpoint of step 10 is whole" in done.stdout and done.stdout.count("\n") == 1
     assert folder.checkpoints() == [10] and float(folder.load_tensors(10, "student")["w"][0]) == 10
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
@@ -109,7 +105,7 @@ def test_only_the_same_run_goes_on(tmp_path, config):
         RunFolder.start(path, load_config("digits", ["train.steps=50"]), fresh=True)
 
 
-def test_a_path_that_cannot_be_a_run(tmp_path, config):
+def test_a_path_that_cannot_be_a_run_is_refused(tmp_path, config):
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()

@@ -1,7 +1,7 @@
 """The kernels against the float64 reference: for real where there is a GPU, in Triton's interpreter otherwise.
 
-An error may be twice what plain torch makes (its arithmetic in float32, rounded to the type) plus one unit in the last place. Memory that a
-kernel should write holds NaN before.
+An error may be twice what plain torch makes (its arithmetic in float32, rounded to the type) plus one unit in the
+last place. Memory that a kernel should write holds NaN before.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from test_philox import KNOWN_ANSWERS
 from bench.shapes import network_norms
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import memory, philox, score_losses
+from hsivi_fast.kernels import memory, noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 from hsivi_fast.ops import philox as plain_philox
 from hsivi_fast.ops import reference
@@ -33,7 +33,10 @@ def poisoned_memory():
 
 
 def assert_as_good_as_torch(value, plain, exact, magnitude=None):
-    """|value - exact| <= 2 max |plain - exact| + one unit in the last place of exact or, for a sum, of the sum of absolute values."""
+    """|value - exact| <= 2 max |plain - exact| + one unit in the last place of exact, or of `magnitude`.
+
+    magnitude: for a sum, the sum of the absolute values of its terms.
+    """
     exact = exact.to(torch.float64)
     unit = torch.finfo(value.dtype).eps * (exact.abs() if magnitude is None else magnitude.to(torch.float64))
     allowed = 2 * (plain.to(torch.float64) - exact).abs().max() + unit + torch.finfo(value.dtype).tiny
@@ -44,19 +47,32 @@ def assert_as_good_as_torch(value, plain, exact, magnitude=None):
 
 def _method_inputs(event, dtype, shape, channels_last=False, sliced=False, batch=B):
     generator = torch.Generator().manual_seed(0)
-    randn = lambda *size: torch.randn(*size, generator=generator).to(KERNEL_DEVICE)
     size = torch.Size(event).numel()
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(KERNEL_DEVICE)
 
     def tensor():
         x = randn(batch, 2 * event[0], *event[1:]).to(dtype) if sliced else randn(batch, *event).to(dtype)
         if channels_last:
             x = x.to(memory_format=torch.channels_last)
-        return x[:, :event[0]] if sliced else x
+        return x[:, : event[0]] if sliced else x
 
     rows, columns = (K if shape[0] else 1), (size if shape[1] else 1)
     k = torch.tensor([1, 3, 2, 3, 1], device=KERNEL_DEVICE).repeat(-(-batch // 5))[:batch]
-    return dict(x=randn(batch, *event).to(dtype), e=tensor(), dy=tensor(), a=randn(K + 1), b=randn(K + 1), s=randn(K + 1).abs() + 0.1, weight=randn(K + 1).abs(),
-                log_gamma=0.3 * randn(rows, columns), noise=randn(batch, *event), seeds=torch.arange(batch, device=KERNEL_DEVICE) - 2, k=k)
+    return dict(
+        x=randn(batch, *event).to(dtype),
+        e=tensor(),
+        dy=tensor(),
+        a=randn(K + 1),
+        b=randn(K + 1),
+        s=randn(K + 1).abs() + 0.1,
+        weight=randn(K + 1).abs(),
+        log_gamma=0.3 * randn(rows, columns),
+        noise=randn(batch, *event),
+        seeds=torch.arange(batch, device=KERNEL_DEVICE) - 2,
+        k=k,
+    )
 
 
 def _exact(function, *tensors):
@@ -64,13 +80,16 @@ def _exact(function, *tensors):
 
 
 def _check_step(i, block=None):
-    y = step.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"], block)
+    y = step.affine_noise_step(
+        i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"], block
+    )
     arguments = (i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"])
     assert_as_good_as_torch(y, reference.affine_noise_step(*arguments), _exact(reference.affine_noise_step, *arguments))
     assert y.stride() == torch.empty_like(i["x"]).stride()
     arguments = (i["dy"], i["e"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"])
     de, dlog_gamma = step.affine_noise_step_backward(*arguments, block)
-    plain, exact = reference.affine_noise_step_backward(*arguments), _exact(reference.affine_noise_step_backward, *arguments)
+    plain = reference.affine_noise_step_backward(*arguments)
+    exact = _exact(reference.affine_noise_step_backward, *arguments)
     assert de.stride() == torch.empty_like(i["e"]).stride()
     assert_as_good_as_torch(de, plain[0], exact[0])
     assert_as_good_as_torch(dlog_gamma, plain[1], exact[1], reference._sum_to_rows(_terms(i), i["log_gamma"], i["k"]))
@@ -78,19 +97,24 @@ def _check_step(i, block=None):
 
 def _terms(i):
     """|s exp(log_gamma) n dy|, the terms of dL/dlog_gamma."""
-    scale = reference._entries(i["s"], i["k"], i["dy"], torch.float64) * reference._rows(i["log_gamma"], i["k"], i["dy"], torch.float64).exp()
+    scale = reference._entries(i["s"], i["k"], i["dy"], torch.float64)
+    scale = scale * reference._rows(i["log_gamma"], i["k"], i["dy"], torch.float64).exp()
     return (scale * i["noise"].double() * i["dy"].double()).abs()
 
 
 def _check_losses(i, block=None):
     arguments = (i["e"], i["weight"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"])
     losses, df = score_losses.denoising_loss_and_grads(*arguments, block)
-    plain, exact = reference.denoising_loss_and_grads(*arguments), _exact(reference.denoising_loss_and_grads, *arguments)
+    plain = reference.denoising_loss_and_grads(*arguments)
+    exact = _exact(reference.denoising_loss_and_grads, *arguments)
     f, weight = i["e"], reference._entries(i["weight"], i["k"], i["e"], torch.float64)
     target = reference._target(f, i["s"], i["log_gamma"], None, i["k"], None, i["noise"], torch.float64).abs()
-    # Three units: the target's factor scale exp(-log_gamma) is common to all terms and enters squared, so its rounding does not average out.
-    assert_as_good_as_torch(losses, plain[0], exact[0], 3 * (weight * (f.double().abs() + target).square()).flatten(1).sum(1))
-    assert_as_good_as_torch(df, plain[1], exact[1], None if f.dtype != torch.float32 else 2 * weight * (f.double().abs() + target) / len(f))
+    # Three units: the target's factor scale exp(-log_gamma) is common to all terms and enters squared, so its
+    # rounding does not average out.
+    terms = (weight * (f.double().abs() + target).square()).flatten(1)
+    assert_as_good_as_torch(losses, plain[0], exact[0], 3 * terms.sum(1))
+    magnitude = None if f.dtype != torch.float32 else 2 * weight * (f.double().abs() + target) / len(f)
+    assert_as_good_as_torch(df, plain[1], exact[1], magnitude)
     assert df.stride() == torch.empty_like(i["e"]).stride()
 
     f, e = i["x"], i["e"]
@@ -98,14 +122,17 @@ def _check_losses(i, block=None):
     values = score_losses.fisher_loss_and_grads(*arguments, block)
     plain, exact = reference.fisher_loss_and_grads(*arguments), _exact(reference.fisher_loss_and_grads, *arguments)
     g = (f.double() - e.double()).abs()
-    assert_as_good_as_torch(values[0], plain[0], exact[0], (weight * g * (2 * target + 2 * e.double().abs() + g)).flatten(1).sum(1))
+    terms = (weight * g * (2 * target + 2 * e.double().abs() + g)).flatten(1)
+    assert_as_good_as_torch(values[0], plain[0], exact[0], terms.sum(1))
     assert_as_good_as_torch(values[1], plain[1], exact[1])
     assert_as_good_as_torch(values[2], plain[2], exact[2])
-    assert_as_good_as_torch(values[3], plain[3], exact[3], reference._sum_to_rows(2 * weight * g * target / len(f), i["log_gamma"], i["k"]))
+    assert_as_good_as_torch(
+        values[3], plain[3], exact[3], reference._sum_to_rows(2 * weight * g * target / len(f), i["log_gamma"], i["k"])
+    )
     assert values[1].stride() == torch.empty_like(f).stride() and values[2].stride() == torch.empty_like(e).stride()
 
 
-# ---- the method kernels -----------------------------------------------------------------------------------------------
+# ---- the method kernels ----------------------------------------------------------------------------------------------
 
 SHAPES = [(False, False), (True, False), (False, True), (True, True)]  # (per layer, per element)
 NAMES = ["[1]", "[K]", "[event]", "[K,event]"]
@@ -132,7 +159,7 @@ def test_channels_last_and_slices_of_channels(sliced, dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 def test_several_blocks_groups_of_several_samples_and_a_batch_of_one(shape, monkeypatch):
     for batch, programs in ((20, 4), (70, 1056), (1, 1056)):
-        monkeypatch.setattr(step, "PROGRAMS", programs)
+        monkeypatch.setattr(noise_scale, "PROGRAMS", programs)
         i = _method_inputs((3, 12, 10) if batch < 70 else (3, 5, 4), torch.float32, shape, batch=batch)
         _check_step(i, block=128)
         _check_losses(i, block=128)
@@ -147,18 +174,35 @@ def test_real_image_sizes(event):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_addressed_noise_is_the_drawn_noise(dtype):
-    """The noise that a kernel makes in registers is the noise that the draw kernel writes, in both orders of the lanes."""
+    """The noise that a kernel makes in registers is what the draw kernel writes, in both orders of the lanes."""
     i = _method_inputs((3, 7, 6), dtype, (True, True))
-    redraw = torch.tensor([0, 1, 7, 0, 2], device=KERNEL_DEVICE)
-    noise = philox.draw_noise(i["seeds"], i["k"], redraw, (3, 7, 6), block=128)
-    tables, address, given = (i["a"], i["b"], i["s"], i["log_gamma"]), (i["seeds"], i["k"], redraw, None), (None, i["k"], None, noise)
-    pairs = [(step.affine_noise_step(i["x"], i["e"], *tables, *address), step.affine_noise_step(i["x"], i["e"], *tables, *given))]
-    pairs += zip(step.affine_noise_step_backward(i["dy"], i["e"], *tables[1:], *address), step.affine_noise_step_backward(i["dy"], i["e"], *tables[1:], *given))
+    draw = torch.tensor([0, 1, 7, 0, 2], device=KERNEL_DEVICE)
+    noise = philox.draw_noise(i["seeds"], i["k"], draw, (3, 7, 6), block=128)
+    tables = (i["a"], i["b"], i["s"], i["log_gamma"])
+    address, given = (i["seeds"], i["k"], draw, None), (None, i["k"], None, noise)
+    pairs = [
+        (
+            step.affine_noise_step(i["x"], i["e"], *tables, *address),
+            step.affine_noise_step(i["x"], i["e"], *tables, *given),
+        )
+    ]
+    pairs += zip(
+        step.affine_noise_step_backward(i["dy"], i["e"], *tables[1:], *address),
+        step.affine_noise_step_backward(i["dy"], i["e"], *tables[1:], *given),
+    )
     loss_tables = (i["weight"], i["s"], i["log_gamma"])
-    pairs += zip(score_losses.denoising_loss_and_grads(i["e"], *loss_tables, *address), score_losses.denoising_loss_and_grads(i["e"], *loss_tables, *given))
-    pairs += zip(score_losses.fisher_loss_and_grads(i["x"], i["e"], *loss_tables, *address), score_losses.fisher_loss_and_grads(i["x"], i["e"], *loss_tables, *given))
+    pairs += zip(
+        score_losses.denoising_loss_and_grads(i["e"], *loss_tables, *address),
+        score_losses.denoising_loss_and_grads(i["e"], *loss_tables, *given),
+    )
+    pairs += zip(
+        score_losses.fisher_loss_and_grads(i["x"], i["e"], *loss_tables, *address),
+        score_losses.fisher_loss_and_grads(i["x"], i["e"], *loss_tables, *given),
+    )
     for by_address, by_value in pairs:
-        torch.testing.assert_close(by_address, by_value, rtol=0 if memory.INTERPRETED else 1e-6, atol=0 if memory.INTERPRETED else 1e-6)
+        torch.testing.assert_close(
+            by_address, by_value, rtol=0 if memory.INTERPRETED else 1e-6, atol=0 if memory.INTERPRETED else 1e-6
+        )
 
 
 @pytest.mark.parametrize("e", [True, False])
@@ -183,13 +227,19 @@ def test_one_product_is_rounded_as_torch_rounds_it(dtype):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 def test_the_same_bits_in_every_run(shape):
-    """Nothing is added in an order that could change; noise and elementwise results do not depend on the block size either."""
+    """Nothing is added in an order that could change. Noise and elementwise results do not depend on the block size."""
     i = _method_inputs((3, 12, 10), torch.float32, shape, batch=8)
     runs = []
     for block in (128, 128, 512):
-        y = step.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block)
-        grads = step.affine_noise_step_backward(i["dy"], i["e"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block)
-        loss = score_losses.fisher_loss_and_grads(i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block)
+        y = step.affine_noise_step(
+            i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block
+        )
+        grads = step.affine_noise_step_backward(
+            i["dy"], i["e"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block
+        )
+        loss = score_losses.fisher_loss_and_grads(
+            i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block
+        )
         runs.append((y, grads[0], loss[1], loss[2], grads[1], loss[0], loss[3]))
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1]))
     assert all(torch.equal(a, b) for a, b in zip(runs[0][:4], runs[2][:4]))
@@ -204,38 +254,56 @@ def test_a_layer_that_is_not_there_gives_nan_for_its_sample_alone(bad, shape):
     k = i["k"].clone()
     k[2] = bad
     y = step.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], i["seeds"], k, None, None)
-    losses, df, de, _ = score_losses.fisher_loss_and_grads(i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], k, None, None)
-    more, _ = score_losses.denoising_loss_and_grads(i["x"], i["weight"], i["s"], i["log_gamma"], i["seeds"], k, None, None)
+    losses, df, de, _ = score_losses.fisher_loss_and_grads(
+        i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], k, None, None
+    )
+    more, _ = score_losses.denoising_loss_and_grads(
+        i["x"], i["weight"], i["s"], i["log_gamma"], i["seeds"], k, None, None
+    )
     for tensor in (y, losses, df, de, more):
         assert torch.isnan(tensor[2]).all() and torch.isfinite(tensor[[0, 1, 3, 4]]).all()
 
 
-@pytest.mark.parametrize("tensor, message", [
-    (torch.zeros(2, 3, 4, 4, dtype=torch.float64), "float64 is not supported"),
-    (torch.zeros(2, 3, 4, 5).transpose(2, 3), r"strides \(60, 20, 1, 5\) is neither contiguous nor channels_last"),
-    (torch.zeros(2, 1, 1, 1).expand(2, 3, 4, 4), "repeats elements"),
-    (torch.zeros(1, 1).expand(1, 2**31), "is too large"),
-])
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.float64), "float64 is not supported"),
+        (torch.zeros(2, 3, 4, 5).transpose(2, 3), r"strides \(60, 20, 1, 5\) is neither contiguous nor channels_last"),
+        (torch.zeros(2, 1, 1, 1).expand(2, 3, 4, 4), "repeats elements"),
+        (torch.zeros(1, 1).expand(1, 2**31), "is too large"),
+    ],
+)
 def test_layouts_that_no_kernel_has_are_named(tensor, message):
     with pytest.raises(ValueError, match=message):
         memory.sample_layout(tensor)
 
 
-# ---- noise ------------------------------------------------------------------------------------------------------------
+# ---- noise -----------------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_the_plain_version_s():
     """Normals to 2e-6, for seeds of every kind; the wide lanes give the same bits."""
     seeds = torch.tensor([0, 1, -1, 0x123456789ABCDEF0, -(2**63)], device=KERNEL_DEVICE)
-    stream, redraw = torch.tensor([0, 1, 7, 10, 2**31 - 1], device=KERNEL_DEVICE), torch.tensor([0, 3, 0, 1, 9], device=KERNEL_DEVICE)
-    drawn = philox.draw_noise(seeds, stream, redraw, (4099,))
-    assert float((drawn - plain_philox.normal(seeds, stream, (4099,), redraw)).abs().max()) < 2e-6
-    assert torch.equal(philox.draw_noise(seeds, stream, None, (4099,), block=128), philox.draw_noise(seeds, stream, torch.zeros_like(redraw), (4099,)))
+    stream = torch.tensor([0, 1, 7, 10, 2**31 - 1], device=KERNEL_DEVICE)
+    draw = torch.tensor([0, 3, 0, 1, 9], device=KERNEL_DEVICE)
+    drawn = philox.draw_noise(seeds, stream, draw, (4099,))
+    assert float((drawn - plain_philox.normal(seeds, stream, (4099,), draw)).abs().max()) < 2e-6
+    assert torch.equal(
+        philox.draw_noise(seeds, stream, None, (4099,), block=128),
+        philox.draw_noise(seeds, stream, torch.zeros_like(draw), (4099,)),
+    )
 
 
 @triton.jit
 def _known_answer_kernel(given_ptr, out_ptr):
-    words = philox.philox4x32(tl.load(given_ptr), tl.load(given_ptr + 1), tl.load(given_ptr + 2), tl.load(given_ptr + 3), tl.load(given_ptr + 4), tl.load(given_ptr + 5))
+    words = philox.philox4x32(
+        tl.load(given_ptr),
+        tl.load(given_ptr + 1),
+        tl.load(given_ptr + 2),
+        tl.load(given_ptr + 3),
+        tl.load(given_ptr + 4),
+        tl.load(given_ptr + 5),
+    )
     for index in tl.static_range(4):
         tl.store(out_ptr + index, words[index])
 
@@ -248,21 +316,36 @@ def test_the_integers_are_random123_s(key, counter, expected):
     assert out.tolist() == list(expected)
 
 
-# ---- group normalisation ----------------------------------------------------------------------------------------------
+# ---- group normalisation ---------------------------------------------------------------------------------------------
 
 NORMS = network_norms(NETWORKS)
 
 
 def _norm_inputs(channels, size, dtype, layout, modulated, added, batch):
     generator = torch.Generator().manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=generator).to(KERNEL_DEVICE, dtype)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(KERNEL_DEVICE, dtype)
+
     height, width = size if isinstance(size, tuple) else (size, size)
     x, dy = ((1.5 * randn(batch, channels, height, width) + 0.7).to(memory_format=layout) for _ in range(2))
-    scale, shift = randn(batch, 2 * channels).chunk(2, dim=1) if modulated else (None, None)  # rows with a stride, as the ADM network has them
+    # Rows with a stride, as the ADM network has them.
+    scale, shift = randn(batch, 2 * channels).chunk(2, dim=1) if modulated else (None, None)
     return x, dy, 1 + 0.5 * randn(channels), randn(channels), scale, shift, randn(batch, channels) if added else None
 
 
-def _check_norm(channels, size, groups, dtype=torch.float32, layout=torch.channels_last, silu=True, modulated=False, added=False, affine=True, batch=1):
+def _check_norm(
+    channels,
+    size,
+    groups,
+    dtype=torch.float32,
+    layout=torch.channels_last,
+    silu=True,
+    modulated=False,
+    added=False,
+    affine=True,
+    batch=1,
+):
     x, dy, weight, bias, scale, shift, add = _norm_inputs(channels, size, dtype, layout, modulated, added, batch)
     if not affine:
         weight = bias = None
@@ -281,18 +364,34 @@ def _check_norm(channels, size, groups, dtype=torch.float32, layout=torch.channe
     # In a 16-bit type plain torch rounds in between; the kernel is held to torch's float32 arithmetic, rounded once.
     float32 = [t.to(value.dtype) for t, value in zip(plain(lambda t: t.detach().to(torch.float32)), values)]
     sizes = _norm_magnitudes(x, dy, groups, weight, bias, silu, scale, shift, add)
-    magnitudes = [sizes[name] for name in ("y", "x", "weight" * affine, "bias" * affine, "scale" * modulated, "shift" * modulated, "add" * added) if name]
+    names = ["y", "x", *["weight", "bias"] * affine, *["scale", "shift"] * modulated, *["add"] * added]
+    magnitudes = [sizes[name] for name in names]
     assert len(values) == len(exact) == len(magnitudes)
     for value, torchs, truth, magnitude in zip(values, float32, exact, magnitudes):
         assert_as_good_as_torch(value, torchs, truth, magnitude if value.dtype == torch.float32 else truth.abs())
 
 
 def _norm_magnitudes(x, dy, groups, weight, bias, silu, scale, shift, add):
-    """For each output, the sum of the absolute values of the terms that it is made of, in float64: what its rounding is relative to."""
-    x, dy, weight, bias, scale, shift, add = (None if t is None else t.to(torch.float64) for t in (x, dy, weight, bias, scale, shift, add))
-    pixels = lambda t: t[:, :, None, None]
-    weight, bias = (torch.ones(x.shape[1], dtype=x.dtype, device=x.device), torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)) if weight is None else (weight, bias)
-    one_more, shifted = (torch.ones_like(x[:, :, 0, 0]), torch.zeros_like(x[:, :, 0, 0])) if scale is None else (1 + scale, shift)
+    """What the rounding of each output is relative to: the sum of the absolute values of its terms, in float64."""
+    x, dy, weight, bias, scale, shift, add = (
+        None if t is None else t.to(torch.float64) for t in (x, dy, weight, bias, scale, shift, add)
+    )
+    many = 16 if memory.INTERPRETED else 2  # in the interpreter numpy adds many pixels one after the other
+
+    def pixels(t):
+        return t[:, :, None, None]
+
+    def mean(t):
+        return t.reshape(len(x), groups, -1).mean(2).repeat_interleave(x.shape[1] // groups, 1)
+
+    def sums(t):
+        return many * t.sum((2, 3))
+
+    if weight is None:
+        weight, bias = torch.ones_like(x[0, :, 0, 0]), torch.zeros_like(x[0, :, 0, 0])
+    one_more, shifted = torch.ones_like(x[:, :, 0, 0]), torch.zeros_like(x[:, :, 0, 0])
+    if scale is not None:
+        one_more, shifted = 1 + scale, shift
     x = x if add is None else x + pixels(add)
     grouped = x.reshape(len(x), groups, -1)
     rstd = (grouped.var(2, unbiased=False) + 1e-5).rsqrt().repeat_interleave(x.shape[1] // groups, 1)
@@ -300,19 +399,32 @@ def _norm_magnitudes(x, dy, groups, weight, bias, silu, scale, shift, add):
     u = normed * pixels(weight * one_more) + pixels(bias * one_more + shifted)
     gate = torch.sigmoid(u)
     du = (dy * gate * (1 + u * (1 - gate)) if silu else dy).abs()
-    mean = lambda t: t.reshape(len(x), groups, -1).mean(2).repeat_interleave(x.shape[1] // groups, 1)
     w = pixels((weight * one_more).abs())
     # x - mean is of the size of x, and normalised with it.
     sizes = (x.abs() + pixels(mean(x.abs()))) * pixels(rstd)
     dx = pixels(rstd) * (du * w + pixels(mean(du * w)) + normed.abs() * pixels(mean(du * w * normed.abs())))
-    many = 16 if memory.INTERPRETED else 2  # a sum of many pixels: numpy, in the interpreter, adds them one after the other
-    sums = lambda t: many * t.sum((2, 3))
     p, q = sums(du * sizes), sums(du)
-    return {"y": 2 * (sizes * w + pixels((bias * one_more).abs() + shifted.abs())), "x": 4 * dx, "weight": (p * one_more.abs()).sum(0),
-            "bias": (q * one_more.abs()).sum(0), "scale": weight.abs() * p + bias.abs() * q, "shift": q, "add": sums(dx)}
+    return {
+        "y": 2 * (sizes * w + pixels((bias * one_more).abs() + shifted.abs())),
+        "x": 4 * dx,
+        "weight": (p * one_more.abs()).sum(0),
+        "bias": (q * one_more.abs()).sum(0),
+        "scale": weight.abs() * p + bias.abs() * q,
+        "shift": q,
+        "add": sums(dx),
+    }
 
 
-@pytest.mark.parametrize("use", NORMS, ids=lambda use: f"{use.size}x{use.size}x{use.channels}" + "-silu" * use.silu + "-modulated" * use.modulated + "-added" * use.added)
+@pytest.mark.parametrize(
+    "use",
+    NORMS,
+    ids=lambda use: (
+        f"{use.size}x{use.size}x{use.channels}"
+        + "-silu" * use.silu
+        + "-modulated" * use.modulated
+        + "-added" * use.added
+    ),
+)
 def test_group_norm_at_every_shape_of_the_networks(use):
     layout = torch.channels_last if (use.channels // use.groups + use.silu) % 2 else torch.contiguous_format
     _check_norm(use.channels, use.size, use.groups, torch.float32, layout, use.silu, use.modulated, use.added)
@@ -324,14 +436,30 @@ def test_the_list_of_shapes_is_complete():
     assert {use.channels // use.groups for use in published} == {4, 8, 12, 16, 20, 24, 28, 32}
     assert {use.size for use in published} == {4, 8, 16, 32, 64} and {use.groups for use in published} == {32}
     shapes = {(use.size, use.channels) for use in published}
-    assert shapes >= {(64, 384), (64, 256), (32, 640), (32, 384)} and max(size * size * channels for size, channels in shapes) == 64 * 64 * 384
+    assert (
+        shapes >= {(64, 384), (64, 256), (32, 640), (32, 384)}
+        and max(size * size * channels for size, channels in shapes) == 64 * 64 * 384
+    )
     assert set(published) <= set(NORMS)
-    assert any(use.modulated for use in published) and any(use.added for use in published) and not all(use.silu for use in published)
+    assert (
+        any(use.modulated for use in published)
+        and any(use.added for use in published)
+        and not all(use.silu for use in published)
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["row-major", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("silu, modulated, added, affine", [(True, False, False, True), (False, True, False, True), (True, True, True, True), (True, True, False, False), (False, False, True, False)])
+@pytest.mark.parametrize(
+    "silu, modulated, added, affine",
+    [
+        (True, False, False, True),
+        (False, True, False, True),
+        (True, True, True, True),
+        (True, True, False, False),
+        (False, False, True, False),
+    ],
+)
 def test_group_norm_in_every_type_layout_and_variant(dtype, layout, silu, modulated, added, affine):
     _check_norm(24, (7, 5), 3, dtype, layout, silu, modulated, added, affine, batch=3)  # nothing here is a power of two
 
@@ -347,7 +475,7 @@ def test_group_norm_in_the_split_form(dtype, layout, monkeypatch):
 
 
 def test_group_norm_of_large_means_keeps_its_variance():
-    """The variance is of centred values, also when joined from chunks: a mean of 1000 costs nothing that it does not cost torch."""
+    """The variance is of centred values, also when joined from chunks: a mean of 1000 costs what it costs torch."""
     for limit in (norm.ONE_PASS_ELEMENTS, 64):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(norm, "ONE_PASS_ELEMENTS", limit)
@@ -368,10 +496,13 @@ def test_group_norm_gives_the_same_bits_in_every_run():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("x, message", [
-    (torch.zeros(2, 8, 4, 4, dtype=torch.float64), "float64 is not supported"),
-    (torch.zeros(2, 8, 4, 5).transpose(2, 3), "neither contiguous nor channels_last"),
-])
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.zeros(2, 8, 4, 4, dtype=torch.float64), "float64 is not supported"),
+        (torch.zeros(2, 8, 4, 5).transpose(2, 3), "neither contiguous nor channels_last"),
+    ],
+)
 def test_group_norm_layouts_that_no_kernel_has_are_named(x, message):
     with pytest.raises(ValueError, match=message):
         norm.group_norm_silu(x, 2, None, None, 1e-5, True, None, None, None)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from golden_values import load_golden, relative_error
 
-from hsivi_fast.method.layers import Layer
+from hsivi_fast import ops
+from hsivi_fast.method.layers import Layers
 from hsivi_fast.method.losses import student_loss_and_grads
 from hsivi_fast.method.schedule import knots, make_schedule, signal_levels
 
@@ -34,7 +35,7 @@ def test_repeated_knots_are_refused_in_training_and_dropped_in_a_baseline():
         (lambda: knots("quad", 0, 1000), "nfe: 0"),
         (lambda: knots("uniform", 1000, 1000), "nfe: 1000"),
         (lambda: signal_levels("sigmoid", 1000), "betas: 'sigmoid'"),
-        (lambda: Layer(make_schedule("linear", 1000, "quad", 5), 1.5), "eta: 1.5"),
+        (lambda: Layers(make_schedule("linear", 1000, "quad", 5), 1.5), "eta: 1.5"),
     ],
 )
 def test_bad_schedules_are_named(call, message):
@@ -47,16 +48,18 @@ def test_bad_schedules_are_named(call, message):
 @pytest.mark.parametrize("per_step", [0, 1])
 def test_layer_is_the_published_one(per_step, per_pixel, eta, backend_device):
     golden = load_golden("layer")
-    value = lambda name: torch.from_numpy(golden[f"per_step_{per_step}.per_pixel_{per_pixel}.eta{eta}.{name}"]).to(
-        backend_device
-    )
-    layer = Layer(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel)).to(
+    case = f"per_step_{per_step}.per_pixel_{per_pixel}.eta{eta}"
+
+    def value(name):
+        return torch.from_numpy(golden[f"{case}.{name}"]).to(backend_device)
+
+    layers = Layers(make_schedule("linear", 1000, "quad", 5), float(eta), bool(per_step), bool(per_pixel)).to(
         backend_device
     )
     log_gamma, eps_hat, k = value("log_gamma").requires_grad_(), value("eps_hat").requires_grad_(), value("k")
-    assert layer.log_gamma_shape(eps_hat.shape[1:]) == tuple(log_gamma.shape)
-    x_prev = layer.step(value("x"), eps_hat, k, log_gamma, None, noise=value("noise"))
-    gamma = layer.gamma(k, log_gamma, eps_hat.shape[1:])
+    assert layers.log_gamma_shape(eps_hat.shape[1:]) == tuple(log_gamma.shape)
+    x_prev = layers.step(value("x"), eps_hat, log_gamma, ops.Noise(None, k, given=value("noise")))
+    gamma = layers.gamma(k, log_gamma, eps_hat.shape[1:])
     ((value("w") * x_prev).sum() + (value("h") * value("noise") / gamma).sum()).backward()
     assert relative_error(x_prev, value("x_prev").cpu().numpy()) < 1e-5
     assert relative_error(gamma, np.broadcast_to(value("gamma").cpu().numpy(), gamma.shape)) < 1e-5
@@ -68,7 +71,7 @@ def test_layer_is_the_published_one(per_step, per_pixel, eta, backend_device):
 def test_a_student_that_is_the_teacher_is_ddim(eta):
     """DDIM in its own words: predict x_0, go to the next level, add sigma z (Song et al. 2021, eq. 12 and 16)."""
     schedule = make_schedule("linear", 1000, "quad", 5)
-    layer = Layer(schedule, eta, per_step=False, per_pixel=False)
+    layers = Layers(schedule, eta, per_step=False, per_pixel=False)
     generator = torch.Generator().manual_seed(0)
     x, eps, z = (torch.randn(4, 1, 3, 3, generator=generator) for _ in range(3))
     for k in range(1, 6):
@@ -76,7 +79,8 @@ def test_a_student_that_is_the_teacher_is_ddim(eta):
         sigma = eta * ((1 - low) / (1 - high)).sqrt() * (1 - high / low).sqrt()
         x_0 = (x.double() - (1 - high).sqrt() * eps.double()) / high.sqrt()
         expected = low.sqrt() * x_0 + (1 - low - sigma**2).sqrt() * eps.double() + sigma * z.double()
-        got = layer.step(x, eps, torch.full((4,), k), torch.zeros(1), None, noise=z)
+        noise = ops.Noise(None, torch.full((4,), k), given=z)
+        got = layers.step(x, eps, torch.zeros(1), noise)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -84,32 +88,28 @@ def test_a_student_that_is_the_teacher_is_ddim(eta):
 def test_two_stage_gradient_is_the_gradient_through_one_graph(per_step, per_pixel):
     """The student's gradient, in float64: pulled back to x_{k-1} first, against autograd through everything."""
     torch.manual_seed(0)
-    layer = Layer(make_schedule("linear", 1000, "quad", 4), 0.7, per_step, per_pixel).double()
+    layers = Layers(make_schedule("linear", 1000, "quad", 4), 0.7, per_step, per_pixel).double()
     nets = [
         torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 6)).double() for _ in range(3)
     ]
     student, score_net, teacher = nets
-    log_gamma = (0.2 * torch.randn(layer.log_gamma_shape((6,)), dtype=torch.float64)).requires_grad_()
-    x_k, noise, k = (
-        torch.randn(8, 6, dtype=torch.float64),
-        torch.randn(8, 6, dtype=torch.float64),
-        torch.tensor([1, 2, 3, 4, 4, 1, 2, 2]),
-    )
+    log_gamma = (0.2 * torch.randn(layers.log_gamma_shape((6,)), dtype=torch.float64)).requires_grad_()
+    x_k, z = (torch.randn(8, 6, dtype=torch.float64) for _ in range(2))
+    k = torch.tensor([1, 2, 3, 4, 4, 1, 2, 2])
+    noise = ops.Noise(None, k, given=z)
 
-    x = layer.step(x_k, student(x_k), k, log_gamma, None, noise=noise)
-    target = noise / layer.gamma(k, log_gamma, (6,))
+    x = layers.step(x_k, student(x_k), log_gamma, noise)
+    target = noise.given / layers.gamma(k, log_gamma, (6,))
     f, e = score_net(x), teacher(x)
     g = f - e
-    loss = (layer.weight[k][:, None] * (2 * g * (target - e) - g.square())).sum() / 8
+    loss = (layers.weight[k][:, None] * (2 * g * (target - e) - g.square())).sum() / 8
     wanted = [*student.parameters(), log_gamma]
     expected = torch.autograd.grad(loss, wanted)
 
-    x = layer.step(x_k, student(x_k), k, log_gamma, None, noise=noise)
+    x = layers.step(x_k, student(x_k), log_gamma, noise)
     leaf = x.detach().requires_grad_()
     f, e = score_net(leaf), teacher(leaf)
-    losses, grad_f, grad_e, direct = student_loss_and_grads(
-        f.detach(), e.detach(), layer, k, log_gamma.detach(), None, noise=noise
-    )
+    losses, grad_f, grad_e, direct = student_loss_and_grads(f.detach(), e.detach(), layers, log_gamma.detach(), noise)
     (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
     got = torch.autograd.grad([x, log_gamma * 1], wanted, [grad_x, direct])
 

@@ -1,34 +1,45 @@
-"""Statistics and distances against plain numpy and torch-fidelity's own route, memory, saved images, and what is refused."""
+"""Statistics and distances against numpy and torch-fidelity's own route, memory, saved images, and what is refused."""
 
 import numpy as np
 import pytest
 import torch
+from contexts import context_of, context_with_teacher
 from ranks import run_ranks
 
 from hsivi_fast import load_config
-from hsivi_fast.build import load_teacher
 from hsivi_fast.config import known_keys
 from hsivi_fast.data import load_data, to_uint8
 from hsivi_fast.execution import EAGER
 from hsivi_fast.metrics import evaluation
-from hsivi_fast.metrics.evaluation import (
+from hsivi_fast.metrics.distances import (
     FEATURES_KEPT,
-    ImageMetric,
     KeptFeatures,
     StreamingMoments,
-    build_metric,
-    evaluate,
-    format_table,
     frechet_distance,
     kernel_distance,
     load_statistics,
-    measure_row,
     precision_recall,
 )
+from hsivi_fast.metrics.evaluation import ImageMetric, build_metric, evaluate, measure_row
 from hsivi_fast.metrics.features import DigitsClassifier, describe_features, feature_extractor
-from hsivi_fast.metrics.image_files import save_images
-from hsivi_fast.parallel.world import World
+from hsivi_fast.metrics.image_files import ImageFiles
+from hsivi_fast.metrics.table import format_table
+from hsivi_fast.parallel.world import ALONE, World
 from hsivi_fast.sampling.sampler import ddim_sampler
+
+
+def _digits_metric():
+    return ImageMetric(context_of(load_config("digits")))
+
+
+def _distance(metric, images):
+    return metric.measure(images, len(images))["frechet_distance"]
+
+
+def _save(images, path, seeds=None):
+    files = ImageFiles(path, ALONE)
+    files.add(range(len(images)) if seeds is None else seeds, images)
+    files.finish(len(images))
 
 
 def test_streaming_statistics_are_numpys():
@@ -57,7 +68,7 @@ def test_frechet_distance_of_two_known_gaussians():
 def test_metric_equals_torch_fidelitys_own_route():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    metric = ImageMetric(load_config("digits"), torch.device("cpu"))
+    metric = _digits_metric()
     data = load_data("digits")
     generator = torch.Generator().manual_seed(0)
     images = torch.from_numpy(data.images[:600]) + 0.3 * torch.randn(600, 1, 8, 8, generator=generator)
@@ -67,33 +78,31 @@ def test_metric_equals_torch_fidelitys_own_route():
         with torch.no_grad():
             statistics.append(fid_features_to_statistics(extractor(to_uint8(value, 17))[0]))
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert metric.measure(images)["frechet_distance"] == pytest.approx(expected, rel=1e-4)
-    assert metric.measure(torch.from_numpy(data.images))["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert _distance(metric, images) == pytest.approx(expected, rel=1e-4)
+    assert _distance(metric, torch.from_numpy(data.images)) == pytest.approx(0, abs=1e-6)
 
 
 def test_distance_grows_with_noise_and_rounding_hides_what_the_data_cannot_show():
-    metric = ImageMetric(load_config("digits"), torch.device("cpu"))
+    metric = _digits_metric()
     images = torch.from_numpy(load_data("digits").images)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    distances = [metric.measure(images + scale * noise)["frechet_distance"] for scale in (0.2, 0.5, 1.0)]
+    distances = [_distance(metric, images + scale * noise) for scale in (0.2, 0.5, 1.0)]
     assert 0 < distances[0] < distances[1] < distances[2]
-    assert metric.measure(images + 0.06)["frechet_distance"] == pytest.approx(
-        0, abs=1e-6
-    )  # less than half a grey level of 1/8
+    # Less than half a grey level of 1/8.
+    assert _distance(metric, images + 0.06) == pytest.approx(0, abs=1e-6)
 
 
 def test_reference_files(tmp_path):
-    config = load_config("digits")
+    context = context_of(load_config("digits"))
     np.savez(tmp_path / "good.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "small.npz", mu=np.zeros(32), sigma=np.eye(32))
     np.savez(tmp_path / "odd.npz", mu=np.zeros(64), sigma=np.eye(32))
     np.savez(tmp_path / "other.npz", mean=np.zeros(64))
     (tmp_path / "text.npz").write_text("mu")
-    assert ImageMetric(config, torch.device("cpu"), load_statistics(tmp_path / "good.npz")).reference["mu"].shape == (
-        64,
-    )
+    metric = ImageMetric(context, load_statistics(tmp_path / "good.npz"))
+    assert metric.reference["mu"].shape == (64,)
     with pytest.raises(ValueError, match="ref: has 32 features, the feature network digits gives 64"):
-        ImageMetric(config, torch.device("cpu"), load_statistics(tmp_path / "small.npz"))
+        ImageMetric(context, load_statistics(tmp_path / "small.npz"))
     for name, message in (
         ("odd", "do not fit"),
         ("other", "expected an npz file with mu and sigma"),
@@ -117,28 +126,28 @@ def test_a_row_measures_each_set_of_seeds():
     class Mean:
         columns, batch_size = ("frechet_distance",), 10
 
-        def measure(self, batches, world, count):
+        def measure(self, batches, count):
             assert count == 4
             return {"frechet_distance": float(torch.cat(list(batches)).mean())}
 
     sampler = Constant()
-    row = measure_row("ddim", sampler, Mean(), 4, 3)
+    row = measure_row("ddim", sampler, Mean(), 4, 3, ALONE)
     assert sampler.seen == [range(0, 4), range(4, 8), range(8, 12)]
     assert row["frechet_distance"] == 2.0 and row["frechet_std"] == 1.0 and row["nfe"] == 3 and row["num_samples"] == 4
     assert "2.00 +- 1.00" in format_table([row]) and "DDIM" in format_table([row])
-    dropped = measure_row("ddim", sampler, Mean(), 4, 1, nfe=4)  # asked for 4, three distinct timesteps
+    dropped = measure_row("ddim", sampler, Mean(), 4, 1, ALONE, nfe=4)  # asked for 4, three distinct timesteps
     assert dropped["nfe"] == 4 and dropped["evaluations"] == 3 and "evaluations" not in row
     assert "4 (3 distinct)" in format_table([dropped]) and dropped["frechet_std"] is None
 
 
 def test_the_floor_of_the_digits_distance_is_what_the_readme_says():
     """500 real digits against all of them: what a perfect sampler of 500 images would score, about."""
-    metric = ImageMetric(load_config("digits"), torch.device("cpu"))
+    metric = _digits_metric()
     images = torch.from_numpy(load_data("digits").images)
     distances = []
     for seed in range(5):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:500]
-        distances.append(metric.measure(images[chosen])["frechet_distance"])
+        distances.append(_distance(metric, images[chosen]))
     assert np.mean(distances) == pytest.approx(0.61, abs=0.03), distances
 
 
@@ -173,19 +182,18 @@ class Watched(torch.nn.Module):
 
 
 def test_two_thousand_images_are_never_held_at_once_and_give_the_distance_of_all_in_one_tensor():
-    metric, sampler = ImageMetric(load_config("digits"), torch.device("cpu")), Noise()
+    metric, sampler = _digits_metric(), Noise()
     metric.extractor = Watched(metric.extractor)
-    row = measure_row("hsivi_ema", sampler, metric, 2000, 1)
+    row = measure_row("hsivi_ema", sampler, metric, 2000, 1, ALONE)
     assert sampler.chunks == [250] * 8 and metric.extractor.seen == [(250, torch.uint8)] * 8
-    whole = metric.measure(Noise()(range(2000), 250, None))
-    assert row["frechet_distance"] == whole["frechet_distance"]
+    assert row["frechet_distance"] == _distance(metric, Noise()(range(2000), 250, None))
 
 
 def test_measuring_takes_little_more_memory_than_the_features_statistics():
     """What is alive while a batch is drawn: the images of no earlier batch."""
     import weakref
 
-    metric, alive, most = ImageMetric(load_config("digits"), torch.device("cpu")), [], 0
+    metric, alive, most = _digits_metric(), [], 0
 
     class Counting(Noise):
         def __call__(self, seeds, batch_size, on_batch):
@@ -195,31 +203,30 @@ def test_measuring_takes_little_more_memory_than_the_features_statistics():
             alive.append(weakref.ref(images))
             return images
 
-    measure_row("hsivi_ema", Counting(), metric, 2000, 1)
+    measure_row("hsivi_ema", Counting(), metric, 2000, 1, ALONE)
     assert len(alive) == 8 and most <= 1  # the batch before, whose turn has just ended
 
 
 def test_the_ddim_row_is_that_of_all_samples_in_one_call():
-    config = load_config("digits")
-    teacher = load_teacher(config, torch.device("cpu"))
-    sampler, metric = ddim_sampler(config, teacher, 5, 0.0), build_metric(config, teacher)
-    row = measure_row("ddim", sampler, metric, 300, 2)
-    values = [metric.measure(sampler(range(first, first + 300)))["frechet_distance"] for first in (0, 300)]
+    context = context_with_teacher(load_config("digits"))
+    sampler, metric = ddim_sampler(context, 5, 0.0), build_metric(context)
+    row = measure_row("ddim", sampler, metric, 300, 2, ALONE)
+    values = [_distance(metric, sampler(range(first, first + 300))) for first in (0, 300)]
     assert row["frechet_distance"] == np.mean(values) and row["frechet_std"] == np.std(values, ddof=1)
 
 
 def test_kernel_distance_and_precision_are_columns_where_they_are_asked_for():
     config = load_config("digits", ["eval.kid=true", "eval.prc=true"])
-    metric = ImageMetric(config, torch.device("cpu"))
+    metric = ImageMetric(context_of(config))
     assert metric.columns == ("frechet_distance", "kernel_inception_distance", "precision", "recall", "f_score")
     data = torch.from_numpy(load_data("digits").images)
-    good = metric.measure(data[:200])
-    bad = metric.measure(Noise()(range(200), 250, None))
+    good = metric.measure(data[:200], 200)
+    bad = metric.measure(Noise()(range(200), 250, None), 200)
     assert abs(good["kernel_inception_distance"]) < 0.1 * bad["kernel_inception_distance"]
     assert (
         good["precision"] == 1.0 and bad["precision"] < 0.1
     )  # each real digit is its own neighbour among the real ones
-    row = measure_row("hsivi_ema", Noise(), metric, 50, 2)
+    row = measure_row("hsivi_ema", Noise(), metric, 50, 2, ALONE)
     assert (
         row["kernel_inception_distance"] > 0
         and row["kernel_inception_std"] > 0
@@ -238,8 +245,13 @@ def test_kernel_distance_by_hand():
     """One subset of everything: the unbiased estimate with the kernel (x.y / D + 1)^3."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 4, generator=generator).double(), 1 + torch.randn(20, 4, generator=generator).double()
-    kernel = lambda a, b: (a @ b.T / 4 + 1) ** 3
-    others = lambda k: float((k.sum() - k.trace()) / (20 * 19))
+
+    def kernel(a, b):
+        return (a @ b.T / 4 + 1) ** 3
+
+    def others(k):
+        return float((k.sum() - k.trace()) / (20 * 19))
+
     expected = others(kernel(x, x)) + others(kernel(y, y)) - 2 * float(kernel(x, y).mean())
     values = kernel_distance(x, y)
     assert values["kernel_inception_distance"] == pytest.approx(expected, rel=1e-9) and values[
@@ -248,14 +260,14 @@ def test_kernel_distance_by_hand():
 
 
 def test_kept_features_leave_out_what_fills_up_the_ranks_shares(monkeypatch):
-    """Five samples on four ranks: shares of two, of which the third rank's second and both of the fourth's are repetitions."""
+    """Five samples on four ranks: shares of two. The third rank's second and both of the fourth's are repetitions."""
     world = World(rank=0, size=4)
     shares = [[0, 1], [2, 3], [4, 4], [4, 4]]
     monkeypatch.setattr(World, "gather", lambda self, own: torch.tensor(shares)[:, :, None].float())
     kept = KeptFeatures(world, 5)
     kept.add(torch.tensor([[0.0], [1.0]]))
     assert kept.gathered().flatten().tolist() == [0, 1, 2, 3, 4]
-    alone = KeptFeatures()
+    alone = KeptFeatures(ALONE, 12_000)
     for _ in range(3):
         alone.add(torch.zeros(4000, 1))
     assert len(alone.gathered()) == FEATURES_KEPT == 10_000
@@ -263,7 +275,7 @@ def test_kept_features_leave_out_what_fills_up_the_ranks_shares(monkeypatch):
 
 def _images_config(tmp_path, images, *overrides):
     """The digits run with pictures of its own, measured by the digits network."""
-    save_images(images, tmp_path / "images.npz")
+    _save(images, tmp_path / "images.npz")
     return load_config(
         "digits", ["data=images", f"data_path={tmp_path / 'images.npz'}", "eval.metric=digits", *overrides]
     )
@@ -273,13 +285,13 @@ def test_reference_statistics_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HSIVI_CACHE", str(tmp_path / "cache"))
     images = torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     config = _images_config(tmp_path, images)
-    first = ImageMetric(config, torch.device("cpu"))
+    first = ImageMetric(context_of(config))
     (file,) = (tmp_path / "cache").iterdir()
     assert file.name.startswith("statistics_digits_") and str(np.load(file)["features"]) == describe_features("digits")
     assert "hsivi_fast digits, 64 features, weights sha256 " in describe_features("digits")
     calls = []
     monkeypatch.setattr(evaluation, "image_features", lambda *arguments: calls.append(arguments))
-    second = ImageMetric(config, torch.device("cpu"))
+    second = ImageMetric(context_of(config))
     assert (
         not calls
         and np.array_equal(first.reference["sigma"], second.reference["sigma"])
@@ -288,7 +300,7 @@ def test_reference_statistics_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("HSIVI_CACHE", str(tmp_path / "cache"))
     images[0, 0, 0, 0] ^= 1
-    ImageMetric(_images_config(tmp_path, images), torch.device("cpu"))
+    ImageMetric(context_of(_images_config(tmp_path, images)))
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other images, another file
 
 
@@ -296,9 +308,9 @@ def test_a_run_without_data_is_measured_against_statistics(tmp_path):
     np.savez(tmp_path / "good.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), features="another network")
     config = load_config("digits", ["data=null", "eval.metric=digits", f"eval.reference={tmp_path / 'good.npz'}"])
-    metric = build_metric(config, load_teacher(config, torch.device("cpu")))
+    metric = build_metric(context_with_teacher(config))
     assert metric.levels == 256 and metric.reference["sigma"].shape == (64, 64)
-    assert metric.measure(Noise()(range(100), 250, None))["frechet_distance"] > 0
+    assert _distance(metric, Noise()(range(100), 250, None)) > 0
     for overrides, message in (
         (
             [f"eval.reference={tmp_path / 'other.npz'}"],
@@ -313,7 +325,7 @@ def test_a_run_without_data_is_measured_against_statistics(tmp_path):
             "digits", ["data=null", "eval.metric=digits", f"eval.reference={tmp_path / 'good.npz'}", *overrides]
         )
         with pytest.raises(ValueError, match=message) as caught:
-            build_metric(changed, load_teacher(changed, torch.device("cpu")))
+            build_metric(context_with_teacher(changed))
         assert "\n" not in str(caught.value)
 
 
@@ -338,14 +350,14 @@ def test_images_are_saved_as_they_are_and_as_others_read_them(tmp_path):
     from PIL import Image
 
     images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    save_images(images, tmp_path / "colour", range(3, 8))
+    _save(images, tmp_path / "colour", range(3, 8))
     assert sorted(file.name for file in (tmp_path / "colour").iterdir()) == [f"00000{seed}.png" for seed in range(3, 8)]
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "colour" / "000004.png")), images[1].permute(1, 2, 0))
-    save_images(images[:, :1], tmp_path / "grey")
+    _save(images[:, :1], tmp_path / "grey")
     picture = Image.open(tmp_path / "grey" / "000004.png")
     assert picture.mode == "L"
     np.testing.assert_array_equal(np.array(picture), images[4, 0])
-    save_images(images, tmp_path / "all.npz")
+    _save(images, tmp_path / "all.npz")
     with np.load(tmp_path / "all.npz") as file:
         assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(file["arr_0"], images.permute(0, 2, 3, 1))
@@ -353,9 +365,9 @@ def test_images_are_saved_as_they_are_and_as_others_read_them(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     for path, message in (("grey", "holds pictures already"), ("folder.npz", "is a folder")):
         with pytest.raises(ValueError, match=message):
-            save_images(images, tmp_path / path)
+            _save(images, tmp_path / path)
     with pytest.raises(ValueError, match="images of 2 channels"):
-        save_images(images[:, :2], tmp_path / "two")
+        _save(images[:, :2], tmp_path / "two")
 
 
 @pytest.fixture(scope="module")
@@ -378,10 +390,7 @@ def test_evaluation_saves_what_it_measured(tmp_path, run):
         load_data("images", tmp_path / "pictures.npz").images,
     )
     np.testing.assert_array_equal(folder, file)
-    metric = ImageMetric(load_config("digits"), torch.device("cpu"))
-    assert metric.measure(torch.from_numpy(file))["frechet_distance"] == pytest.approx(
-        row["frechet_distance"], rel=1e-9
-    )
+    assert _distance(_digits_metric(), torch.from_numpy(file)) == pytest.approx(row["frechet_distance"], rel=1e-9)
     with pytest.raises(ValueError, match="metric: 'best' is unknown; choose digits, mnist, inception"):
         evaluate(run, 20, metric="best")
     with pytest.raises(ValueError, match="eval.inception: '/nowhere/weights.pth' is not there"):

@@ -97,17 +97,18 @@ def test_what_cannot_be_built_is_named(network, message):
 
 
 def test_weights_go_through_a_file(tmp_path):
-    first, second = build_unet(TINY), build_unet(TINY)
-    save_file(dict(first.state_dict()), tmp_path / "a.safetensors")
-    load_weights(second, read_weights(tmp_path / "a.safetensors"), "a")
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    saved, loaded = build_unet(TINY), build_unet(TINY)
+    save_file(dict(saved.state_dict()), tmp_path / "a.safetensors")
+    load_weights(loaded, read_weights(tmp_path / "a.safetensors"), "a")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters()))
 
 
 def test_weights_of_another_network_are_named(tmp_path):
     save_file(dict(build_unet({**TINY, "attention": [False, False]}).state_dict()), tmp_path / "a.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"of another network, it lacks downsamples.level_1.0.0.norm1.weight, .* and 51 more; it has unknown downsamples.level_1.0.conv1.bias, .* and 33 more$",
+        match=r"of another network, it lacks downsamples.level_1.0.0.norm1.weight, .* and 51 more; "
+        r"it has unknown downsamples.level_1.0.conv1.bias, .* and 33 more$",
     ):
         load_weights(build_unet(TINY), read_weights(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"another shape for embed.0.weight \(\[32, 8\], expected \[64, 16\]\)"):

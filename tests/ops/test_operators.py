@@ -1,4 +1,4 @@
-"""The switch between the backends, and the operators as torch sees them: opcheck, torch.compile, and what an operator may not do."""
+"""The switch between the backends, and the operators as torch sees them: opcheck, torch.compile, what is refused."""
 
 import os
 import subprocess
@@ -19,7 +19,10 @@ BACKENDS = [("torch", "cpu"), ("triton", KERNEL_DEVICE)]
 
 def _inputs(shape, device, channels_last=False):
     generator = torch.Generator().manual_seed(3)
-    randn = lambda *size: torch.randn(*size, generator=generator).to(device)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator).to(device)
+
     e = randn(B, *EVENT)
     return {
         "x": randn(B, *EVENT),
@@ -30,7 +33,7 @@ def _inputs(shape, device, channels_last=False):
         "log_gamma": 0.3 * randn(*shape),
         "seeds": torch.arange(B, device=device),
         "k": torch.tensor([1, 3, 2, 3], device=device),
-        "redraw": torch.tensor([0, 1, 0, 2], device=device),
+        "draw": torch.tensor([0, 1, 0, 2], device=device),
         "weight": randn(K + 1).abs(),
     }
 
@@ -39,8 +42,11 @@ def _inputs(shape, device, channels_last=False):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_opcheck_of_the_method_operators(backend, device, shape):
     i = _inputs(shape, device, channels_last=True)
-    leaf = lambda name: i[name].clone(memory_format=torch.preserve_format).requires_grad_()
-    address = (i["seeds"], i["k"], i["redraw"], None, backend)
+
+    def leaf(name):
+        return i[name].clone(memory_format=torch.preserve_format).requires_grad_()
+
+    address = (i["seeds"], i["k"], i["draw"], None, backend)
     torch.library.opcheck(
         library.affine_noise_step, (leaf("x"), leaf("e"), i["a"], i["b"], i["s"], leaf("log_gamma"), *address)
     )
@@ -64,13 +70,16 @@ def test_opcheck_without_noise_and_of_the_draw(backend, device):
         library.affine_noise_step,
         (x, i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], None, i["e"], backend),
     )
-    torch.library.opcheck(library.draw_noise, (i["seeds"], i["k"], i["redraw"], [3, 5], backend))
+    torch.library.opcheck(library.draw_noise, (i["seeds"], i["k"], i["draw"], [3, 5], backend))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("modulated", [False, True])
 def test_opcheck_of_group_normalisation(modulated, layout):
-    randn = lambda *size: torch.randn(*size, device=KERNEL_DEVICE).requires_grad_()
+
+    def randn(*size):
+        return torch.randn(*size, device=KERNEL_DEVICE).requires_grad_()
+
     x = torch.randn(2, 8, 4, 4, device=KERNEL_DEVICE).to(memory_format=layout).requires_grad_()
     rows = (randn(2, 8), randn(2, 8), None) if modulated else (None, None, randn(2, 8))
     torch.library.opcheck(library.group_norm_silu, (x, 2, randn(8), randn(8), 1e-5, True, *rows))
@@ -78,16 +87,15 @@ def test_opcheck_of_group_normalisation(modulated, layout):
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_compiled_is_eager(backend, device):
-    """One graph, no breaks, forward and backward; the noise is in it, which Inductor would get wrong if it could see it."""
+    """One graph, no breaks, forward and backward; the noise is in it, which Inductor would get wrong if it saw it."""
     i = _inputs((1, SIZE), device)
+    noise = ops.Noise(i["seeds"], i["k"])
     ops.choose_backend(backend, device)
 
     def step(x, e, log_gamma):
-        y = ops.affine_noise_step(torch.tanh(x), e, i["a"], i["b"], i["s"], log_gamma, i["seeds"], i["k"])
+        y = ops.affine_noise_step(torch.tanh(x), e, i["a"], i["b"], i["s"], log_gamma, noise)
         y = ops.group_norm_silu(y, 2, i["a"][:2], i["b"][:2], 1e-5)
-        losses, grad = ops.denoising_loss_and_grads(
-            y.detach(), i["weight"], i["s"], log_gamma.detach(), i["seeds"], i["k"]
-        )
+        losses, grad = ops.denoising_loss_and_grads(y.detach(), i["weight"], i["s"], log_gamma.detach(), noise)
         return y * 2, losses, grad
 
     results = []
@@ -102,20 +110,27 @@ def test_compiled_is_eager(backend, device):
 
 def test_the_losses_say_that_they_are_not_differentiable_again():
     i = _inputs((1, 1), "cpu")
-    losses, _ = ops.denoising_loss_and_grads(
-        i["e"].requires_grad_(), i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"]
-    )
+    noise = ops.Noise(i["seeds"], i["k"])
+    losses, _ = ops.denoising_loss_and_grads(i["e"].requires_grad_(), i["weight"], i["s"], i["log_gamma"], noise)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         losses.sum().backward()
 
 
 def test_gradients_of_a_sum_are_those_of_ones():
     """Autograd hands a repeated number to the backward of a sum; no kernel reads such strides."""
+
+    def plainly(y):
+        return y.sum()
+
+    def times_ones(y):
+        return (y * torch.ones_like(y)).sum()
+
     i = _inputs((1, SIZE), KERNEL_DEVICE)
     grads = []
-    for total in (lambda y: y.sum(), lambda y: (y * torch.ones_like(y)).sum()):
+    for total in (plainly, times_ones):
         e, log_gamma = i["e"].clone().requires_grad_(), i["log_gamma"].clone().requires_grad_()
-        y = ops.affine_noise_step(i["x"], e, i["a"], i["b"], i["s"], log_gamma, i["seeds"], i["k"], backend="triton")
+        noise = ops.Noise(i["seeds"], i["k"])
+        y = ops.affine_noise_step(i["x"], e, i["a"], i["b"], i["s"], log_gamma, noise, backend="triton")
         grads.append(torch.autograd.grad(total(y), (e, log_gamma)))
         y = ops.group_norm_silu(e, 2, i["a"][:2], i["b"][:2], 1e-5, backend="triton")
         grads[-1] += torch.autograd.grad(total(y), e)
@@ -163,10 +178,8 @@ def test_auto_is_torch_on_a_cpu_and_does_not_import_the_kernels():
     ],
 )
 def test_a_backend_that_cannot_run_says_why(variables, call, message):
-    done = _without_interpreter(
-        f"import torch; from hsivi_fast import ops; s = torch.arange(2)\ntry: {call}\nexcept ValueError as error: print(error)",
-        **variables,
-    )
+    code = f"import torch; from hsivi_fast import ops; s = torch.arange(2)\ntry: {call}"
+    done = _without_interpreter(f"{code}\nexcept ValueError as error: print(error)", **variables)
     assert done.stdout.startswith(message), done.stdout + done.stderr
 
 

@@ -1,4 +1,4 @@
-"""The operations: closed-form gradients against float64 autograd, in all four shapes of log_gamma, and their complaints."""
+"""The operations: closed-form gradients against float64 autograd, in all shapes of log_gamma, and what is refused."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ SHAPES = [(1, 1), (LAYERS, 1), (1, SIZE), (LAYERS, SIZE)]
 
 def _inputs(shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    randn = lambda *size: torch.randn(*size, generator=generator, dtype=dtype)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=dtype)
+
     return {
         "x": randn(B, *EVENT),
         "e": randn(B, *EVENT),
@@ -25,6 +28,10 @@ def _inputs(shape, dtype=torch.float64):
         "w": randn(LAYERS + 1).abs(),
         "cotangent": randn(B, *EVENT),
     }
+
+
+def _given(i):
+    return ops.Noise(None, i["k"], given=i["noise"])
 
 
 def _expanded(log_gamma, k):
@@ -41,7 +48,7 @@ def _entries(i, name):
 def test_affine_noise_step_is_its_equation(shape):
     i = _inputs(shape)
     x, e, log_gamma = (i[name].clone().requires_grad_() for name in ("x", "e", "log_gamma"))
-    y = ops.affine_noise_step(x, e, i["a"], i["b"], i["s"], log_gamma, None, i["k"], noise=i["noise"])
+    y = ops.affine_noise_step(x, e, i["a"], i["b"], i["s"], log_gamma, _given(i))
     expected = (
         _entries(i, "a") * i["x"]
         + _entries(i, "b") * i["e"]
@@ -64,7 +71,7 @@ def test_denoising_loss_gradient_is_autograds(shape):
     target = i["noise"] * _entries(i, "s") / _expanded(i["log_gamma"], i["k"]).exp()
     loss = (_entries(i, "w") * (f - target).square()).sum() / B
     loss.backward()
-    losses, grad = ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
+    losses, grad = ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], _given(i))
     torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, f.grad, rtol=1e-12, atol=1e-12)
 
@@ -82,7 +89,7 @@ def test_fisher_loss_gradients_are_autograds(shape):
     loss = (_entries(i, "w") * (2 * g * (target - e) - g.square())).sum() / B
     loss.backward()
     losses, grad_f, grad_e, grad_log_gamma = ops.fisher_loss_and_grads(
-        i["x"], i["e"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"]
+        i["x"], i["e"], i["w"], i["s"], i["log_gamma"], _given(i)
     )
     torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(grad_f, f.grad, rtol=1e-12, atol=1e-12)
@@ -92,19 +99,16 @@ def test_fisher_loss_gradients_are_autograds(shape):
 
 def test_addressed_noise_is_the_given_noise():
     i = _inputs((1, SIZE), torch.float32)
-    seeds, redraw = torch.arange(B), torch.tensor([0, 1, 2, 0, 1])
-    noise = torch.stack([ops.draw_noise(seeds[n : n + 1], int(i["k"][n]), EVENT, int(redraw[n]))[0] for n in range(B)])
-    for by_address, by_value in (
-        (
-            ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], seeds, i["k"], redraw),
-            ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=noise),
-        ),
-        (
-            ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], seeds, i["k"], redraw)[1],
-            ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], None, i["k"], noise=noise)[1],
-        ),
-    ):
-        assert torch.equal(by_address, by_value)
+    addressed = ops.Noise(torch.arange(B), i["k"], draw=torch.tensor([0, 1, 2, 0, 1]))
+    alone = [addressed[n : n + 1] for n in range(B)]
+    numbers = torch.cat([ops.draw_noise(one.seeds, int(one.stream), EVENT, int(one.draw)) for one in alone])
+    given = ops.Noise(None, i["k"], given=numbers)
+    steps = [
+        ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], n) for n in (addressed, given)
+    ]
+    assert torch.equal(*steps)
+    grads = [ops.denoising_loss_and_grads(i["x"], i["w"], i["s"], i["log_gamma"], n)[1] for n in (addressed, given)]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("silu", [True, False])
@@ -132,10 +136,8 @@ def test_group_norm_silu_is_its_equation(silu, modulated):
 def test_bfloat16_is_computed_in_float32():
     i = _inputs((1, 1), torch.float32)
     low = [i[name].to(torch.bfloat16) for name in ("x", "e")]
-    y = ops.affine_noise_step(*low, i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"])
-    high = ops.affine_noise_step(
-        *(t.float() for t in low), i["a"], i["b"], i["s"], i["log_gamma"], None, i["k"], noise=i["noise"]
-    )
+    y = ops.affine_noise_step(*low, i["a"], i["b"], i["s"], i["log_gamma"], _given(i))
+    high = ops.affine_noise_step(*(t.float() for t in low), i["a"], i["b"], i["s"], i["log_gamma"], _given(i))
     assert y.dtype == torch.bfloat16 and torch.equal(y, high.to(torch.bfloat16))
 
 
@@ -163,18 +165,8 @@ def test_bfloat16_is_computed_in_float32():
 def test_what_does_not_fit_is_named(change, message, backend):
     i = {**_inputs((1, 1), torch.float32), "seeds": None, **change}
     with pytest.raises(ValueError, match=message):
-        ops.affine_noise_step(
-            i["x"],
-            i["e"],
-            i["a"],
-            i["b"],
-            i["s"],
-            i["log_gamma"],
-            i["seeds"],
-            i["k"],
-            noise=i["noise"],
-            backend=backend,
-        )
+        noise = ops.Noise(i["seeds"], i["k"], given=i["noise"])
+        ops.affine_noise_step(i["x"], i["e"], i["a"], i["b"], i["s"], i["log_gamma"], noise, backend=backend)
 
 
 @pytest.mark.parametrize(

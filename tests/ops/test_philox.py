@@ -10,7 +10,11 @@ FULL = 0xFFFFFFFF
 KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 with 10 rounds: key, counter, output
     ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((FULL, FULL), (FULL, FULL, FULL, FULL), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0xA4093822, 0x299F31D0), (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0xA4093822, 0x299F31D0),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -29,21 +33,26 @@ def test_normals_are_box_muller_of_the_words_in_float64():
     for sample in range(3):
         seed = int(seeds[sample])
         for group in range(5):
-            words = philox.philox4x32(_words((seed & FULL, (seed >> 32) & FULL)), _words((group, int(stream[sample]), redraw, 0)))
-            u = [np.float64(np.float32(w if w < 2**31 else FULL - w) * np.float32(4.6566127342e-10)) for w in map(int, words)]
+            words = philox.philox4x32(
+                _words((seed & FULL, (seed >> 32) & FULL)), _words((group, int(stream[sample]), redraw, 0))
+            )
+            u = [
+                np.float64(np.float32(w if w < 2**31 else FULL - w) * np.float32(4.6566127342e-10))
+                for w in map(int, words)
+            ]
             expected = []
             for first, second in ((u[0], u[1]), (u[2], u[3])):
                 radius, angle = np.sqrt(-2 * np.log(max(first, 1e-7))), 2 * np.pi * second
                 expected += [radius * np.cos(angle), radius * np.sin(angle)]
-            got = z[sample, 4 * group:4 * group + 4].numpy()
-            np.testing.assert_allclose(got, expected[:len(got)], atol=2e-6)
+            got = z[sample, 4 * group : 4 * group + 4].numpy()
+            np.testing.assert_allclose(got, expected[: len(got)], atol=2e-6)
 
 
 def test_a_sample_depends_on_its_address_alone():
     seeds = torch.arange(100, 110)
     together = philox.normal(seeds, 3, (3, 5, 7))
     for index in (0, 4, 9):
-        alone = philox.normal(seeds[index:index + 1], torch.tensor([3]), (3, 5, 7))
+        alone = philox.normal(seeds[index : index + 1], torch.tensor([3]), (3, 5, 7))
         assert torch.equal(alone[0], together[index])
     assert torch.equal(philox.normal(seeds, 3, (105,)).reshape(10, 3, 5, 7), together)
     assert torch.equal(philox.normal(seeds, 3, (20,)), philox.normal(seeds, 3, (105,))[:, :20])
@@ -51,8 +60,10 @@ def test_a_sample_depends_on_its_address_alone():
 
 def test_seed_stream_and_redraw_give_unrelated_numbers():
     n = 40000
-    draws = [philox.normal(torch.tensor([seed]), stream, (n,), redraw)[0]
-             for seed, stream, redraw in ((0, 0, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 1))]
+    draws = [
+        philox.normal(torch.tensor([seed]), stream, (n,), redraw)[0]
+        for seed, stream, redraw in ((0, 0, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     correlations = np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))
     assert np.abs(correlations).max() < 5 / np.sqrt(n)
 
@@ -68,13 +79,18 @@ def test_a_tensor_of_redraws_is_each_redraw_alone():
     seeds = torch.tensor([1, 2, 3])
     mixed = philox.normal(seeds, 2, (6,), torch.tensor([0, 5, 1]))
     for index, redraw in enumerate((0, 5, 1)):
-        assert torch.equal(mixed[index], philox.normal(seeds[index:index + 1], 2, (6,), redraw)[0])
+        assert torch.equal(mixed[index], philox.normal(seeds[index : index + 1], 2, (6,), redraw)[0])
 
 
 def test_integers_of_two_purposes_counters_or_runs_differ():
     base = philox.integers(7, 1, 3, 1000)
     assert len(set(base.tolist())) == 1000
-    for other in (philox.integers(8, 1, 3, 1000), philox.integers(7, 2, 3, 1000), philox.integers(7, 1, 4, 1000), philox.integers(7, 1, 3 + (1 << 32), 1000)):
+    for other in (
+        philox.integers(8, 1, 3, 1000),
+        philox.integers(7, 2, 3, 1000),
+        philox.integers(7, 1, 4, 1000),
+        philox.integers(7, 1, 3 + (1 << 32), 1000),
+    ):
         assert not (base == other).any()
     assert torch.equal(philox.integers(7, 1, 3, 10), base[:10])
 

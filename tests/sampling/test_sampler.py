@@ -2,26 +2,23 @@
 
 import pytest
 import torch
+from contexts import context_with_teacher
 
 from hsivi_fast import load_config, sample
-from hsivi_fast.build import load_teacher
 from hsivi_fast.data import to_uint8
+from hsivi_fast.metrics.features import feature_extractor
+from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.sampling.sampler import ddim_sampler, load_sampler
 
 
 @pytest.fixture(scope="module")
-def config():
-    return load_config("digits")
-
-
-@pytest.fixture(scope="module")
-def teacher(config):
-    return load_teacher(config, "cpu")
+def context():
+    return context_with_teacher(load_config("digits"))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_an_image_does_not_depend_on_its_batch(config, teacher, eta):
-    sampler = ddim_sampler(config, teacher, 5, eta)
+def test_an_image_does_not_depend_on_its_batch(context, eta):
+    sampler = ddim_sampler(context, 5, eta)
     seeds = range(64)
     whole = sampler(seeds, batch_size=64)
     for batch_size in (1, 7):
@@ -32,31 +29,29 @@ def test_an_image_does_not_depend_on_its_batch(config, teacher, eta):
     assert float((sampler([40], batch_size=1)[0] - whole[40]).abs().max()) <= 1e-5
 
 
-def test_more_ddim_steps_keep_a_seed_s_image(config, teacher):
+def test_more_ddim_steps_keep_a_seed_s_image(context):
     """x_K is drawn at stream 0 whatever the NFE, and the ODE that eta 0 follows has one solution."""
-    few, many = (ddim_sampler(config, teacher, nfe, 0.0)(range(32)) for nfe in (20, 50))
-    other = ddim_sampler(config, teacher, 50, 0.0)(range(32, 64))
+    few, many = (ddim_sampler(context, nfe, 0.0)(range(32)) for nfe in (20, 50))
+    other = ddim_sampler(context, 50, 0.0)(range(32, 64))
     near, far = (float((x - many).square().mean()) for x in (few, other))
     assert near < 0.2 * far
 
 
-def test_eta_zero_needs_no_layer_noise_and_eta_one_has_it(config, teacher):
-    first, second = (ddim_sampler(config, teacher, 5, eta)(range(8)) for eta in (0.0, 1.0))
+def test_eta_zero_needs_no_layer_noise_and_eta_one_has_it(context):
+    first, second = (ddim_sampler(context, 5, eta)(range(8)) for eta in (0.0, 1.0))
     assert float((first - second).abs().mean()) > 0.1
 
 
-def test_doubled_knots_are_dropped_in_a_baseline(config, teacher):
-    assert ddim_sampler(config, teacher, 10, 0.0).nfe == 10
-    assert 40 < ddim_sampler(config, teacher, 60, 0.0).nfe < 60
+def test_doubled_knots_are_dropped_in_a_baseline(context):
+    assert ddim_sampler(context, 10, 0.0).nfe == 10
+    assert 40 < ddim_sampler(context, 60, 0.0).nfe < 60
 
 
-def test_samples_of_the_teacher_look_like_digits(config, teacher):
+def test_samples_of_the_teacher_look_like_digits(context):
     """The classifier behind the metric is sure of what it sees in nearly all samples of the shipped teacher."""
-    from hsivi_fast.metrics.evaluation import feature_extractor
-
     classifier = feature_extractor("digits", torch.device("cpu")).classifier
     with torch.no_grad():
-        sure = classifier(to_uint8(ddim_sampler(config, teacher, 20, 0.0)(range(100)), 17)).softmax(1).max(1).values
+        sure = classifier(to_uint8(ddim_sampler(context, 20, 0.0)(range(100)), 17)).softmax(1).max(1).values
     assert float((sure > 0.6).float().mean()) > 0.85
     noise = torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -71,8 +66,8 @@ def test_rounding_is_to_the_nearest_level():
     assert len(set(to_uint8(levels, 17).tolist())) == 17
 
 
-def test_bad_requests_are_named(config, teacher, tmp_path):
-    sampler = ddim_sampler(config, teacher, 5, 0.0)
+def test_bad_requests_are_named(context, tmp_path):
+    sampler = ddim_sampler(context, 5, 0.0)
     with pytest.raises(ValueError, match="seeds: none"):
         sampler([])
     with pytest.raises(ValueError, match="batch: 0"):
@@ -80,4 +75,4 @@ def test_bad_requests_are_named(config, teacher, tmp_path):
     with pytest.raises(ValueError, match="no config.yaml"):
         sample(tmp_path, seeds=[0])
     with pytest.raises(ValueError, match="weights: 'best'"):
-        load_sampler(tmp_path, "best")
+        load_sampler(tmp_path, ALONE, "best")

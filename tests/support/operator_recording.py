@@ -8,7 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-HOST = ("aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2")
+HOST = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::item",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique2",
+)
 
 
 class OperatorRecording(TorchDispatchMode):
@@ -33,13 +42,19 @@ class OperatorRecording(TorchDispatchMode):
         with torch.no_grad():
             for operator, arguments, keywords, results in self.steps:
                 for own, new in zip(results, tree_leaves(operator(*arguments, **keywords))):
-                    if isinstance(own, torch.Tensor) and new is not own and (new.data_ptr() != own.data_ptr() or new.stride() != own.stride()):
+                    if (
+                        isinstance(own, torch.Tensor)
+                        and new is not own
+                        and (new.data_ptr() != own.data_ptr() or new.stride() != own.stride())
+                    ):
                         own.copy_(new)
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         keywords = keywords or {}
         assert operator._schema.name not in HOST, f"{operator._schema.name} makes the host wait: it cannot be captured"
-        masked = operator._schema.name in ("aten::index", "aten::index_put", "aten::index_put_") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in arguments[1])
+        masked = operator._schema.name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in arguments[1]
+        )
         assert not masked, f"{operator._schema.name} by a mask makes the host wait: it cannot be captured"
         for given, declared in zip(arguments, operator._schema.arguments):
             if declared.is_write:

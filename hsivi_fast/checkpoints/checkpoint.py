@@ -1,0 +1,51 @@
+"""What was read from a checkpoint, whatever its format."""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What stands in a checkpoint.
+
+    source: its path; format: what it is, in words.
+    tensors: {role: {name: tensor}} as stored, under the names of `nets/ddpm.py` or `nets/adm.py`. A role is "teacher",
+    "student", "student_ema", "score_net" or "score_net_ema".
+    network: the network as `build_unet` takes it, or None where it is none of the UNets.
+    stated: the keys of `network` that the file says itself.
+    assumed: the keys that neither the file says nor its weights show.
+    settings: more of a run's configuration that is known from it: teacher.betas, teacher.steps, nfe, gamma.
+    notes: what was seen and left out.
+    """
+
+    source: str
+    format: str
+    tensors: dict
+    network: dict | None = None
+    stated: tuple = ()
+    assumed: tuple = ()
+    settings: dict = field(default_factory=dict)
+    notes: tuple = ()
+
+    def weights(self, role="teacher"):
+        """{name: float32 tensor} of a role, on the CPU; ValueError where the file has no such role."""
+        if role not in self.tensors:
+            raise ValueError(
+                f"checkpoint {self.source!r}: has no {role}; it is {self.format} and has {', '.join(self.tensors)}"
+            )
+        return {name: _as_float32(tensor) for name, tensor in self.tensors[role].items()}
+
+    def metadata(self):
+        """{key: text} for a safetensors file of ours, so that nothing that this checkpoint states is lost in it."""
+        stated = {key: self.network[key] for key in self.stated}
+        values = {"network": stated, "settings": self.settings}
+        return {f"hsivi_{key}": json.dumps(value) for key, value in values.items() if value}
+
+
+def _as_float32(tensor):
+    """A copy in memory: a tensor that is mapped from a file would change with the file."""
+    if tensor.is_floating_point():
+        return tensor.detach().to(torch.float32, copy=True)
+    return tensor.detach().clone()

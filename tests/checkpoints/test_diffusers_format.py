@@ -1,0 +1,218 @@
+"""Folders of diffusers' UNet2DModel: they predict the same noise, and those that ours cannot be are refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_checkpoints import DDPM, run_config
+
+from hsivi_fast.build import load_teacher
+from hsivi_fast.checkpoints.convert import convert_checkpoint
+from hsivi_fast.checkpoints.formats import read_checkpoint
+from hsivi_fast.checkpoints.weights import read_weights
+
+
+def _unet2d(**changes):
+    from diffusers import UNet2DModel  # here: it is an optional package
+
+    torch.manual_seed(3)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }
+    model = UNet2DModel(**{**settings, **changes}).eval()
+    for parameter in model.parameters():  # those that start at one or zero would hide a mistake
+        parameter.data.normal_(0, 0.15)
+    return model
+
+
+DIFFUSERS = {**DDPM, "res_blocks": 2, "norm_eps": 1e-6}
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "old names", "old names, convolutions", "pipeline", "file"])
+def test_diffusers_unet_predicts_the_same_noise(tmp_path, layout):
+    model, folder = _unet2d(), tmp_path / "ddpm-cifar10-32"
+    model.save_pretrained(folder / "unet" if layout == "pipeline" else folder, safe_serialization=layout != "bin")
+    if layout.startswith("old names"):
+        file, stored = folder / "diffusion_pytorch_model.safetensors", {}
+        for name, tensor in load_file(file).items():
+            for new, old in OLD_NAMES.items():
+                if f".{new}." in name:
+                    name = name.replace(f".{new}.", f".{old}.")
+                    if "conv" in layout and name.endswith("weight"):
+                        tensor = tensor[..., None, None]
+            stored[name] = tensor
+        # Weight and bias of two layers down, three up and one in the middle.
+        assert sum(".query." in name for name in stored) == 12
+        save_file(stored, file)
+    if layout == "pipeline":
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    source = folder / "diffusion_pytorch_model.safetensors" if layout == "file" else folder
+    teacher = load_teacher(run_config(tmp_path, DIFFUSERS, source), "cpu")
+    x, t = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999])
+    with torch.no_grad():
+        expected = model(x, t).sample
+        assert float((teacher(x, t) - expected).norm() / expected.norm()) < 1e-5
+    found = read_checkpoint(source)
+    assert found.network == {**DIFFUSERS, "middle": True, "norm_groups": 32}
+    assert found.settings == ({"teacher": {"betas": "linear", "steps": 1000}} if layout == "pipeline" else {})
+
+
+def test_the_folder_of_ddpm_cifar10_is_described(tmp_path):
+    """Its config.json, from google/ddpm-cifar10-32."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "UNet2DModel",
+                "_diffusers_version": "0.0.4",
+                "act_fn": "silu",
+                "attention_head_dim": None,
+                "block_out_channels": [128, 256, 256, 256],
+                "center_input_sample": False,
+                "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "in_channels": 3,
+                "layers_per_block": 2,
+                "mid_block_scale_factor": 1,
+                "norm_eps": 1e-06,
+                "norm_num_groups": 32,
+                "out_channels": 3,
+                "sample_size": 32,
+                "time_embedding_type": "positional",
+                "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            }
+        )
+    )
+    save_file({"conv_in.weight": torch.ones(128, 3, 3, 3)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert read_checkpoint(tmp_path).network == {
+        "family": "ddpm",
+        "image_channels": 3,
+        "image_size": 32,
+        "channels": 128,
+        "multipliers": [1, 2, 2, 2],
+        "res_blocks": 2,
+        "attention": [False, True, False, False],
+        "middle": True,
+        "norm_groups": 32,
+        "norm_eps": 1e-6,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"norm_eps": 1e-6},
+            "network.norm_eps: 1e-05 is not what the teacher .* was trained with; set network.norm_eps=1e-06",
+        ),
+        ({"norm_num_groups": 16, "norm_eps": 1e-5}, "network.norm_groups: 32 .* set network.norm_groups=16"),
+        ({"sample_size": 16, "norm_eps": 1e-5}, "network.image_size: 8 .* set network.image_size=16"),
+    ],
+)
+def test_what_weights_do_not_show_is_compared_with_the_run(tmp_path, changes, message):
+    _unet2d(**changes).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match=message):
+        load_teacher(run_config(tmp_path, {**DIFFUSERS, "norm_eps": 1e-5}, tmp_path / "unet"), "cpu")
+    converted = convert_checkpoint(tmp_path / "unet", tmp_path / "ours")[0]  # it carries these settings along
+    with pytest.raises(ValueError, match=message):
+        load_teacher(run_config(tmp_path, {**DIFFUSERS, "norm_eps": 1e-5}, converted), "cpu")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "attention_head_dim",
+            8,
+            "attention_head_dim = 8, which our DDPM UNet cannot be; it needs null, one head over all 64 channels",
+        ),
+        ("flip_sin_to_cos", True, "flip_sin_to_cos = True"),
+        ("freq_shift", 0, "freq_shift = 0"),
+        ("downsample_padding", 1, "downsample_padding = 1"),
+        ("resnet_time_scale_shift", "scale_shift", "resnet_time_scale_shift = 'scale_shift'"),
+        ("num_class_embeds", 10, "num_class_embeds = 10"),
+        ("class_embed_type", "timestep", "class_embed_type"),
+        ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"], "down_block_types"),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"], "attention at the same levels"),
+        ("block_out_channels", [32, 48], "multiples of the first"),
+        ("out_channels", 6, "as many as in_channels"),
+        ("act_fn", "gelu", "act_fn = 'gelu'"),
+        ("add_attention", False, "add_attention"),
+        ("time_embedding_type", "fourier", "'fourier'"),
+        ("_class_name", "UNet2DConditionModel", "is of a UNet2DConditionModel"),
+        ("block_out_channels", None, "no list block_out_channels"),
+    ],
+)
+def test_a_unet_that_ours_cannot_be_is_refused(tmp_path, key, value, message):
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [32, 64],
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has a config.json and no weights"):
+        read_weights(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path)
+
+
+def test_another_noise_than_the_teacher_s_is_refused(tmp_path):
+    _unet2d(norm_eps=1e-5).save_pretrained(tmp_path / "unet")
+    network = {**DIFFUSERS, "norm_eps": 1e-5}
+    for changes, message in (
+        ({"beta_schedule": "squaredcos_cap_v2"}, "teacher.betas: 'linear' .* set teacher.betas=cosine"),
+        ({"num_train_timesteps": 4000}, "set teacher.steps=4000"),
+        ({"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
+        ({"beta_end": 0.01}, "beta_end = 0.01"),
+        ({"beta_schedule": "sigmoid"}, "'sigmoid'"),
+    ):
+        (tmp_path / "unet" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **changes}))
+        with pytest.raises(ValueError, match=message):
+            load_teacher(run_config(tmp_path, network, tmp_path / "unet"), "cpu")
+
+
+def test_diffusers_weights_without_a_place_or_incomplete_are_named(tmp_path):
+    _unet2d().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    save_file({**whole, "down_blocks.0.downsamplers.0.norm.weight": torch.ones(2)}, file)
+    with pytest.raises(
+        ValueError, match="has down_blocks.0.downsamplers.0.norm.weight, which our DDPM UNet has no place for"
+    ):
+        read_weights(tmp_path)
+    save_file({name: tensor for name, tensor in whole.items() if name != "mid_block.attentions.0.to_k.bias"}, file)
+    with pytest.raises(ValueError, match="has of middle.1.project_in.bias only q and v"):
+        read_weights(tmp_path)

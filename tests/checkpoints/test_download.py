@@ -1,0 +1,95 @@
+"""Checkpoints by name or address: they are fetched once, and their sums are checked."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from small_checkpoints import DDPM, random_weights, teacher_has
+
+from hsivi_fast.checkpoints import download
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """An address of a checkpoint, its file and its sum; the cache is a folder of the test."""
+    monkeypatch.setenv("HSIVI_CACHE", str(tmp_path / "cache"))
+    torch.save(random_weights(DDPM), tmp_path / "served.pt")
+    file = tmp_path / "served.pt"
+    return file.as_uri(), file, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_an_address_is_a_teacher_and_is_fetched_once(tmp_path, served):
+    address, file, found = served
+    cached = download.fetch_checkpoint(f"{address}#sha256={found.upper()}")
+    assert cached.read_bytes() == file.read_bytes() and cached.parent == tmp_path / "cache"
+    file.unlink()
+    assert download.fetch_checkpoint(address) == cached and teacher_has(tmp_path, DDPM, address, random_weights(DDPM))
+    assert cached.with_name(f"{cached.name}.sha256").read_text().split()[0] == found
+
+
+def test_a_wrong_sum_leaves_nothing_and_says_both(tmp_path, served):
+    address, _, found = served
+    with pytest.raises(ValueError, match=f"has the sha256 {found}, expected {'0' * 64}; it was deleted"):
+        download.fetch_checkpoint(f"{address}#sha256={'0' * 64}")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    with pytest.raises(ValueError, match="must be sha256= and 64 hexadecimal digits"):
+        download.fetch_checkpoint(f"{address}#md5=00")
+
+
+def test_a_cached_file_that_changed_is_noticed(served):
+    address, _, found = served
+    cached = download.fetch_checkpoint(address)
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError,
+        match=rf"its sha256 is [0-9a-f]+, expected {found} as at its first use; delete it and .*sha256 to have it",
+    ):
+        download.fetch_checkpoint(address)
+
+
+def test_a_file_put_there_by_hand_is_used_and_its_sum_noted(tmp_path, monkeypatch, served):
+    monkeypatch.setitem(download.PUBLISHED_TEACHERS, "cifar10", "file:///nowhere/cifar10_2040.pt")
+    with pytest.raises(
+        ValueError,
+        match="checkpoint file:///nowhere/cifar10_2040.pt: cannot be downloaded .*No such file.*; "
+        "put the file at .*/cache/cifar10_2040.pt by hand",
+    ) as caught:
+        download.fetch_checkpoint("cifar10")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "cache" / "cifar10_2040.pt").write_bytes(served[1].read_bytes())
+    assert teacher_has(tmp_path, DDPM, "cifar10", random_weights(DDPM))
+    assert (tmp_path / "cache" / "cifar10_2040.pt.sha256").read_text().split()[0] == served[2]
+    with pytest.raises(ValueError, match=r"neither a known name \(cifar10, imagenet64\) nor"):
+        download.fetch_checkpoint("cifar11")
+
+
+def test_a_cut_answer_and_a_missing_page_leave_nothing(tmp_path, served):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/missing.pt":
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * (1000 if self.path == "/whole.pt" else 400))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with pytest.raises(ValueError, match="cut.pt: cannot be downloaded .*400.*; put the file at"):
+            download.fetch_checkpoint(f"{base}/cut.pt")
+        with pytest.raises(ValueError, match=r"missing.pt: cannot be downloaded \(Not Found\)"):
+            download.fetch_checkpoint(f"{base}/missing.pt")
+        assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+        assert download.fetch_checkpoint(f"{base}/whole.pt", progress=True).read_bytes() == b"x" * 1000
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ValueError, match=r"other.pt: cannot be downloaded \(.*Connection refused\)"):
+        download.fetch_checkpoint(f"{base}/other.pt")

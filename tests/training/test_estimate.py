@@ -1,0 +1,59 @@
+"""What a run needs is counted before it starts: parameters, evaluations, operations, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hsivi_fast.config import load_config
+from hsivi_fast.nets import build_unet
+from hsivi_fast.training.estimate import _forward_of_one, estimate_run
+
+
+def test_the_estimate_counts_what_the_design_counts():
+    """A pooled cycle of 20 updates is 87 forward calls with the batch at any K, and 72 with redraw 4 at K = 10."""
+
+    def calls_per_cycle(*overrides):
+        return estimate_run(load_config("cifar10", overrides))["evaluations_per_update"] * 20
+
+    assert calls_per_cycle() == 87
+    assert calls_per_cycle("rollout.redraw=4") == pytest.approx(72, abs=0.1)
+    assert calls_per_cycle("rollout.mode=fresh") == 60 + 7 + 21 * 9 + 20
+    cifar = estimate_run(load_config("cifar10"), 8)
+    assert cifar["parameters"] == 35_746_307 and cifar["samples_per_rank"] == 16
+    # Ho et al.'s network takes 6.2 G multiplications and as many additions.
+    assert cifar["forward_flops"] == pytest.approx(12.4e9, rel=0.01)
+    assert cifar["weights_bytes"] == 3 * 4 * cifar["parameters"]
+    assert cifar["optimizer_bytes"] == round(2 * 4 * 4 * cifar["parameters"] / 8)
+    assert cifar["training_flops"] == pytest.approx(87 * 128 * 10000 * cifar["forward_flops"])
+
+
+def test_estimated_activations_are_what_a_forward_call_keeps():
+    network, kept = build_unet("digits"), {}
+    weights = {parameter.data_ptr() for parameter in network.parameters()}
+
+    def pack(tensor):
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(torch.randn(16, 1, 8, 8, requires_grad=True), torch.arange(16))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 16
+    with torch.device("meta"):
+        meta = build_unet("digits")
+    assert _forward_of_one(meta)[1] == pytest.approx(real, rel=0.1)
+
+
+def _hsivi(*arguments):
+    return subprocess.run([sys.executable, "-m", "hsivi_fast.cli", *arguments], capture_output=True, text=True)
+
+
+def test_a_dry_run_prints_config_and_estimate_and_writes_nothing(tmp_path):
+    done = _hsivi("train", "cifar10", "--dry-run", "--processes", "8", "--outdir", str(tmp_path / "run"))
+    assert done.returncode == 0 and not (tmp_path / "run").exists()
+    assert "student_lr: 1.6e-05" in done.stdout and "35.7 M parameters" in done.stdout and "in all" in done.stdout
+    wrong = _hsivi("train", "cifar10", "--dry-run", "--processes", "7")
+    assert wrong.returncode == 2 and "train.batch_size: 128" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
