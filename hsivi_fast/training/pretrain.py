@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import ops
-from ..build import build_context, in_form_of
+from ..build import build_context, build_network
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
 from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
-from ..nets import build_unet
 from ..parallel.interrupt import Interrupted, StopRequest
 from ..parallel.world import ALONE, processes
 from .engine import PlainEngine
@@ -46,8 +45,7 @@ def train_teacher(config, outdir, progress=False):
     device = context.device
     images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
-    network = _fresh_network(config).to(device)
-    in_form_of(config, network)
+    network = build_network(config, device)
     if images.shape[1:] != network.event_shape:
         found = f"the data {config.data!r} has {list(images.shape[1:])}"
         raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
@@ -97,30 +95,19 @@ def _bar(total, title, progress):
     return tqdm(total=total, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
 
 
-def _fresh_network(config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_unet(config.network)
-
-
 def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
     """(loss, d loss / d eps_hat, eps_hat) of one minibatch.
 
     Its images, times and noise are addressed by (run seed, step).
     """
     device = images.device
-    index = _uniform_below(len(images), run_seed, IMAGES, step, batch_size, device)
-    t = _uniform_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
+    index = ops.integers_below(len(images), run_seed, IMAGES, step, batch_size, device)
+    t = ops.integers_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
     noise = ops.draw_noise(ops.integers(run_seed, NOISE, step, batch_size, device), 0, images.shape[1:])
     level = alpha_bar[t].reshape(-1, *[1] * (images.ndim - 1))
     eps_hat = predict(level.sqrt() * images[index] + (1 - level).sqrt() * noise, t)
     difference = eps_hat.detach() - noise
     return difference.square().mean(), difference * (2 / difference.numel()), eps_hat
-
-
-def _uniform_below(limit, run_seed, purpose, step, n, device):
-    """n integers in 0 .. limit-1."""
-    return (ops.integers(run_seed, purpose, step, n, device) & 0xFFFFFFFF) * limit >> 32
 
 
 def _rate(settings, step):
