@@ -1,20 +1,23 @@
 """Drawn images as files that other people's tools read: a folder of PNGs, or one npz in the layout of guided-diffusion's evaluator."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from ..checkpoints.files import make_folder, write_arrays, written_beside
 from ..parallel.world import ALONE
 
 
 def write_pictures(folder, seeds, pixels):
-    """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs that are called by their seeds [N], six digits."""
-    from PIL import Image
+    """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs that are called by their seeds [N], six digits.
 
+    Each picture is there as a whole or not at all. Raises OSError that names the one that cannot be written.
+    """
     for seed, image in zip(seeds, pixels, strict=True):
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(Path(folder) / f"{seed:06d}.png")
+        with written_beside(Path(folder) / f"{seed:06d}.png") as unfinished, open(unfinished, "wb") as file:
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format="PNG")
 
 
 class ImageFiles:
@@ -30,7 +33,7 @@ class ImageFiles:
         self.one_file = self.path.suffix.lower() == ".npz"
         world.from_main(self._prepare)  # the others wait: what they write must not be found there
         if not self.one_file:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
 
     def _prepare(self):
         if self.one_file and self.path.is_dir():
@@ -39,7 +42,7 @@ class ImageFiles:
             raise ValueError(f"save-images {str(self.path)!r}: is a file; give a folder, or a name that ends in .npz")
         if not self.one_file and any(self.path.glob("*.png")):
             raise ValueError(f"save-images {str(self.path)!r}: holds pictures already; choose another folder")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
 
     def add(self, seeds, images):
         """Take in uint8 images [N, C, H, W] of the seeds [N]; C is 1 or 3."""
@@ -62,16 +65,7 @@ class ImageFiles:
         )
         if not self.world.is_main:
             return
-        beside = self.path.with_name(f".{self.path.name}.unfinished")
-        try:
-            with open(beside, "wb") as file:
-                np.savez(file, images)  # its name is arr_0
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
+        write_arrays(self.path, arr_0=images)
 
 
 def save_images(images, path, seeds=None):

@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from ..checkpoints.files import make_folder, write_atomically
 from ..checkpoints.run_folder import RunFolder
 from ..config import resolved_dict
 from ..data import to_uint8
@@ -123,15 +124,9 @@ def compare_runs(folders, outfile, backend=None):
         for label, folder in runs.items()
     )
     outfile = Path(outfile)
-    outfile.parent.mkdir(parents=True, exist_ok=True)
-    outfile.write_bytes(
-        page.html_page(
-            f"hsivi_fast: {len(runs)} runs" if len(runs) > 1 else f"hsivi_fast: {next(iter(runs))}",
-            ", ".join(runs),
-            sections,
-            contents=True,
-        )
-    )
+    title = f"hsivi_fast: {len(runs)} runs" if len(runs) > 1 else f"hsivi_fast: {next(iter(runs))}"
+    make_folder(outfile.parent)
+    write_atomically(outfile, page.html_page(title, ", ".join(runs), sections, contents=True))
     return outfile
 
 
