@@ -13,8 +13,8 @@ _KEYS = [(section, key) for section, key in FILES if section != "distributed"]
 def input_sums(config):
     """{dotted key: [sum, ...]} of the files and folders that a configuration names and that are there.
 
-    A file has the sha256 of its bytes. A run, which `init` may name, has one for the student of each checkpoint: the run
-    may be trained further. Any other folder has the sum of its files' names and sizes, since it may hold a data set.
+    A file has the sha256 of its bytes. A run, which `init` may name, has one for the student of each checkpoint, since
+    it may be trained further. Any other folder has the sum of its files' names and sizes: it may hold a data set.
     """
     sums = {}
     for section, key in _KEYS:

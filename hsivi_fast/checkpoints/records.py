@@ -203,7 +203,8 @@ def _problem(error, value):
     first = error.errors(include_url=False)[0]
     if first["type"] in ("dataclass_type", "list_type", "dict_type") and not first["loc"]:
         return f"holds {_shown(value)}"
-    where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+    # Branches of a union stand in the location beside the keys.
+    where = ".".join(str(part) for part in first["loc"] if part not in ("int", "constrained-int", "float"))
     if first["type"] == "missing":
         return f"{where} is missing"
     if first["type"] in ("dataclass_type", "list_type", "dict_type"):

@@ -68,6 +68,7 @@ class RunFolder(os.PathLike):
     def start(cls, path, config, fresh=False):
         """Create the folder, or take it up again if it holds a run of the same configuration; see `taken`."""
         with cls.taken(path, config, fresh) as folder:
+            folder.take_up()
             return folder
 
     @classmethod
@@ -77,6 +78,7 @@ class RunFolder(os.PathLike):
 
         In a run that goes on, train.steps may have grown, and `distributed`, `log` and teacher_train.steps may differ.
         A file that the configuration names may stand elsewhere now, if its content is the same.
+        config.yaml of a run that goes on stays as it is until `take_up`, which is called when its checkpoint was read.
         Raises ValueError, and has written nothing, where the path is a file, the folder holds something else, the
         configuration differs, `fresh` was asked for and a run is there, or another process trains there.
         """
@@ -85,17 +87,26 @@ class RunFolder(os.PathLike):
         make_folder(path)
         with _held(path):
             before = cls.check(path, config, fresh)  # again, now that nobody else can change it
-            for folder in (path, path / "checkpoints", path / "samples"):
-                make_folder(folder)
-                remove_unfinished(folder)
-            sums = input_sums(config)
-            if before is not None:
-                sums |= cls(path).read_json("inputs.json", {})
-            write_json(path / "inputs.json", sums)
-            write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+            if before is None:
+                for name in ("checkpoints", "samples"):
+                    make_folder(path / name)
+                _write_config(path, config, input_sums(config))
             folder = cls(path)
+            folder._config = config
             folder.steps_before = before["train"]["steps"] if before else None
             yield folder
+
+    def take_up(self):
+        """Make the folder that of the configuration that it was `taken` for, without what killed processes left.
+
+        Raises ValueError, and has written nothing, where one of its small files is damaged.
+        """
+        sums = self.read_json("inputs.json", {})
+        self.metrics(), self.read_lines("saves.jsonl"), self.read_json("results.json"), self.read_json("wandb.json")
+        for folder in (self.path, self.path / "checkpoints", self.path / "samples"):
+            make_folder(folder)
+            remove_unfinished(folder)
+        _write_config(self.path, self._config, {**input_sums(self._config), **sums})
 
     @classmethod
     def check(cls, path, config, fresh=False):
@@ -311,6 +322,11 @@ class RunFolder(os.PathLike):
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+
+
+def _write_config(path, config, sums):
+    write_json(path / "inputs.json", sums)
+    write_atomically(path / "config.yaml", resolved_yaml(config).encode())
 
 
 def check_sum(file):

@@ -16,14 +16,15 @@ from torch import nn
 
 from ..build import build_context, build_untrained_student
 from ..checkpoints.download import file_sha256
+from ..checkpoints.files import make_folder, written_beside
 from ..checkpoints.run_folder import RunFolder
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..data import to_uint8
 from ..metrics.table import table_lines
-from ..parallel.world import ALONE
 from ..nets import FAMILIES, network_arguments
 from ..ops import reference
+from ..parallel.world import ALONE
 from ..sampling.sampler import SMALLEST_CPU_BATCH, Sampler, load_sampler
 
 FORMATS = ("safetensors", "diffusers", "aoti")
@@ -106,21 +107,13 @@ def export_run(run, format, outdir, weights="ema", step=None):
     config = context.config
     description = _description(config, sampler, step, weights)
 
-    outdir.parent.mkdir(parents=True, exist_ok=True)
-    beside = outdir.with_name(f".{outdir.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    make_folder(outdir.parent)
+    with written_beside(outdir) as beside:
         beside.mkdir()
         description = {"safetensors": _write_safetensors, "diffusers": _write_diffusers, "aoti": _write_aoti}[format](
             sampler, config, description, beside
         )
         (beside / "README.md").write_text(_model_card(folder, description, format, outdir.name))
-        if outdir.is_dir():
-            outdir.rmdir()  # it is empty
-        beside.rename(outdir)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return outdir
 
 

@@ -7,8 +7,8 @@ from ..checkpoints.files import make_folder, write_atomically
 from ..checkpoints.run_folder import RunFolder
 from ..config import resolved_dict
 from ..data import to_uint8
-from ..metrics.table import table_lines
 from ..metrics.features import network_of
+from ..metrics.table import table_lines
 from ..parallel.world import ALONE
 from ..sampling.sampler import ddim_sampler, load_sampler
 from . import figures, page

@@ -88,7 +88,7 @@ class Journal:
         self.logged_time = time.perf_counter()
 
     def _take_up_saves(self, step, stopped):
-        """The records of the checkpoints that the run would have at this step, had it been neither stopped nor killed."""
+        """Make saves.jsonl that of a run which was neither stopped nor killed."""
         self.folder.forget_after("saves.jsonl", step - 1 if stopped else step)
         if step and not stopped and step not in [record["step"] for record in self.folder.read_lines("saves.jsonl")]:
             size = sum(file.stat().st_size for file in self.folder.checkpoint_path(step).iterdir())

@@ -53,14 +53,19 @@ def train_teacher(config, outdir, progress=False):
         raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
-    taken, bar = RunFolder.taken(outdir, config), _bar(settings.steps, f"teacher {config.name}", progress)
-    with taken as folder, StopRequest() as stop, bar:
+    title = f"teacher {config.name}"
+    with (
+        RunFolder.taken(outdir, config) as folder,
+        StopRequest() as stop,
+        _bar(settings.steps, title, progress) as bar,
+    ):
         step, state = folder.newest_state(["teacher_updates"])
         total, count = torch.zeros((), device=device), 0
         if state is not None:
             engine.load("teacher", lambda stem: folder.load_tensors(step, stem), state)
             before, count = (state.get("losses") or {}).get("loss", (0.0, 0))  # since the last record
             total += before
+        folder.take_up()
         folder.drop_old_checkpoints()
         folder.forget_metrics_after(step)
         bar.update(step)

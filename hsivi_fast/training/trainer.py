@@ -110,6 +110,7 @@ class Training:
         self.world.mark("loading")
         state = self._load_newest()
         if self.world.is_main:
+            self.folder.take_up()
             self.folder.drop_old_checkpoints()  # which a process that was killed may have left
             self.folder.write_json("environment.json", describe_environment(self.context))
         self.journal.start(self.step, state)
@@ -219,5 +220,6 @@ class Training:
             state.update(numbers)
         size = self.world.from_main(lambda: self.folder.save_checkpoint(self.step, tensors, state))
         if self.world.is_main:
+            self.folder.take_up()
             self.folder.drop_old_checkpoints()
         self.journal.saved(self.step, time.perf_counter() - start, size)
