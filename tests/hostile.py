@@ -15,7 +15,6 @@ import os
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -30,28 +29,6 @@ SECONDS, MEMORY, OUTPUT, FILE = 60, 2 << 30, 20_000, 256 << 20  # limits: of a p
 # What may stand on stderr before the one line: bars, and our own words.
 BAR = re.compile(r"\d+%\||\?\w*/s|\d+(\.\d+)?(\w+/s|s/\w+)|^\s*\d+\w* \[\d\d:\d\d")
 OURS = re.compile(r"^(backend |warning: |step \d+: |compiling |accuracy on |loading )")
-
-
-class Input:
-    """One call of the command.
-
-    arguments: its words; environment: {name: value}, None to take one away; streams: {descriptor: "closed", "full" or
-    "pipe"}; keeps: whether a refusal has to leave the folder as it was, which a training that had begun need not.
-    """
-
-    def __init__(self, kind, arguments, environment=None, streams=None, keeps=True):
-        self.kind, self.arguments, self.keeps = kind, [str(word) for word in arguments], keeps
-        self.environment, self.streams = environment or {}, streams or {}
-
-    def __str__(self):
-        words = [f"{name}={shlex.quote(str(value))}" for name, value in self.environment.items()]
-        redirections = [f"{descriptor}>{what}" for descriptor, what in self.streams.items()]
-        return " ".join([*words, "hsivi", *map(_shown, self.arguments), *redirections])
-
-
-def _shown(word):
-    word = word if len(word) < 200 else f"{word[:200]}..."
-    return shlex.quote(word.encode("unicode_escape").decode() if not word.isprintable() else word)
 
 
 def prepare():
@@ -82,6 +59,8 @@ def start(given, folder, seconds=SECONDS):
         os.setsid()
         _become(given, folder, seconds)
         code = _command(given.arguments)
+    except BaseException:
+        (folder / "stderr").write_text(f"of hostile.py itself: {traceback.format_exc()}")
     finally:
         os._exit(code)
 
@@ -211,6 +190,8 @@ class Fixtures:
     """What inputs are made of: runs and files that are whole, made once by the command itself."""
 
     def __init__(self, folder):
+        from . import hostile_inputs  # here: numpy and torch come with it, and `main` says first how many threads
+
         self.folder = folder
         self.run, self.plane, self.published = folder / "run", folder / "plane", folder / "published.pt"
         self.export, self.statistics = folder / "export", folder / "statistics.npz"
@@ -223,7 +204,7 @@ class Fixtures:
         ):
             place = Path(tempfile.mkdtemp(dir=folder))
             (place / "work").mkdir()
-            given = Input("fixture", words)
+            given = hostile_inputs.Input("fixture", words)
             _, status = os.waitpid(start(given, place), 0)
             assert status == 0, f"{given}: {_text(place / 'stderr')}"
             shutil.rmtree(place)
@@ -232,7 +213,7 @@ class Fixtures:
 
 def run_all(seed, numbers, minutes, workers, limit=SECONDS, show=print):
     """Run the inputs of these numbers; returns (Counter of (kind, "tried" or "faults"), [(number, input, complaints)])."""
-    from . import hostile_inputs
+    from . import hostile_inputs  # here: as above
 
     counts, faults, deadline = collections.Counter(), [], time.monotonic() + 60 * minutes
     waiting, running = list(reversed(numbers)), {}
