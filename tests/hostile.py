@@ -10,6 +10,7 @@ left by what was refused. Inputs depend on --seed alone (hostile_inputs.py makes
 
 import argparse
 import collections
+import contextlib
 import io
 import os
 import random
@@ -120,8 +121,8 @@ def _command(arguments):
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
         code = 1
-        if sys.stderr is not None:
-            traceback.print_exc()
+        with contextlib.suppress(OSError, ValueError):  # as the interpreter does where nobody can be told
+            traceback.print_exc(file=sys.stderr) if sys.stderr is not None else None
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
