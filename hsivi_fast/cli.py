@@ -302,7 +302,8 @@ def export(run, form, outdir, weights):
 def report(runs, out, backend):
     """Draw a run's pictures and report.html again; of several runs, one page that compares them."""
     from .checkpoints.run_folder import RunFolder
-    from .report.run_report import compare_runs, write_report
+    from .report.comparison import compare_runs
+    from .report.run_report import write_report
 
     folders = [RunFolder(run) for run in runs]
     if len(folders) == 1 and out is None:

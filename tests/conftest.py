@@ -6,9 +6,8 @@ import pytest
 import torch
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the subprocesses of some tests run beside this one: spinning threads would starve them
+# The subprocesses of some tests run beside this one: spinning threads would starve them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
 torch.set_num_threads(1)
@@ -25,6 +24,16 @@ def no_choices_from_outside(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     monkeypatch.setattr(ops, "_chosen", None)
+
+
+@pytest.fixture(scope="module")
+def no_report():
+    """Trainings of this file end without their page: drawing it takes most of a short one's time."""
+    from hsivi_fast.training import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_report", lambda folder, teacher: None)
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

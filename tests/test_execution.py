@@ -1,4 +1,7 @@
-"""Compiled and recorded calls against their eager twins. What needs a CUDA graph runs here on recorded operators (operator_recording.py), and for real where there is a GPU."""
+"""Compiled and recorded calls against their eager twins.
+
+What needs a CUDA graph runs here on recorded operators (operator_recording.py), and for real where there is a GPU.
+"""
 
 import copy
 import dataclasses
@@ -9,34 +12,33 @@ from operator_recording import OperatorRecording
 from ranks import run_ranks
 
 from hsivi_fast import load_config, train
-from hsivi_fast.build import build_layers, build_score_net, build_student, load_teacher, prepare_device
+from hsivi_fast.build import build_context, build_score_net, build_student, load_teacher
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
-from hsivi_fast.training.engine import build_engine
 from hsivi_fast.training.rollout import build_rollout
-from hsivi_fast.training.trainer import Updates
+from hsivi_fast.training.updates import Updates
+from hsivi_fast.training.zero import build_engine
 
-SMOKE = ["train.batch_size=6", "train.f_learning_times=3"]
+# 16 is the sampler's own batch too, and that of a rank's share of the pool: one shape less to compile.
+SMOKE = ["train.batch_size=16", "train.f_learning_times=3"]
 RECORDED = [
     pytest.param("cpu", OperatorRecording, id="operators"),
     pytest.param("cuda", CudaRecording, id="cuda", marks=pytest.mark.gpu),
 ]
 
 
+def _context(execution, device="cpu", settings=(), world=ALONE):
+    config = load_config("smoke", [*SMOKE, f"device={device}", *settings])
+    return dataclasses.replace(build_context(config, world, teacher=True), execution=execution)
+
+
 def _training(execution, device="cpu", settings=(), world=ALONE):
     """(student, score_net, rollout, updates) of a small run."""
-    config = load_config("smoke", [*SMOKE, f"device={device}", *settings])
-    prepare_device(config)
-    layer, teacher = build_layers(config, device), load_teacher(config, device)
-    student = build_engine(config, build_student(config, teacher, layer), execution, world)
-    score_net = build_engine(config, build_score_net(config, teacher), execution, world)
-    return (
-        student,
-        score_net,
-        build_rollout(config, layer, student.network, execution, world),
-        Updates(student, score_net, teacher, layer, execution),
-    )
+    context = _context(execution, device, settings, world)
+    student = build_engine(context, build_student(context))
+    score_net = build_engine(context, build_score_net(context))
+    return student, score_net, build_rollout(context, student.network), Updates(context, student, score_net)
 
 
 def _iterate(steps, student, score_net, rollout, updates):
@@ -65,7 +67,9 @@ def _state(*engines):
     "settings", [[], ["rollout.redraw=2", "gamma.per_step=true"], ["rollout.mode=fresh"], ["precision=bf16"]]
 )
 def test_recorded_training_is_the_eager_one(device, recording, settings):
-    """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that change: 15 steps, most of them replayed."""
+    """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that
+    change: 15 steps, most of them replayed.
+    """
     eager = _training(EAGER, device, settings)
     expected = _iterate(15, *eager)
     execution = Execution(device, cuda_graphs=True, recording=recording)
@@ -89,7 +93,9 @@ def recorded_and_eager_on_ranks(settings):
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
-    """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is recorded sees them."""
+    """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is
+    recorded sees them.
+    """
     for recorded, eager, calls in run_ranks(recorded_and_eager_on_ranks, 2, [f"distributed.zero={zero}"]):
         torch.testing.assert_close(torch.tensor(recorded), torch.tensor(eager), rtol=5e-4, atol=1e-5)
         assert calls == 2
@@ -97,15 +103,12 @@ def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
 
 @pytest.mark.parametrize("device, recording", RECORDED)
 def test_a_recorded_sampler_is_the_eager_one_and_follows_its_weights(device, recording):
-    config = load_config("smoke", [f"device={device}"])
-    prepare_device(config)
-    layer, teacher = build_layers(config, device), load_teacher(config, device)
-    network = copy.deepcopy(teacher)
-    log_gamma = torch.full(layer.log_gamma_shape(network.event_shape), 0.1, device=device)
-    eager, recorded = (
-        Sampler(network, layer, log_gamma, execution)
-        for execution in (EAGER, Execution(device, cuda_graphs=True, recording=recording))
-    )
+    contexts = [
+        _context(execution, device) for execution in (EAGER, Execution(device, cuda_graphs=True, recording=recording))
+    ]
+    layers, network = contexts[0].layers, copy.deepcopy(contexts[0].teacher)
+    log_gamma = torch.full(layers.log_gamma_shape(network.event_shape), 0.1, device=device)
+    eager, recorded = (Sampler(network, layers, log_gamma, context.execution) for context in contexts)
     seeds = list(range(16 * (WARM_UP + 3) - 5))  # the last batch is filled up
     torch.testing.assert_close(recorded(seeds, 16), eager(seeds, 16), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -115,8 +118,8 @@ def test_a_recorded_sampler_is_the_eager_one_and_follows_its_weights(device, rec
     changed = recorded(range(40, 50), 16)
     torch.testing.assert_close(changed, eager(range(40, 50), 16), rtol=1e-5, atol=1e-5)
     assert float((changed - recorded(seeds, 16)[40:50]).abs().max()) == 0.0
-    again = ddim_sampler(config, teacher, 3, 0.0, Execution(device, cuda_graphs=True, recording=recording))
-    torch.testing.assert_close(again(seeds, 16), ddim_sampler(config, teacher, 3, 0.0)(seeds, 16), rtol=1e-5, atol=1e-5)
+    eager, recorded = (ddim_sampler(context, 3, 0.0) for context in contexts)
+    torch.testing.assert_close(recorded(seeds, 16), eager(seeds, 16), rtol=1e-5, atol=1e-5)
 
 
 def test_a_recorded_call_keeps_to_its_arguments():
@@ -149,16 +152,16 @@ def test_the_stand_in_refuses_what_capture_refuses(function):
         call(torch.ones(3))
 
 
+def _places(network):
+    return {tensor.data_ptr() for tensor in network.state_dict().values()}
+
+
 def test_a_frozen_view_shares_memory_and_wants_no_gradient():
-    config = load_config("toy2d")
-    network = build_score_net(config, load_teacher(config, "cpu"))
+    network = build_score_net(build_context(load_config("toy2d", ["device=cpu"]), ALONE, teacher=True))
     view = frozen_view(network)
-    assert not any(parameter.requires_grad for parameter in view.parameters()) and all(
-        parameter.requires_grad for parameter in network.parameters()
-    )
-    assert {tensor.data_ptr() for tensor in view.state_dict().values()} == {
-        tensor.data_ptr() for tensor in network.state_dict().values()
-    }
+    assert not any(parameter.requires_grad for parameter in view.parameters())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert _places(view) == _places(network)
     x, t = torch.randn(5, 2), torch.tensor([0, 10, 100, 500, 999])
     with torch.no_grad():
         network.correction.layers[-1].weight.normal_()
@@ -175,33 +178,36 @@ def compiled():
 
 @pytest.mark.parametrize("settings", [["precision=bf16", "channels_last=true"], []])
 def test_compiled_training_and_sampling_are_the_eager_ones(compiled, settings):
-    """All calls of a run: rollout, student, score network, pull-back, sampler; with the layout and arithmetic of the speed figures, and without."""
+    """All calls of a run: rollout, student, score network, pull-back, sampler; with the layout and arithmetic of the
+    speed figures, and without.
+    """
     eager, ours = _training(EAGER, settings=settings), _training(compiled, settings=settings)
     losses, expected = _iterate(4, *ours), _iterate(4, *eager)
     assert float((losses - expected).norm() / expected.norm()) < (0.05 if settings else 1e-5)
     start = _training(EAGER, settings=settings)[0].network.state_dict()
-    moved = lambda network: torch.cat([(value - start[name]).flatten() for name, value in network.state_dict().items()])
-    assert float((moved(ours[0].network) - moved(eager[0].network)).norm() / moved(eager[0].network).norm()) < (
-        0.5 if settings else 1e-2
+    moved, expected = (
+        torch.cat([(value - start[name]).flatten() for name, value in training[0].network.state_dict().items()])
+        for training in (ours, eager)
     )
+    assert float((moved - expected).norm() / expected.norm()) < (0.5 if settings else 1e-2)
     assert compiled.seconds > 0
-    layer, network = eager[3].layer, copy.deepcopy(eager[0].network).requires_grad_(False)
+    layers, network = _context(EAGER).layers, copy.deepcopy(eager[0].network).requires_grad_(False)
     samples = [
-        Sampler(network, layer, network.log_scaled_gamma, execution)(range(21), 16) for execution in (compiled, EAGER)
+        Sampler(network, layers, network.log_scaled_gamma, execution)(range(21), 16) for execution in (compiled, EAGER)
     ]
     assert float((samples[0] - samples[1]).norm() / samples[1].norm()) < (0.1 if settings else 1e-5)
 
 
 def test_copies_of_a_network_share_what_was_compiled(compiled):
     """The averaged weights of a run, its raw ones and a later checkpoint cost no new compilation."""
-    config = load_config("smoke")
-    layer, teacher = build_layers(config, "cpu"), load_teacher(config, "cpu")
-    log_gamma = torch.zeros(layer.log_gamma_shape(teacher.event_shape))
-    Sampler(teacher, layer, log_gamma, compiled)(range(16))
+    context = _context(EAGER)
+    layers, teacher = context.layers, context.teacher
+    log_gamma = torch.zeros(layers.log_gamma_shape(teacher.event_shape))
+    Sampler(teacher, layers, log_gamma, compiled)(range(16))
     before = compiled.seconds
-    copied = Sampler(copy.deepcopy(teacher), layer, log_gamma, compiled)(range(16))
+    copied = Sampler(copy.deepcopy(teacher), layers, log_gamma, compiled)(range(16))
     assert compiled.seconds == before
-    torch.testing.assert_close(copied, Sampler(teacher, layer, log_gamma)(range(16)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copied, Sampler(teacher, layers, log_gamma)(range(16)), rtol=1e-4, atol=1e-4)
 
 
 def test_channels_last_is_a_layout_and_nothing_else():
@@ -223,11 +229,11 @@ def test_what_cannot_run_is_refused(monkeypatch):
         Execution("cpu", compile=True)
 
 
-def test_a_compiled_run_trains_and_says_what_compiling_took(tmp_path):
-    settings = ["compile=true", "eval.ddim_nfe=[3]", "train.steps=2"]
+def test_a_compiled_run_trains_and_says_what_compiling_took(no_report, tmp_path):
+    """A pool of a shape that is new in this process: at least that has to be compiled."""
+    settings = [*SMOKE, "train.f_learning_times=2", "train.steps=2"]
     compiled, eager = (
-        train(load_config("smoke", settings[first:]), tmp_path / name)
-        for first, name in ((0, "compiled"), (1, "eager"))
+        train(load_config("smoke", [*settings, f"compile={value}"]), tmp_path / value) for value in ("true", "false")
     )
     records = [folder.metrics() for folder in (compiled, eager)]
     assert records[0][0]["preparing_seconds"] > 0.1 and "preparing_seconds" not in records[1][0]

@@ -1,4 +1,7 @@
-"""Drawn images as files that other people's tools read: a folder of PNGs, or one npz in the layout of guided-diffusion's evaluator."""
+"""Drawn images as files that other people's tools read.
+
+They are a folder of PNGs, or one npz in the layout of guided-diffusion's evaluator.
+"""
 
 from pathlib import Path
 
@@ -7,13 +10,13 @@ import torch
 from PIL import Image
 
 from ..checkpoints.files import make_folder, write_arrays, written_beside
-from ..parallel.world import ALONE
 
 
 def write_pictures(folder, seeds, pixels):
-    """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs that are called by their seeds [N], six digits.
+    """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs.
 
-    Each picture is there as a whole or not at all. Raises OSError that names the one that cannot be written.
+    They are called by their seeds [N], six digits. Each is there as a whole or not at all.
+    Raises OSError that names the picture that cannot be written.
     """
     for seed, image in zip(seeds, pixels, strict=True):
         with written_beside(Path(folder) / f"{seed:06d}.png") as unfinished, open(unfinished, "wb") as file:
@@ -23,13 +26,16 @@ def write_pictures(folder, seeds, pixels):
 class ImageFiles:
     """Images that arrive in batches, written as PNGs `SEED.png` (six digits), each at once, or as one npz at the end.
 
-    path: a folder, or a name that ends in .npz (`arr_0`, uint8 [N, H, W, C], in the order of the seeds). With several processes each writes the PNGs of its own
-    seeds, into a folder of that name on its machine; the npz is gathered, and rank 0 writes it.
-    Raises ValueError where the folder holds pictures already, which a tool that reads it would count in, or the path is of the other kind.
+    path: a folder, or a name that ends in .npz (`arr_0`, uint8 [N, H, W, C], in the order of the seeds). With several
+    processes each writes the PNGs of its own seeds, into a folder of that name on its machine; the npz is gathered, and
+    rank 0 writes it.
+    Raises ValueError where the folder holds pictures already, which a tool that reads it would count in, or the path is
+    of the other kind.
     """
 
     def __init__(self, path, world):
-        self.path, self.world, self.parts = Path(path), world, []
+        self.path, self.world = Path(path), world
+        self.batches = []  # of an npz: arrays [B, H, W, C]
         self.one_file = self.path.suffix.lower() == ".npz"
         world.from_main(self._prepare)  # the others wait: what they write must not be found there
         if not self.one_file:
@@ -45,31 +51,23 @@ class ImageFiles:
         make_folder(self.path.parent)
 
     def add(self, seeds, images):
-        """Take in uint8 images [N, C, H, W] of the seeds [N]; C is 1 or 3."""
+        """Take in uint8 images [N, C, H, W] of the seeds [N]; ValueError where C is neither 1 nor 3."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         if pixels.shape[3] not in (1, 3):
             raise ValueError(f"save-images: images of {pixels.shape[3]} channels; pictures have 1 or 3")
         if self.one_file:
-            self.parts.append(np.ascontiguousarray(pixels))
-            return
-        write_pictures(self.path, seeds, pixels)
+            self.batches.append(np.ascontiguousarray(pixels))
+        else:
+            write_pictures(self.path, seeds, pixels)
 
     def finish(self, count):
-        """Write the npz of `count` images, if it is to be one; every rank has to come here, with its whole share."""
+        """Write the npz of `count` images, if it is to be one; every rank has to come here, with its whole share.
+
+        Raises OSError that names the file where it cannot be written.
+        """
         if not self.one_file:
             return
-        images = (
-            self.world.gather_shares(torch.from_numpy(np.concatenate(self.parts)).to(self.world.device), count)
-            .cpu()
-            .numpy()
-        )
-        if not self.world.is_main:
-            return
-        write_arrays(self.path, arr_0=images)
-
-
-def save_images(images, path, seeds=None):
-    """Write uint8 images [N, C, H, W] as PNGs into a folder or as one npz, see `ImageFiles`; seeds: their numbers, 0 .. N-1 by default."""
-    files = ImageFiles(path, ALONE)
-    files.add(range(len(images)) if seeds is None else seeds, images)
-    files.finish(len(images))
+        share = torch.from_numpy(np.concatenate(self.batches)).to(self.world.device)
+        images = self.world.gather_shares(share, count).cpu().numpy()
+        if self.world.is_main:
+            write_arrays(self.path, arr_0=images)

@@ -1,4 +1,6 @@
-"""`hsivi train` on a rank that fails at a step as it is told: FAULT=what:rank:step, what being one of the functions below.
+"""`hsivi train` on a rank that fails at a step as it is told: FAULT=what:rank:step.
+
+`what` is one of the functions below.
 
 Run as a script by a launcher, or given to `command_on_ranks` of ranks.py.
 """
@@ -7,8 +9,8 @@ import os
 import signal
 import time
 
-from hsivi_fast.parallel import world as distributed
-from hsivi_fast.training import trainer
+from hsivi_fast.parallel import agreement
+from hsivi_fast.training.updates import Updates
 
 
 def kill(updates, batch):
@@ -38,9 +40,9 @@ def install(fault):
     if os.environ["RANK"] != rank:
         return
     if what == "code":
-        distributed._code_hash = lambda: "other code"
+        agreement.code_hash = lambda: "other code"
         return
-    update = trainer.Updates.score_net
+    update = Updates.score_net
 
     def failing(updates, batch, lr):
         failing.step += 1
@@ -49,7 +51,7 @@ def install(fault):
         return update(updates, batch, lr)
 
     failing.step = 0
-    trainer.Updates.score_net = failing
+    Updates.score_net = failing
 
 
 if __name__ == "__main__":

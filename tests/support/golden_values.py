@@ -1,4 +1,4 @@
-"""Numbers that the published implementation printed (see golden/README.md), and the weights that they were printed for."""
+"""Numbers that the published implementation printed (see golden/README.md), and the weights that it printed them for."""
 
 import zlib
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Several CPU ranks on this machine, without a launcher: forked from a server that has imported everything once."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -9,6 +10,17 @@ import time
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
+# What a rank would import when it first needs it, for seconds: the compiler with the first optimizer, for example.
+PRELOADED = [
+    "hsivi_fast.training.trainer",
+    "hsivi_fast.training.estimate",
+    "omegaconf",
+    "sklearn.datasets",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 def free_port():
@@ -19,9 +31,10 @@ def free_port():
 
 
 def run_ranks(function, size, *arguments, timeout=180):
-    """[function(*arguments) of each rank], called in processes with a launcher's environment; AssertionError with the traceback of the first that failed.
+    """[function(*arguments) of each rank], called in processes with a launcher's environment.
 
-    function: of a test module's top level; its result has to be picklable. A rank that ended without a result is reported with its exit code.
+    function: of a test module's top level; its result has to be picklable. AssertionError with the traceback of the
+    first rank that failed, or with the exit code of one that ended without a result. Trainings draw no report.
     """
     processes, pipes = _start(size, lambda rank, pipe, environment: (_rank, (pipe, environment, function, arguments)))
     results, deadline = [], time.monotonic() + timeout
@@ -40,17 +53,19 @@ def run_ranks(function, size, *arguments, timeout=180):
     return results
 
 
-def command_on_ranks(folder, size, arguments, fault=None, environment={}, timeout=90):
-    """[(exit code, what it printed)] of `hsivi` on each rank; arguments: a list, or a function from the rank to one; fault: for faulty_rank.py.
+def command_on_ranks(folder, size, arguments, fault=None, environment=None, timeout=90):
+    """[(exit code, what it printed)] of `hsivi` on each rank.
 
-    environment: {name: value} over the launcher's, for all ranks. Output goes through files in `folder`.
+    arguments: a list, or a function from the rank to one; fault: for faulty_rank.py; environment: {name: value} over
+    the launcher's, for all ranks. Output goes through files in `folder`. Trainings draw no report.
     """
-    given = arguments if callable(arguments) else lambda rank: arguments
     outputs = [folder / f"rank_{rank}.txt" for rank in range(size)]
-    processes, _ = _start(
-        size,
-        lambda rank, pipe, launcher: (_command, ({**launcher, **environment}, str(outputs[rank]), given(rank), fault)),
-    )
+
+    def task(rank, pipe, launcher):
+        given = arguments(rank) if callable(arguments) else arguments
+        return _command, ({**launcher, **(environment or {})}, str(outputs[rank]), given, fault)
+
+    processes, _ = _start(size, task)
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(deadline - time.monotonic(), 0))
@@ -67,15 +82,7 @@ def seconds_since_the_kill(output):
 
 def _start(size, task):
     os.environ["DS_ACCELERATOR"] = "cpu"
-    CONTEXT.set_forkserver_preload(
-        [
-            "hsivi_fast.training.trainer",
-            "hsivi_fast.report.run_report",
-            "deepspeed",
-            "torch.utils.tensorboard",
-            "sklearn.datasets",
-        ]
-    )
+    CONTEXT.set_forkserver_preload(PRELOADED)
     port, processes, pipes = free_port(), [], []
     for rank in range(size):
         mine, theirs = CONTEXT.Pipe(duplex=False)
@@ -133,5 +140,9 @@ def _command(environment, output, arguments, fault):
 def _become(environment):
     import torch
 
+    from hsivi_fast.training import trainer
+
+    gc.freeze()  # what is preloaded stays: DeepSpeed collects often, and each look at all of it takes half a second
     os.environ.update(environment)
     torch.set_num_threads(1)
+    trainer.write_report = lambda folder, teacher: None  # it takes longer than the trainings of tests

@@ -8,13 +8,16 @@ import torch
 from golden_values import fill_by_name, load_golden
 
 from hsivi_fast import ops
+from hsivi_fast.build import Context
+from hsivi_fast.execution import EAGER
 from hsivi_fast.method.layers import Layers, attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
 from hsivi_fast.nets import build_unet
+from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.training.engine import PlainEngine
 from hsivi_fast.training.optim import learning_rate
 from hsivi_fast.training.rollout import Batch, one_layer_on, roll_down
-from hsivi_fast.training.trainer import Updates
+from hsivi_fast.training.updates import Updates
 
 CASES = {
     "train_shared_image_gamma": {"eta": 0.2, "per_step": False, "per_pixel": True},
@@ -41,31 +44,28 @@ def _network(factor=1.0):
 
 @pytest.mark.parametrize("name", CASES)
 def test_six_iterations_agree_with_the_published_code(name, backend_device, monkeypatch):
-    """With both backends; in the interpreter, whose group normalisation would take minutes here, that one is torch's (test_nets.py has its own golden values)."""
+    """With both backends. In the interpreter the group normalisation is torch's: the other would take minutes here,
+    and test_nets.py has golden values of its own for it.
+    """
     device = backend_device
     if ops.triton_is_interpreted():
         monkeypatch.setattr(ops, "group_norm_silu", functools.partial(ops.group_norm_silu, backend="torch"))
     golden = load_golden(name)
-    tensor = lambda key: torch.from_numpy(golden[key]).to(device)
-    layer = Layers(make_schedule("linear", 1000, "quad", 5), **CASES[name]).to(device)
+    layers = Layers(make_schedule("linear", 1000, "quad", 5), **CASES[name]).to(device)
     teacher = _network().to(device).requires_grad_(False)
-    student = PlainEngine(attach_log_gamma(_network(0.95), layer).to(device), clip=1.0, ema=0.999)
+    student = PlainEngine(attach_log_gamma(_network(0.95), layers).to(device), clip=1.0, ema=0.999)
     score_net = PlainEngine(_network(1.05).to(device), clip=1.0, ema=0.999)
-    updates, log_gamma = Updates(student, score_net, teacher, layer), student.network.log_scaled_gamma
+    context = Context(None, ALONE, torch.device(device), None, EAGER, layers, teacher)  # no run, so no configuration
+    updates, log_gamma = Updates(context, student, score_net), student.network.log_scaled_gamma
+
+    def tensor(key):
+        return torch.from_numpy(golden[key]).to(device)
 
     def batch(key):
-        k = tensor(f"{key}.k")
-        x = roll_down(
-            student.network,
-            layer,
-            log_gamma,
-            tensor(f"{key}.x_K"),
-            k,
-            None,
-            int(k.min()),
-            tensor(f"{key}.noise_rollout"),
-        )
-        return Batch(x, k, None, noise=tensor(f"{key}.noise_layer"))
+        k, x = tensor(f"{key}.k"), tensor(f"{key}.x_K")
+        noise = tensor(f"{key}.noise_rollout")
+        x = roll_down(student.network, layers, log_gamma, x, k, None, int(k.min()), given=noise)
+        return Batch(x, ops.Noise(None, k, given=tensor(f"{key}.noise_layer")))
 
     for step in range(1, 7):
         rates = [learning_rate("decay", base, step, warmup=4, total=9000) for base in (1e-3, 2e-3)]
@@ -73,7 +73,8 @@ def test_six_iterations_agree_with_the_published_code(name, backend_device, monk
             losses, _ = updates.student(batch(f"it{step}.phi"), rates[0])
             assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_phi"]), rel=5e-3)
             assert rates[0] == pytest.approx(float(golden[f"it{step}.lr_phi"]), rel=1e-12)
-        losses, _ = updates.score_net(one_layer_on(student.network, layer, log_gamma, batch(f"it{step}.f")), rates[1])
+        lower = one_layer_on(student.network, layers, log_gamma, batch(f"it{step}.f"))
+        losses, _ = updates.score_net(lower, rates[1])
         assert float(losses.mean()) == pytest.approx(float(golden[f"it{step}.loss_f"]), rel=5e-4)
         assert rates[1] == pytest.approx(float(golden[f"it{step}.lr_f"]), rel=1e-12)
 

@@ -1,4 +1,4 @@
-"""What a training leaves for the eye: pictures that change nothing, one record of the GPU, and Weights & Biases, which must never end a run."""
+"""What a training leaves for the eye: pictures that change nothing, and Weights & Biases, which must not end a run."""
 
 import json
 import sys
@@ -12,9 +12,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hsivi_fast import load_config, sample, train
-from hsivi_fast.training import telemetry
 from hsivi_fast.training.journal import pictures_due
 
+pytestmark = pytest.mark.usefixtures("no_report")
 RUN = ["device=cpu", "train.batch_size=4", "train.steps=4", "log_every=2"]
 MEASURED = ["eval.num_samples=20", "eval.seeds=1", "eval.ddim_nfe=[3]"]
 
@@ -61,11 +61,8 @@ def wandb(monkeypatch):
 )
 def test_which_steps_end_with_pictures(overrides, every, steps):
     config = load_config("smoke", ["train.steps=8", *overrides])
-    assert [
-        step
-        for step in range(1, 9)
-        if pictures_due(config, step, config.eval.num_samples > 0 and every > 0 and step % every == 0)
-    ] == steps
+    measured = {step: config.eval.num_samples > 0 and every > 0 and step % every == 0 for step in range(1, 9)}
+    assert [step for step in measured if pictures_due(config, step, measured[step])] == steps
 
 
 def _events(folder):
@@ -91,36 +88,27 @@ def test_pictures_change_nothing_and_show_the_averaged_student(tmp_path):
     shown = train(load_config("smoke", [*RUN, "log.images_every=2"]), shown.path)  # and goes on
     first, second = _weights(plain, 4), _weights(shown, 4)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert [record["loss_score_net"] for record in plain.metrics()][0] == [
-        record["loss_score_net"] for record in shown.metrics()
-    ][0]
-    assert sorted(file.name for file in (shown.path / "samples").glob("step_*")) == [
-        "step_0000002.png",
-        "step_0000003.png",
-        "step_0000004.png",
-    ]
+    assert plain.metrics()[0]["loss_score_net"] == shown.metrics()[0]["loss_score_net"]
+    names = sorted(file.name for file in (shown.path / "samples").glob("step_*"))
+    assert names == ["step_0000002.png", "step_0000003.png", "step_0000004.png"]
     pixels = np.asarray(Image.open(shown.path / "samples" / "step_0000004.png"))
     expected = sample(shown, range(64)).numpy()
-    assert pixels.shape == (
-        8 * 9 * 6 + 6,
-        8 * 9 * 6 + 6,
-    )  # 8 x 8 images of 8 x 8 pixels and lines between them, 6 times enlarged
-    assert np.array_equal(pixels[6:54:6, 6 + 9 * 6 : 54 + 9 * 6 : 6], expected[1, 0]) and np.array_equal(
-        pixels[-54:-6:6, -54:-6:6], expected[63, 0]
-    )
+    # 8 x 8 images of 8 x 8 pixels and lines between them, 6 times enlarged.
+    assert pixels.shape == (8 * 9 * 6 + 6, 8 * 9 * 6 + 6)
+    assert np.array_equal(pixels[6:54:6, 6 + 9 * 6 : 54 + 9 * 6 : 6], expected[1, 0])
+    assert np.array_equal(pixels[-54:-6:6, -54:-6:6], expected[63, 0])
     events = _events(shown.path)
-    assert [event.step for event in events.Images("samples")] == [2, 3, 4] and [
-        event.step for event in events.Images("log_gamma")
-    ] == [2, 3, 4]
+    for name in ("samples", "log_gamma"):
+        assert [event.step for event in events.Images(name)] == [2, 3, 4]
     assert {"loss_score_net", "images_per_second"} <= set(events.Tags()["scalars"])
 
 
 def test_a_measured_run_has_pictures_with_its_measurements_and_a_plane_run_only_log_gamma(tmp_path):
     folder = train(load_config("toy2d", [*RUN, *MEASURED, "eval.every=2"]), tmp_path / "run")
     assert not list((folder.path / "samples").glob("step_*"))
-    assert [event.step for event in _events(folder.path).Images("log_gamma")] == [2, 4] and "samples" not in _events(
-        folder.path
-    ).Tags()["images"]
+    events = _events(folder.path)
+    assert [event.step for event in events.Images("log_gamma")] == [2, 4]
+    assert "samples" not in events.Tags()["images"]
 
 
 def _train_without_and_with_pictures(folder, overrides):
@@ -129,14 +117,13 @@ def _train_without_and_with_pictures(folder, overrides):
 
 
 def test_ranks_with_cut_parameters_draw_the_picture_of_one_and_go_on_alike(tmp_path):
-    """ZeRO 3 puts the averaged weights together by a collective: a rank that did not come to it would leave the other one waiting."""
-    (tmp_path / "pieces.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
-    run_ranks(
-        _train_without_and_with_pictures,
-        2,
-        tmp_path,
-        ["distributed.zero=3", f"distributed.deepspeed={tmp_path / 'pieces.json'}"],
-    )
+    """ZeRO 3 puts the averaged weights together by a collective: a rank that did not come to it would leave the other
+    one waiting.
+    """
+    pieces = tmp_path / "pieces.json"
+    pieces.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    settings = ["distributed.zero=3", f"distributed.deepspeed={pieces}"]
+    run_ranks(_train_without_and_with_pictures, 2, tmp_path, settings)
     first, second = (
         load_file(tmp_path / name / "checkpoints" / "step_4" / "student_ema.safetensors") for name in ("plain", "shown")
     )
@@ -144,36 +131,24 @@ def test_ranks_with_cut_parameters_draw_the_picture_of_one_and_go_on_alike(tmp_p
     assert len(list((tmp_path / "shown" / "samples").glob("step_*"))) == 4
     pixels = np.asarray(Image.open(tmp_path / "shown" / "samples" / "step_0000004.png"))
     drawn = pixels[6:, 6:].reshape(8, 54, 8, 54)[:, :48:6, :, :48:6].transpose(0, 2, 1, 3).reshape(64, 8, 8).astype(int)
-    assert (
-        np.abs(drawn - sample(tmp_path / "shown", range(64)).numpy()[:, 0]).max() <= 1
-    )  # the second half is the second rank's
+    expected = sample(tmp_path / "shown", range(64)).numpy()[:, 0]  # the second half is the second rank's
+    assert np.abs(drawn - expected).max() <= 1
 
 
 def test_weights_and_biases_gets_the_records_and_pictures_and_goes_on_with_the_same_run(tmp_path, wandb):
-    folder = train(
-        load_config("smoke", [*RUN, "train.steps=2", "log.images_every=2", "log.wandb=few-steps"]), tmp_path / "run"
-    )
+    settings = [*RUN, "log.images_every=2", "log.wandb=few-steps"]
+    folder = train(load_config("smoke", [*settings, "train.steps=2"]), tmp_path / "run")
     (start,) = wandb.of("init")
-    assert (
-        start["project"] == "few-steps"
-        and start["resume"] == "allow"
-        and start["name"] == "smoke"
-        and start["dir"] == str(folder.path)
-    )
-    assert start["config"]["train"]["steps"] == 2 and folder.read_json("wandb.json") == {
-        "project": "few-steps",
-        "id": start["id"],
-    }
+    chosen = {key: start[key] for key in ("project", "resume", "name", "dir")}
+    assert chosen == {"project": "few-steps", "resume": "allow", "name": "smoke", "dir": str(folder.path)}
+    assert start["config"]["train"]["steps"] == 2
+    assert folder.read_json("wandb.json") == {"project": "few-steps", "id": start["id"]}
     assert wandb.of("define_metric") == [("step", None), ("*", "step")] and wandb.of("finish") == [0]
     numbers, pictures = wandb.of("log")
     (record,) = folder.metrics()
-    assert (
-        numbers == record
-        and pictures["step"] == 2
-        and pictures["samples"] == ("image", (438, 438, 3))
-        and pictures["log_gamma"][1][2] == 3
-    )
-    train(load_config("smoke", [*RUN, "train.steps=4", "log.images_every=2", "log.wandb=few-steps"]), folder.path)
+    assert numbers == record and pictures["step"] == 2
+    assert pictures["samples"] == ("image", (438, 438, 3)) and pictures["log_gamma"][1][2] == 3
+    train(load_config("smoke", [*settings, "train.steps=4"]), folder.path)
     assert wandb.of("init")[1]["id"] == start["id"] and [values["step"] for values in wandb.of("log")] == [2, 2, 4, 4]
 
 
@@ -189,9 +164,8 @@ def test_trouble_there_is_one_warning(tmp_path, wandb, capsys, failing):
 @pytest.mark.parametrize("module", [None, SimpleNamespace()])  # not there; a folder of that name
 def test_without_the_package_nothing_starts(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    with pytest.raises(
-        ValueError, match=r"^log.wandb: 'few-steps' needs the package wandb, which is not installed; pip install wandb$"
-    ):
+    message = r"log.wandb: 'few-steps' needs the package wandb, which is not installed; pip install wandb"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         train(load_config("smoke", [*RUN, "log.wandb=few-steps"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -200,97 +174,3 @@ def test_a_run_without_the_key_does_not_import_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it would raise
     assert train(load_config("smoke", RUN), tmp_path / "run").checkpoints() == [4]
     assert not (tmp_path / "run" / "wandb.json").exists()
-
-
-class FakeNvml(SimpleNamespace):
-    """A driver whose GPU takes 100 W, 200 W, ... at each question, and 5 kJ between two looks at its counter."""
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self):
-        self.asked = self.energy = 0
-        self.nvmlInit = lambda: None
-        self.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
-        self.nvmlDeviceGetUtilizationRates = lambda handle: SimpleNamespace(gpu=10 * self.asked, memory=99)
-        self.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(used=1000 * self.asked)
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        self.asked += 1
-        return 100_000 * self.asked
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        self.energy += 5_000_000
-        return self.energy
-
-
-@pytest.fixture
-def nvml(monkeypatch):
-    fake = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
-    return fake
-
-
-def test_a_gpu_is_averaged_between_records(nvml):
-    monitor = telemetry.GpuMonitor(torch.device("cuda", 0), period=3600)
-    monitor.samples += [monitor._sample(), monitor._sample(), monitor._sample()]
-    assert monitor.record(100) == {
-        "gpu_power_watts": 200,
-        "gpu_utilisation_percent": 20,
-        "gpu_memory_bytes": 2000,
-        "joules_per_image": 50,
-    }
-    assert monitor.record(50) == {
-        "gpu_power_watts": 400,
-        "gpu_utilisation_percent": 40,
-        "gpu_memory_bytes": 4000,
-        "joules_per_image": 100,
-    }  # asked at once
-    monitor.stop()
-    assert not monitor.thread.is_alive()
-
-
-def test_the_thread_asks_by_itself(nvml):
-    monitor = telemetry.GpuMonitor(torch.device("cuda", 0), period=0.001)
-    while len(monitor.samples) < 3:
-        pass
-    monitor.stop()
-    assert monitor.samples[:2] == [(100, 10, 1000), (200, 20, 2000)]
-
-
-def test_what_the_driver_does_not_tell_is_left_out(nvml):
-    def refused(handle):
-        raise FakeNvml.NVMLError("not supported")
-
-    nvml.nvmlDeviceGetUtilizationRates = nvml.nvmlDeviceGetTotalEnergyConsumption = refused
-    monitor = telemetry.GpuMonitor(torch.device("cuda", 0), period=3600)
-    assert monitor.record(10) == {"gpu_power_watts": 100, "gpu_memory_bytes": 1000}
-    monitor.stop()
-
-
-def test_without_a_gpu_or_its_package_there_is_no_thread_and_no_record(monkeypatch):
-    for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        monkeypatch.setitem(sys.modules, "pynvml", None)
-        monitor = telemetry.GpuMonitor(device)
-        assert monitor.thread is None and monitor.record(10) == {} and telemetry.EnergyMeter(device).joules() is None
-        monitor.stop()
-
-
-def test_records_of_a_training_have_the_gpu(tmp_path, monkeypatch):
-    class Monitor:
-        def __init__(self, device):
-            self.images = []
-
-        def record(self, images):
-            return {"gpu_power_watts": 300.0, "joules_per_image": 600.0 / images}
-
-        def stop(self):
-            stopped.append(self)
-
-    stopped = []
-    monkeypatch.setattr("hsivi_fast.training.journal.GpuMonitor", Monitor)
-    folder = train(load_config("smoke", RUN), tmp_path / "run")
-    assert [record["joules_per_image"] for record in folder.metrics()] == [75.0, 75.0] and len(stopped) == 1
-    assert _events(folder.path).Scalars("gpu_power_watts")[1].value == 300
-    assert "GPU of rank 0" in (folder.path / "report.html").read_text()

@@ -7,7 +7,8 @@ import torch
 from conftest import KERNEL_DEVICE
 
 from hsivi_fast import load_config, sample, train
-from hsivi_fast.build import load_teacher, prepare_device
+from hsivi_fast.build import build_context, load_teacher
+from hsivi_fast.parallel.world import ALONE
 
 
 def test_a_network_in_bfloat16_has_float32_weights_results_and_gradients():
@@ -27,7 +28,7 @@ def test_a_network_in_bfloat16_has_float32_weights_results_and_gradients():
         assert 1e-4 < float((low - exact).norm() / exact.norm()) < 0.03  # it is bfloat16, and no worse
 
 
-def test_a_run_in_bfloat16_is_the_run_in_float32_up_to_bfloat16(tmp_path):
+def test_a_run_in_bfloat16_is_the_run_in_float32_up_to_bfloat16(no_report, tmp_path):
     """With both backends; the losses of four steps, in which nothing has time to grow apart."""
     losses = {}
     for precision, backend, device in (
@@ -35,11 +36,9 @@ def test_a_run_in_bfloat16_is_the_run_in_float32_up_to_bfloat16(tmp_path):
         ("bf16", "torch", "cpu"),
         ("bf16", "triton", KERNEL_DEVICE),
     ):
-        settings = [f"precision={precision}", f"backend={backend}", f"device={device}", "eval.ddim_nfe=[3]"]
+        settings = [f"precision={precision}", f"backend={backend}", f"device={device}"]
         folder = train(load_config("smoke", settings), tmp_path / f"{precision}_{backend}")
-        losses[precision, backend] = [
-            json.loads(line)["loss_score_net"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()
-        ]
+        losses[precision, backend] = [record["loss_score_net"] for record in folder.metrics()]
         assert json.loads((folder.path / "environment.json").read_text())["precision"] == precision
         for name in ("student", "student_ema", "score_net", "score_net_optimizer"):
             assert {value.dtype for value in folder.load_tensors(4, name).values()} == {torch.float32}
@@ -51,4 +50,4 @@ def test_a_run_in_bfloat16_is_the_run_in_float32_up_to_bfloat16(tmp_path):
 
 def test_tf32_is_for_cuda():
     with pytest.raises(ValueError, match="precision: 'tf32' is a mode of CUDA devices, the device is cpu"):
-        prepare_device(load_config("digits", ["precision=tf32", "device=cpu"]))
+        build_context(load_config("digits", ["precision=tf32", "device=cpu"]), ALONE)

@@ -26,28 +26,24 @@ def train(folder, overrides):
 def go_on(folder, overrides):
     """Go on with a run; returns what its engines had right after loading, as {stem: {name: array}} and counters."""
     loaded = {}
-    load_newest = trainer._load_newest
 
-    def loading(run_folder, student, score_net, world):
-        step = load_newest(run_folder, student, score_net, world)
-        for name, engine in (("student", student), ("score_net", score_net)):
-            tensors, numbers = engine.state(name)
-            loaded.update(numbers)
-            if world.is_main:
-                loaded.update(
-                    {
-                        stem: {key: value.detach().numpy().copy() for key, value in values.items()}
-                        for stem, values in tensors.items()
-                    }
-                )
-        return step
+    class Watched(trainer.Training):
+        def resume(self):
+            super().resume()
+            for name, engine in (("student", self.student), ("score_net", self.score_net)):
+                tensors, numbers = engine.state(name)
+                loaded.update(numbers)
+                if self.world.is_main:
+                    loaded.update((stem, arrays_of(values)) for stem, values in tensors.items())
 
-    trainer._load_newest = loading
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Training", Watched)
         train(folder, overrides)
-    finally:
-        trainer._load_newest = load_newest
     return loaded
+
+
+def arrays_of(tensors):
+    return {key: value.detach().numpy().copy() for key, value in tensors.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,44 +1,40 @@
-"""Rollouts: every stored pair is a layer of the student at its address, and a cycle is a function of (run seed, cycle)."""
-
-import dataclasses
+"""Rollouts: every stored pair is a layer of the student at its address, and a cycle follows from (run seed, cycle)."""
 
 import pytest
 import torch
 
 from hsivi_fast import ops
-from hsivi_fast.build import build_layers
+from hsivi_fast.build import build_context
 from hsivi_fast.config import load_config
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.nets import build_unet
+from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.training.rollout import Batch, build_rollout, draw_layers, one_layer_on
 
 NFE, BATCH, CYCLE = 4, 6, 5
 
 
 def _setting(*overrides):
-    config = load_config(
-        "toy2d", [f"nfe={NFE}", f"train.batch_size={BATCH}", f"train.f_learning_times={CYCLE}", "seed=3", *overrides]
-    )
-    layer = build_layers(config, "cpu")
+    """(layers, student, rollout) of a run in the plane."""
+    sizes = [f"nfe={NFE}", f"train.batch_size={BATCH}", f"train.f_learning_times={CYCLE}"]
+    context = build_context(load_config("toy2d", [*sizes, "device=cpu", "seed=3", *overrides]), ALONE)
     torch.manual_seed(0)
     student = build_unet("toy2d")
     torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
-    attach_log_gamma(student, layer)
+    attach_log_gamma(student, context.layers)
     with torch.no_grad():
         student.log_scaled_gamma.fill_(0.3)
-    return config, layer, student, build_rollout(config, layer, student)
+    return context.layers, student, build_rollout(context, student)
 
 
 @torch.no_grad()
-def _trajectory(student, layer, seed):
+def _trajectory(student, layers, seed):
     """x_K .. x_0 of one seed, by hand."""
     seeds = torch.tensor([seed])
-    states = {layer.nfe: ops.draw_noise(seeds, 0, (2,))}
-    for current in range(layer.nfe, 0, -1):
-        k = torch.tensor([current])
-        states[current - 1] = layer.step(
-            states[current], student(states[current], layer.tau[k]), k, student.log_scaled_gamma, seeds
-        )
+    states = {layers.nfe: ops.draw_noise(seeds, 0, (2,))}
+    for current in range(layers.nfe, 0, -1):
+        k, x = torch.tensor([current]), states[current]
+        states[current - 1] = layers.step(x, student(x, layers.tau[k]), student.log_scaled_gamma, ops.Noise(seeds, k))
     return states
 
 
@@ -54,59 +50,56 @@ def test_layers_are_antithetic_and_uniform():
 
 
 def test_pool_serves_every_transition_once_and_exactly():
-    _, layer, student, rollout = _setting()
+    layers, student, rollout = _setting()
     rollout.start_cycle(cycle=2)
     assert rollout.trajectories == -(-CYCLE * BATCH // NFE) == 8
     served = set()
     for step in range(2 * CYCLE, 3 * CYCLE):
         batch = rollout.score_net_batch(step)
         assert batch.x.shape == (BATCH, 2)
-        for x, k, seed in zip(batch.x, batch.k, batch.seeds):
-            torch.testing.assert_close(x, _trajectory(student, layer, int(seed))[int(k) - 1][0], rtol=1e-5, atol=1e-5)
+        for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
+            expected = _trajectory(student, layers, int(seed))[int(k) - 1][0]
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
             served.add((int(seed), int(k)))
     assert len(served) == CYCLE * BATCH
 
 
 def test_student_states_come_from_the_pool_with_new_noise():
-    _, layer, student, rollout = _setting()
+    layers, student, rollout = _setting()
     rollout.start_cycle(cycle=2)
     batch = rollout.student_batch(3 * CYCLE)
-    trajectories = [_trajectory(student, layer, int(seed)) for seed in rollout.seeds]
-    for x, k, seed in zip(batch.x, batch.k, batch.seeds):
+    trajectories = [_trajectory(student, layers, int(seed)) for seed in rollout.seeds]
+    for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
         assert min(float((states[int(k)][0] - x).abs().max()) for states in trajectories) < 1e-5
         assert int(seed) not in rollout.seeds.tolist()
     assert torch.equal(batch.k, draw_layers(3, 3, 3 * CYCLE, BATCH, NFE))
 
 
 def test_redraw_uses_each_mean_several_times_with_new_noise():
-    _, layer, student, rollout = _setting("rollout.redraw=2")
+    layers, student, rollout = _setting("rollout.redraw=2")
     rollout.start_cycle(cycle=1)
     assert rollout.trajectories == 4
     served = {}
     for step in range(CYCLE, 2 * CYCLE):
         batch = rollout.score_net_batch(step)
-        for x, k, seed, redraw in zip(batch.x, batch.k, batch.seeds, batch.redraw):
-            states = _trajectory(student, layer, int(seed))
-            layers = k.reshape(1)
+        for x, k, seed, draw in zip(batch.x, batch.k, batch.noise.seeds, batch.noise.draw):
+            higher = _trajectory(student, layers, int(seed))[int(k)]
+            noise = ops.Noise(seed.reshape(1), k.reshape(1), int(draw))
             with torch.no_grad():
-                eps_hat = student(states[int(k)], layer.tau[layers])
-                expected = layer.step(
-                    states[int(k)], eps_hat, layers, student.log_scaled_gamma, seed.reshape(1), int(redraw)
-                )
+                eps_hat = student(higher, layers.tau[noise.stream])
+                expected = layers.step(higher, eps_hat, student.log_scaled_gamma, noise)
             torch.testing.assert_close(x, expected[0], rtol=1e-5, atol=1e-5)
-            served[int(seed), int(k), int(redraw)] = x
+            served[int(seed), int(k), int(draw)] = x
     assert len(served) == CYCLE * BATCH
-    assert {redraw for _, _, redraw in served} == {0, 1}
-    again = [
-        (served[seed, k, 0], x) for (seed, k, redraw), x in served.items() if redraw == 1 and (seed, k, 0) in served
-    ]
+    assert {draw for _, _, draw in served} == {0, 1}
+    again = [(served[seed, k, 0], x) for (seed, k, draw), x in served.items() if draw == 1 and (seed, k, 0) in served]
     assert again and all(float((first - second).abs().max()) > 1e-4 for first, second in again)
 
 
 @pytest.mark.parametrize("overrides", [[], ["rollout.redraw=2"], ["rollout.mode=fresh"]])
 def test_a_rollout_can_be_made_again(overrides):
-    _, _, student, first = _setting(*overrides)
-    _, _, _, second = _setting(*overrides, "rollout.chunk=3")
+    _, _, first = _setting(*overrides)
+    _, _, second = _setting(*overrides, "rollout.chunk=3")
     for rollout in (first, second):
         rollout.start_cycle(cycle=4)
     for step in (4 * CYCLE, 4 * CYCLE + 3):
@@ -114,22 +107,21 @@ def test_a_rollout_can_be_made_again(overrides):
             (first.score_net_batch(step), second.score_net_batch(step)),
             (first.student_batch(step), second.student_batch(step)),
         ):
-            assert torch.equal(one.k, other.k) and torch.equal(one.seeds, other.seeds)
+            assert torch.equal(one.k, other.k) and torch.equal(one.noise.seeds, other.noise.seeds)
             torch.testing.assert_close(one.x, other.x, rtol=1e-5, atol=1e-6)  # another chunk, another rounding
 
 
 def test_fresh_states_are_their_trajectories():
-    _, layer, student, rollout = _setting("rollout.mode=fresh")
+    layers, student, rollout = _setting("rollout.mode=fresh")
     for batch, below in ((rollout.student_batch(5), 0), (rollout.score_net_batch(5), 1)):
-        for x, k, seed in zip(batch.x, batch.k, batch.seeds):
-            torch.testing.assert_close(
-                x, _trajectory(student, layer, int(seed))[int(k) - below][0], rtol=1e-5, atol=1e-5
-            )
+        for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
+            expected = _trajectory(student, layers, int(seed))[int(k) - below][0]
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_runs_share_no_trajectory():
-    _, _, student, first = _setting()
-    _, _, _, second = _setting("seed=4")
+    _, _, first = _setting()
+    _, _, second = _setting("seed=4")
     first.start_cycle(1)
     second.start_cycle(1)
     seeds = first.seeds.tolist()
@@ -138,16 +130,12 @@ def test_two_runs_share_no_trajectory():
 
 
 def test_one_layer_on_keeps_the_address():
-    _, layer, student, _ = _setting()
-    batch = Batch(torch.randn(3, 2), torch.tensor([1, 4, 2]), torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]))
-    lower = one_layer_on(student, layer, student.log_scaled_gamma, batch)
-    assert (
-        dataclasses.replace(lower, x=None).seeds is batch.seeds and lower.redraw is batch.redraw and lower.k is batch.k
-    )
-    noise = torch.stack(
-        [ops.draw_noise(batch.seeds[n : n + 1], int(batch.k[n]), (2,), int(batch.redraw[n]))[0] for n in range(3)]
-    )
-    expected = layer.step(
-        batch.x, student(batch.x, layer.tau[batch.k]), batch.k, student.log_scaled_gamma, None, noise=noise
-    )
+    layers, student, _ = _setting()
+    seeds, k, draw = torch.tensor([5, 6, 7]), torch.tensor([1, 4, 2]), torch.tensor([0, 1, 2])
+    batch = Batch(torch.randn(3, 2), ops.Noise(seeds, k, draw))
+    lower = one_layer_on(student, layers, student.log_scaled_gamma, batch)
+    assert lower.noise.seeds is seeds and lower.noise.draw is draw and lower.k is k
+    given = torch.stack([ops.draw_noise(seeds[n : n + 1], int(k[n]), (2,), int(draw[n]))[0] for n in range(3)])
+    eps_hat = student(batch.x, layers.tau[k])
+    expected = layers.step(batch.x, eps_hat, student.log_scaled_gamma, ops.Noise(None, k, given=given))
     torch.testing.assert_close(lower.x, expected.detach())

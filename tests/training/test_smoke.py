@@ -8,11 +8,12 @@ from conftest import KERNEL_DEVICE
 from safetensors.torch import load_file
 
 from hsivi_fast import load_config, ops, train
+from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.nets import build_unet
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(no_report, tmp_path_factory):
     """The run `smoke` with each backend: {backend: its folder}."""
     folder = tmp_path_factory.mktemp("smoke")
     return {
@@ -22,10 +23,7 @@ def runs(tmp_path_factory):
 
 
 def test_losses_and_parameters_end_within_rounding(runs):
-    records = {
-        backend: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for backend, path in runs.items()
-    }
+    records = {backend: RunFolder(path).metrics() for backend, path in runs.items()}
     assert [record["step"] for record in records["triton"]] == [1, 2, 3, 4]
     for plain, fused in zip(records["torch"], records["triton"]):
         assert fused["loss_score_net"] == pytest.approx(plain["loss_score_net"], rel=1e-5)
@@ -43,9 +41,8 @@ def test_losses_and_parameters_end_within_rounding(runs):
             torch.testing.assert_close(fused[name], plain[name], rtol=0, atol=5e-6)
     start = load_file(load_config("smoke").teacher.checkpoint)
     moved = load_file(runs["triton"] / "checkpoints" / "step_4" / "student.safetensors")
-    assert (
-        max(float((moved[name] - start[name]).abs().max()) for name in start) > 5e-5
-    )  # both student updates happened, a rate's length each
+    # Both student updates happened, a rate's length each.
+    assert max(float((moved[name] - start[name]).abs().max()) for name in start) > 5e-5
     assert float(moved["log_scaled_gamma"].abs().max()) > 1e-5
 
 
