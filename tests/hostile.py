@@ -34,17 +34,18 @@ OURS = re.compile(r"^(backend |warning: |step \d+: |compiling |accuracy on |load
 
 def prepare():
     """Import once what all processes need: they are forked from this one."""
+    import matplotlib.figure  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch
+    import torch.utils.tensorboard  # noqa: F401
+    import torch_fidelity.metric_fid  # noqa: F401
+
     import hsivi_fast.checkpoints.convert
     import hsivi_fast.cli
     import hsivi_fast.export.write
     import hsivi_fast.report.run_report
     import hsivi_fast.training.pretrain
     import hsivi_fast.training.trainer  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    import torch
-    import torch.utils.tensorboard  # noqa: F401
-    import torch_fidelity.metric_fid  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -104,7 +105,9 @@ def _become(given, folder, seconds):
 def _stream(descriptor):
     """What the interpreter would have made of a descriptor: None where it is closed."""
     try:
-        file = open(descriptor, "rb" if descriptor == 0 else "wb", buffering=0 if descriptor == 2 else -1, closefd=False)
+        file = open(
+            descriptor, "rb" if descriptor == 0 else "wb", buffering=0 if descriptor == 2 else -1, closefd=False
+        )
     except OSError:
         return None
     return io.TextIOWrapper(file, errors="backslashreplace" if descriptor == 2 else None, write_through=descriptor == 2)
@@ -283,7 +286,9 @@ def main(arguments=None):
         of = kinds if kind == "all" else [kind]
         tried, bad = (sum(counts[one, what] for one in of) for what in ("tried", "faults"))
         print(f"{kind:12} {tried:6} {tried - bad:6} {bad:7}")
-    print(f"seed {given.seed}, {time.monotonic() - began:.0f} s; again: python -m tests.hostile --seed {given.seed} --only N")
+    print(
+        f"seed {given.seed}, {time.monotonic() - began:.0f} s; again: python -m tests.hostile --seed {given.seed} --only N"
+    )
     strangers = sorted(_tree() - tree)
     if strangers:
         print(f"written into the repository: {', '.join(strangers[:5])}")

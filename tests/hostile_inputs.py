@@ -22,11 +22,75 @@ from hsivi_fast.config import ASSETS, CONFIGS, known_keys
 QUICK = ("device=cpu", "train.steps=1", "eval.num_samples=0", "log_every=1")
 NUMBERS = (0, -1, 1, 2, 3, 7, 0.5, 1e-30, 1e30, 10**6, 10**9, 10**12, 10**15, 10**23, 2**31, 2**63, 2**64, -(10**12))
 WORDS = (
-    *("null", "~", "", "true", "yes", "no", "auto", "text", ".nan", ".inf", "-.inf", "???", "${seed}", "${x}", "${oc.env:HOME}"),
-    *("[]", "{}", "[1]", "[0]", "[null]", "{a: 1}", "[[1]]", "'", '"', "[", "{", "&a", "*a", "!!python/object:os.system"),
-    *("0x10", "1_000", "1e", "1e400", "9" * 400, "x" * 5000, "é", "日本", "a b", "..", "/", "~/x", ".", "-", "--", "%s", "\\"),
-    *("/dev/null", "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/self/environ", "/etc/passwd", "http://127.0.0.1:9/x"),
-    *("file:///nowhere", "http://[", "https://user:secret@127.0.0.1:9/x", "cifar10", "digits_teacher.safetensors", "cuda:99"),
+    *(
+        "null",
+        "~",
+        "",
+        "true",
+        "yes",
+        "no",
+        "auto",
+        "text",
+        ".nan",
+        ".inf",
+        "-.inf",
+        "???",
+        "${seed}",
+        "${x}",
+        "${oc.env:HOME}",
+    ),
+    *(
+        "[]",
+        "{}",
+        "[1]",
+        "[0]",
+        "[null]",
+        "{a: 1}",
+        "[[1]]",
+        "'",
+        '"',
+        "[",
+        "{",
+        "&a",
+        "*a",
+        "!!python/object:os.system",
+    ),
+    *(
+        "0x10",
+        "1_000",
+        "1e",
+        "1e400",
+        "9" * 400,
+        "x" * 5000,
+        "é",
+        "日本",
+        "a b",
+        "..",
+        "/",
+        "~/x",
+        ".",
+        "-",
+        "--",
+        "%s",
+        "\\",
+    ),
+    *(
+        "/dev/null",
+        "/dev/zero",
+        "/dev/full",
+        "/proc/self/mem",
+        "/proc/self/environ",
+        "/etc/passwd",
+        "http://127.0.0.1:9/x",
+    ),
+    *(
+        "file:///nowhere",
+        "http://[",
+        "https://user:secret@127.0.0.1:9/x",
+        "cifar10",
+        "digits_teacher.safetensors",
+        "cuda:99",
+    ),
     "cuda:9999999999999999999",
 )
 
@@ -77,12 +141,55 @@ def yaml(rng, folder, fixtures):
     spot = rng.randrange(len(data))
     texts = (
         *(data[:spot], data[:spot] + bytes([rng.randrange(256)]) + data[spot + 1 :], data[spot:], data + data),
-        *(b"", b"\0", b"null", b"3", b"[]", b"- a", b"a", b"{}", b"a: [", b"a: &a [*a]", b"? [a, b]\n: 1", b"\xff\xfe\x00", b"\t: 1"),
-        *(b"base: run", b"base: [smoke]", b"base: {a: 1}", b"base: 3", b"base: null", b"base: nowhere", b"base: ../run"),
-        *(b"base: smoke\nnetwork: 3", b"base: smoke\nnetwork: [a]", b"base: smoke\nteacher: smoke", b"base: smoke\ntrain: 4"),
-        *(b"base: smoke\nteacher: {}", b"base: smoke\ntrain: []", b"base: smoke\n1: 2", b"base: smoke\n[a]: 2", b"base: smoke\nnull: 2"),
-        *(b"base: smoke\nnfe: ???", b"base: smoke\nnfe: ${nfe}", b"base: smoke\nnfe: ${seed}", b"base: smoke\nname: ../../x"),
-        *(b"base: smoke\nname: [a]", b"base: smoke\nname: ''", b"base: smoke\nseed: !!python/name:os.system x", b"base: smoke\nseed: 1\nseed: 2"),
+        *(
+            b"",
+            b"\0",
+            b"null",
+            b"3",
+            b"[]",
+            b"- a",
+            b"a",
+            b"{}",
+            b"a: [",
+            b"a: &a [*a]",
+            b"? [a, b]\n: 1",
+            b"\xff\xfe\x00",
+            b"\t: 1",
+        ),
+        *(
+            b"base: run",
+            b"base: [smoke]",
+            b"base: {a: 1}",
+            b"base: 3",
+            b"base: null",
+            b"base: nowhere",
+            b"base: ../run",
+        ),
+        *(
+            b"base: smoke\nnetwork: 3",
+            b"base: smoke\nnetwork: [a]",
+            b"base: smoke\nteacher: smoke",
+            b"base: smoke\ntrain: 4",
+        ),
+        *(
+            b"base: smoke\nteacher: {}",
+            b"base: smoke\ntrain: []",
+            b"base: smoke\n1: 2",
+            b"base: smoke\n[a]: 2",
+            b"base: smoke\nnull: 2",
+        ),
+        *(
+            b"base: smoke\nnfe: ???",
+            b"base: smoke\nnfe: ${nfe}",
+            b"base: smoke\nnfe: ${seed}",
+            b"base: smoke\nname: ../../x",
+        ),
+        *(
+            b"base: smoke\nname: [a]",
+            b"base: smoke\nname: ''",
+            b"base: smoke\nseed: !!python/name:os.system x",
+            b"base: smoke\nseed: 1\nseed: 2",
+        ),
         b"[" * rng.choice((100, 2000, 100_000)),
         b"a: " + b"{a: " * rng.choice((100, 2000)) + b"1",
         b"a: &a [1,1]\n" + b"".join(b"%c: &%c [*%c,*%c,*%c,*%c]\n" % (98 + n, 98 + n, *[97 + n] * 4) for n in range(9)),
@@ -99,11 +206,35 @@ def _damaged(rng, data):
     spot = rng.randrange(max(len(data), 1))
     flipped = bytearray(data or b"x")
     flipped[min(spot, len(flipped) - 1)] ^= 1 << rng.randrange(8)
-    return rng.choice((b"", data[:spot], bytes(flipped), b"\0" * len(data), data + b"x", data[: len(data) // 2], b"null", b"{}", b"3"))
+    return rng.choice(
+        (b"", data[:spot], bytes(flipped), b"\0" * len(data), data + b"x", data[: len(data) // 2], b"null", b"{}", b"3")
+    )
 
 
-SHAPES = ("null", "[]", "{}", "3", '"a"', "[null]", "[3]", "[[]]", "true", "NaN", '{"step": 1}', '{"step": "1"}', '{"step": null}')
-RUN_FILES = ("config.yaml", "metrics.jsonl", "saves.jsonl", "results.json", "environment.json", "wandb.json", "inputs.json")
+SHAPES = (
+    "null",
+    "[]",
+    "{}",
+    "3",
+    '"a"',
+    "[null]",
+    "[3]",
+    "[[]]",
+    "true",
+    "NaN",
+    '{"step": 1}',
+    '{"step": "1"}',
+    '{"step": null}',
+)
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "saves.jsonl",
+    "results.json",
+    "environment.json",
+    "wandb.json",
+    "inputs.json",
+)
 
 
 def run_files(rng, folder, fixtures):
@@ -112,7 +243,15 @@ def run_files(rng, folder, fixtures):
     shutil.copytree(rng.choice((fixtures.run, fixtures.run, fixtures.plane)), run)
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     inside = sorted(checkpoint.iterdir())
-    file = rng.choice([*(run / name for name in RUN_FILES), *inside, checkpoint / "state.json", checkpoint / "state.json", run / ".lock"])
+    file = rng.choice(
+        [
+            *(run / name for name in RUN_FILES),
+            *inside,
+            checkpoint / "state.json",
+            checkpoint / "state.json",
+            run / ".lock",
+        ]
+    )
     what = rng.choice(("damaged", "damaged", "shape", "shape", "gone", "folder", "fifo", "link", "more"))
     data = file.read_bytes() if file.is_file() else b'{"step": 1}'
     file.unlink(missing_ok=True)
@@ -131,9 +270,15 @@ def run_files(rng, folder, fixtures):
     elif what == "link":
         file.symlink_to(rng.choice((file, "/nowhere", "/dev/zero", "/dev/null")))
     elif what == "more":
-        (run / "checkpoints" / rng.choice(("step_x", "step_", "step_99", "step_-1", "step_" + "9" * 30, "step_٣"))).mkdir()
+        (
+            run / "checkpoints" / rng.choice(("step_x", "step_", "step_99", "step_-1", "step_" + "9" * 30, "step_٣"))
+        ).mkdir()
         file.write_bytes(data)
-    config = "toy2d" if (run / "config.yaml").is_file() and b"target: checker" in (run / "config.yaml").read_bytes() else "smoke"
+    config = (
+        "toy2d"
+        if (run / "config.yaml").is_file() and b"target: checker" in (run / "config.yaml").read_bytes()
+        else "smoke"
+    )
     words = rng.choice(
         (
             ["train", config, *QUICK, "train.steps=3", "save_every=1", "train.batch_size=4", "--outdir", "run"],
@@ -184,10 +329,35 @@ def _objects(rng, tensors):
         nested = {"a": nested}
     return (
         *(None, 3, "text", [], {}, [tensors], (tensors,), tensors[first], {3: tensors[first]}, {None: 1}, nested),
-        *(replaced, replaced, replaced, without, {**tensors, "more": torch.ones(1)}, {**tensors, "../x": torch.ones(1)}),
-        *({"state_dict": tensors}, {"model": tensors}, {"ema": 3}, {"ema": {"shadow": tensors}}, {"ema": {"shadow": 3}}, {"model": replaced}),
-        *({"whole_model": tensors}, {"student_ema": [tensors]}, {"phinet": tensors, "fnet": 3}, {"phinet": tensors, "fnet": tensors}),
-        *({**tensors, first: torch.nn.Parameter(tensors[first])}, torch.nn.Linear(2, 2), _Code(), {"model": _Code()}, {**tensors, "a": _Code()}),
+        *(
+            replaced,
+            replaced,
+            replaced,
+            without,
+            {**tensors, "more": torch.ones(1)},
+            {**tensors, "../x": torch.ones(1)},
+        ),
+        *(
+            {"state_dict": tensors},
+            {"model": tensors},
+            {"ema": 3},
+            {"ema": {"shadow": tensors}},
+            {"ema": {"shadow": 3}},
+            {"model": replaced},
+        ),
+        *(
+            {"whole_model": tensors},
+            {"student_ema": [tensors]},
+            {"phinet": tensors, "fnet": 3},
+            {"phinet": tensors, "fnet": tensors},
+        ),
+        *(
+            {**tensors, first: torch.nn.Parameter(tensors[first])},
+            torch.nn.Linear(2, 2),
+            _Code(),
+            {"model": _Code()},
+            {**tensors, "a": _Code()},
+        ),
     )
 
 
@@ -197,7 +367,10 @@ def checkpoints(rng, folder, fixtures):
 
     tensors = load_file(rng.choice((fixtures.checkpoint, ASSETS / "digits_teacher.safetensors")))
     name = rng.choice(("a.pt", "a.pth", "a.safetensors", "a", "a.bin"))
-    file, form = folder / name, rng.choice(("torch", "torch", "old", "pickle", "safetensors", "bytes", "damaged", "diffusers", "published"))
+    file, form = (
+        folder / name,
+        rng.choice(("torch", "torch", "old", "pickle", "safetensors", "bytes", "damaged", "diffusers", "published")),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = rng.choice(_objects(rng, tensors))
@@ -210,17 +383,51 @@ def checkpoints(rng, folder, fixtures):
             file.write_bytes(pickle.dumps(rng.choice((_Code(), {"a": _Code()}, 3, [1], {"a": np.ones(3)}, b"x" * 100))))
         elif form == "safetensors":
             kept = {key: tensor for key, tensor in tensors.items() if rng.random() < 0.9} or tensors
-            changed = {**kept, next(iter(kept)): rng.choice((torch.ones(0), torch.ones(3, dtype=torch.bool), torch.ones(2, 3).to(torch.float8_e4m3fn)))}
-            said = rng.choice(("null", "3", "[]", "{", '{"family": 3}', '{"family": "ddpm", "channels": -1}', "[" * 5000, '{"family": ["ddpm"]}'))
-            save_file(rng.choice((kept, changed, tensors)), file, rng.choice((None, {"hsivi_network": said}, {"hsivi_settings": said})))
+            changed = {
+                **kept,
+                next(iter(kept)): rng.choice(
+                    (torch.ones(0), torch.ones(3, dtype=torch.bool), torch.ones(2, 3).to(torch.float8_e4m3fn))
+                ),
+            }
+            said = rng.choice(
+                (
+                    "null",
+                    "3",
+                    "[]",
+                    "{",
+                    '{"family": 3}',
+                    '{"family": "ddpm", "channels": -1}',
+                    "[" * 5000,
+                    '{"family": ["ddpm"]}',
+                )
+            )
+            save_file(
+                rng.choice((kept, changed, tensors)),
+                file,
+                rng.choice((None, {"hsivi_network": said}, {"hsivi_settings": said})),
+            )
         elif form == "bytes":
-            header = rng.choice((b"{}", b"null", b"[" * 1000, b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}'))
+            header = rng.choice(
+                (
+                    b"{}",
+                    b"null",
+                    b"[" * 1000,
+                    b'{"a": 3}',
+                    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+                )
+            )
             size = rng.choice((len(header), 0, 2**63, 2**40, len(header) + 5))
-            file.write_bytes(rng.choice((struct.pack("<Q", size) + header, rng.randbytes(300), b"", b"PK\x03\x04" + rng.randbytes(100))))
+            file.write_bytes(
+                rng.choice(
+                    (struct.pack("<Q", size) + header, rng.randbytes(300), b"", b"PK\x03\x04" + rng.randbytes(100))
+                )
+            )
         elif form == "diffusers":
             _diffusers(rng, file, tensors)
         else:
-            source = fixtures.published if form == "published" else rng.choice((fixtures.checkpoint, fixtures.published))
+            source = (
+                fixtures.published if form == "published" else rng.choice((fixtures.checkpoint, fixtures.published))
+            )
             file.write_bytes(_damaged(rng, source.read_bytes()))
     words = rng.choice(
         (
@@ -228,7 +435,17 @@ def checkpoints(rng, folder, fixtures):
             ["convert", name, "--to", "out"],
             ["train", "smoke", *QUICK, f"teacher.checkpoint={name}", "--outdir", "out"],
             ["train", "smoke", *QUICK, f"init={name}", "--outdir", "out"],
-            ["train", "smoke", *QUICK, f"eval.inception={name}", "eval.metric=inception", "eval.num_samples=4", "data=digits", "--outdir", "out"],
+            [
+                "train",
+                "smoke",
+                *QUICK,
+                f"eval.inception={name}",
+                "eval.metric=inception",
+                "eval.num_samples=4",
+                "data=digits",
+                "--outdir",
+                "out",
+            ],
             ["train", "smoke", *QUICK, f"teacher.checkpoint={name}", "--dry-run"],
             ["eval", fixtures.run, "--num-samples", "4", "--metric", "inception", "--inception", name],
         )
@@ -250,19 +467,40 @@ def _diffusers(rng, folder, tensors):
         "norm_num_groups": 4,
     }
     for _ in range(rng.choice((0, 1, 2))):
-        config[rng.choice(list(config))] = rng.choice((None, "text", -1, 0, 10**9, [], [0], {}, True, 1.5, ["x"], [10**9], "UNet2DConditionModel"))
-    (folder / "config.json").write_text(rng.choice((json.dumps(config), json.dumps(config), rng.choice(SHAPES), "{", "[" * 5000)))
+        config[rng.choice(list(config))] = rng.choice(
+            (None, "text", -1, 0, 10**9, [], [0], {}, True, 1.5, ["x"], [10**9], "UNet2DConditionModel")
+        )
+    (folder / "config.json").write_text(
+        rng.choice((json.dumps(config), json.dumps(config), rng.choice(SHAPES), "{", "[" * 5000))
+    )
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     (folder / "scheduler").mkdir()
     betas = rng.choice(([], [0.1] * 1000, ["x"], [None], [2.0], "linear", 3))
-    scheduler = {"_class_name": rng.choice(("DDPMScheduler", "EDMEulerScheduler", 3)), "trained_betas": betas, "num_train_timesteps": rng.choice((1000, -1, "x", 10**12))}
+    scheduler = {
+        "_class_name": rng.choice(("DDPMScheduler", "EDMEulerScheduler", 3)),
+        "trained_betas": betas,
+        "num_train_timesteps": rng.choice((1000, -1, "x", 10**12)),
+    }
     (folder / "scheduler" / "scheduler_config.json").write_text(rng.choice((json.dumps(scheduler), "null", "[]", "{")))
 
 
 def arrays(rng, folder, fixtures):
     """Statistics and images in npz files, of every type, shape and number."""
     n = rng.choice((0, 1, 2, 3, 64))
-    images = rng.choice(((4, 8, 8, 1), (4, 1, 8, 8), (4, 8, 8), (0, 8, 8, 1), (4, 8, 8, 2), (4, 9, 7, 1), (4,), (), (1, 1, 1, 1), (4, 8, 8, 3)))
+    images = rng.choice(
+        (
+            (4, 8, 8, 1),
+            (4, 1, 8, 8),
+            (4, 8, 8),
+            (0, 8, 8, 1),
+            (4, 8, 8, 2),
+            (4, 9, 7, 1),
+            (4,),
+            (),
+            (1, 1, 1, 1),
+            (4, 8, 8, 3),
+        )
+    )
     types = ("u1", "i1", "u2", "f4", "f8", "c16", "?", "M8[s]", "U3", "S3", "f2", "V8", "i8", "O")
     kind = np.dtype(rng.choice(types))
 
@@ -298,12 +536,21 @@ def arrays(rng, folder, fixtures):
         shape = rng.choice(("(1000000, 1000, 1000, 3)", "(-1,)", "(10,", "x", "(4, 8, 8, 1)"))
         head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
         archive.writestr(rng.choice(("arr_0.npy", "mu.npy", "../arr_0.npy")), header + head + bytes(256))
-    np_text = rng.choice((data, data, data, _damaged(rng, data), odd.getvalue(), b"", b"\x93NUMPY", pickle.dumps(_Code())))
+    np_text = rng.choice(
+        (data, data, data, _damaged(rng, data), odd.getvalue(), b"", b"\x93NUMPY", pickle.dumps(_Code()))
+    )
     if rng.random() < 0.07:
         os.mkfifo(file)
     else:
         file.write_bytes(np_text)
-    measured = ["data=images", f"data_path={file.name}", "eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "eval.metric=digits"]
+    measured = [
+        "data=images",
+        f"data_path={file.name}",
+        "eval.num_samples=4",
+        "eval.seeds=1",
+        "eval.ddim_nfe=[3]",
+        "eval.metric=digits",
+    ]
     words = rng.choice(
         (
             ["eval", fixtures.run, "--num-samples", "4", "--ref", file.name],
@@ -326,7 +573,9 @@ def images(rng, folder, fixtures):
     place.mkdir()
     if rng.random() < 0.5:
         n = rng.choice((0, 1, 5))
-        shape = rng.choice(((n, 28, 28), (n, 32, 32), (n, 40, 40), (n, 28), (2**31, 2**31, 2), (2**20, 28, 28), (), (n, 0, 0)))
+        shape = rng.choice(
+            ((n, 28, 28), (n, 32, 32), (n, 40, 40), (n, 28), (2**31, 2**31, 2), (2**20, 28, 28), (), (n, 0, 0))
+        )
         size = math.prod(shape)
         content = _idx(rng.choice((8, 8, 8, 9, 13, 0x77)), shape, bytes(size if size < 10**6 else 100))
         content = rng.choice((content, content, _damaged(rng, content)))
@@ -355,16 +604,52 @@ def images(rng, folder, fixtures):
             (place / name).write_bytes(rng.choice((content, content, _damaged(rng, content))))
         if rng.random() < 0.1:
             os.mkfifo(place / "z.png")
-    more = ["teacher_train.steps=1"] if rng.random() < 0.3 else ["eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "eval.metric=digits"]
+    more = (
+        ["teacher_train.steps=1"]
+        if rng.random() < 0.3
+        else ["eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "eval.metric=digits"]
+    )
     command = ["teacher"] if more[0].startswith("teacher") else ["train"]
     return Input("images", [*command, "smoke", *QUICK, f"data={data}", "data_path=data", *more, "--outdir", "out"])
 
 
 def numbers(rng, folder, fixtures):
     """Seeds, counts, batches and choices of the commands that read a run."""
-    seeds = ("0-3", "", "-", "3-1", "1,,2", "a", "0-", "-1", "1e3", "0-9999999999", "0-199999999", "9" * 30, "0-3,0-3", "٣", " 1 , 2 ", "0x1", "1.5", "9223372036854775807")
+    seeds = (
+        "0-3",
+        "",
+        "-",
+        "3-1",
+        "1,,2",
+        "a",
+        "0-",
+        "-1",
+        "1e3",
+        "0-9999999999",
+        "0-199999999",
+        "9" * 30,
+        "0-3,0-3",
+        "٣",
+        " 1 , 2 ",
+        "0x1",
+        "1.5",
+        "9223372036854775807",
+    )
     value = str(rng.choice(NUMBERS)) if rng.random() < 0.8 else rng.choice(WORDS)
-    run = rng.choice((fixtures.run, fixtures.run, fixtures.plane, folder, "nowhere", "/dev/null", fixtures.published, "", "run\0", "x" * 300))
+    run = rng.choice(
+        (
+            fixtures.run,
+            fixtures.run,
+            fixtures.plane,
+            folder,
+            "nowhere",
+            "/dev/null",
+            fixtures.published,
+            "",
+            "run\0",
+            "x" * 300,
+        )
+    )
     words = rng.choice(
         (
             ["sample", run, "--seeds", rng.choice(seeds), "--outdir", "out"],
@@ -372,13 +657,44 @@ def numbers(rng, folder, fixtures):
             ["sample", fixtures.run, "--seeds", "0-3", "--batch", value, "--outdir", "out"],
             ["eval", run, "--num-samples", "4"],
             ["eval", fixtures.run, "--num-samples", rng.choice((value, "10000000000000", "1", "0", "4"))],
-            ["eval", fixtures.run, "--num-samples", "4", "--save-images", rng.choice(("a.npz", "out", "..", "a.npz/b", "/dev/null", ""))],
+            [
+                "eval",
+                fixtures.run,
+                "--num-samples",
+                "4",
+                "--save-images",
+                rng.choice(("a.npz", "out", "..", "a.npz/b", "/dev/null", "")),
+            ],
             ["eval", fixtures.run, "--num-samples", "4", "--ref", rng.choice(WORDS)],
             ["train", "smoke", "--dry-run", "--processes", value],
-            ["report", run, *rng.choice(([], ["--out", "page.html"], [fixtures.run], ["--out", "."], ["--out", "/dev/full"], ["--out", ""]))],
-            ["export", run, "--format", rng.choice(("safetensors", "diffusers", "x")), "--outdir", rng.choice(("out", ".", "..", "/dev/null", ""))],
-            ["convert", rng.choice((run, fixtures.checkpoint, fixtures.published)), "--to", rng.choice(("out", "a.pt", ".", "..", "/dev/null", "", "a/b/c"))],
-            ["train", rng.choice(("smoke", "nowhere", "", ".", "/", "smoke.yaml", "x" * 300, "a\0")), *QUICK, "--outdir", rng.choice(("out", "/dev/null", "a/../out", "", "missing/../../x", "x" * 300))],
+            [
+                "report",
+                run,
+                *rng.choice(
+                    ([], ["--out", "page.html"], [fixtures.run], ["--out", "."], ["--out", "/dev/full"], ["--out", ""])
+                ),
+            ],
+            [
+                "export",
+                run,
+                "--format",
+                rng.choice(("safetensors", "diffusers", "x")),
+                "--outdir",
+                rng.choice(("out", ".", "..", "/dev/null", "")),
+            ],
+            [
+                "convert",
+                rng.choice((run, fixtures.checkpoint, fixtures.published)),
+                "--to",
+                rng.choice(("out", "a.pt", ".", "..", "/dev/null", "", "a/b/c")),
+            ],
+            [
+                "train",
+                rng.choice(("smoke", "nowhere", "", ".", "/", "smoke.yaml", "x" * 300, "a\0")),
+                *QUICK,
+                "--outdir",
+                rng.choice(("out", "/dev/null", "a/../out", "", "missing/../../x", "x" * 300)),
+            ],
             [rng.choice(("train", "sample", "evil", "", "--help", "-v")), rng.choice(("--help", "--x", "-", ""))],
         )
     )
@@ -409,7 +725,13 @@ def environment(rng, folder, fixtures):
     )
     given = {name: rng.choice(values)}
     if name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        given = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rng.randrange(20000, 60000)), **given}
+        given = {
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(rng.randrange(20000, 60000)),
+            **given,
+        }
     words = rng.choice(
         (
             ["train", "smoke", *QUICK, "distributed.connect_timeout=1", "--outdir", "out"],
@@ -424,7 +746,9 @@ def environment(rng, folder, fixtures):
 
 def streams(rng, folder, fixtures):
     """Standard streams that are closed, full, or a pipe that nobody reads."""
-    given = {descriptor: rng.choice(("closed", "full", "pipe")) for descriptor in rng.sample((1, 2), rng.choice((1, 1, 2)))}
+    given = {
+        descriptor: rng.choice(("closed", "full", "pipe")) for descriptor in rng.sample((1, 2), rng.choice((1, 1, 2)))
+    }
     if rng.random() < 0.2:
         given[0] = "closed"
     words = rng.choice(
@@ -441,7 +765,20 @@ def streams(rng, folder, fixtures):
     return Input("streams", words, streams=given, keeps=False)
 
 
-KINDS = (overrides, run_files, checkpoints, overrides, yaml, arrays, run_files, images, numbers, checkpoints, environment, streams)
+KINDS = (
+    overrides,
+    run_files,
+    checkpoints,
+    overrides,
+    yaml,
+    arrays,
+    run_files,
+    images,
+    numbers,
+    checkpoints,
+    environment,
+    streams,
+)
 
 
 def make(rng, number, folder, fixtures):
