@@ -216,7 +216,10 @@ class Fixtures:
 
 
 def run_all(seed, numbers, minutes, workers, limit=SECONDS, show=print):
-    """Run the inputs of these numbers; returns (Counter of (kind, "tried" or "faults"), [(number, input, complaints)])."""
+    """Run the inputs of these numbers.
+
+    Returns (Counter of (kind, "tried" or "faults"), [(number, input, complaints)]).
+    """
     from . import hostile_inputs  # here: as above
 
     counts, faults, deadline = collections.Counter(), [], time.monotonic() + 60 * minutes
@@ -286,9 +289,8 @@ def main(arguments=None):
         of = kinds if kind == "all" else [kind]
         tried, bad = (sum(counts[one, what] for one in of) for what in ("tried", "faults"))
         print(f"{kind:12} {tried:6} {tried - bad:6} {bad:7}")
-    print(
-        f"seed {given.seed}, {time.monotonic() - began:.0f} s; again: python -m tests.hostile --seed {given.seed} --only N"
-    )
+    took = f"seed {given.seed}, {time.monotonic() - began:.0f} s"
+    print(f"{took}; again: python -m tests.hostile --seed {given.seed} --only N")
     strangers = sorted(_tree() - tree)
     if strangers:
         print(f"written into the repository: {', '.join(strangers[:5])}")

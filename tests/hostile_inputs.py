@@ -1,4 +1,7 @@
-"""The bad inputs of hostile.py, by kind: each is a function (rng, folder, fixtures) -> Input, which may write to folder."""
+"""The bad inputs of hostile.py, by kind.
+
+A kind is a function (rng, folder, fixtures) -> Input, which may write to the folder that the command will run in.
+"""
 
 import gzip
 import io

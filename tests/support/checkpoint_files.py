@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 
 def rewrite(checkpoint, stem, tensors):
-    """Put other tensors into a file of a checkpoint's folder, and take its sums away: they tell what changed by itself."""
+    """Put other tensors into a file of a checkpoint's folder, and take its sums away."""
     save_file(tensors, checkpoint / f"{stem}.safetensors")
     file = checkpoint / "state.json"
     if file.is_file():
