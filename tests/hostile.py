@@ -130,7 +130,7 @@ def _command(arguments):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-    except (OSError, ValueError):
+    except Exception:  # an OSError, or what click has put in the place of a stream
         return 120
     return code
 

@@ -6,6 +6,8 @@ one line that names the file, the place in it, and what would be right.
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -229,9 +231,17 @@ def finite(value):
     return value if value is not None and math.isfinite(value) else None
 
 
+def check_regular(file):
+    """Raise `Damaged` for what is there and no file (reading a pipe waits for ever), or FileNotFoundError."""
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise Damaged("is a folder" if stat.S_ISDIR(mode) else "is a pipe or a device")
+
+
 def read_bytes(file):
-    """The bytes of a small file; raises `Unreadable` where it is there and cannot be read, or FileNotFoundError."""
+    """The bytes of a small file; raises `Unreadable` or `Damaged` where it is there, or FileNotFoundError."""
     try:
+        check_regular(file)
         return Path(file).read_bytes()
     except FileNotFoundError:
         raise

@@ -270,6 +270,7 @@ class RunFolder(os.PathLike):
         """
 
         def read(file):
+            records.check_regular(file)
             with open(file, "rb"):  # safetensors calls a file that may not be read a missing one
                 pass
             check_sum(file)
@@ -343,7 +344,8 @@ def check_sum(file):
 def _held(path):
     """Hold a folder for one training process; ValueError where another one has it."""
     try:
-        file = open(path / LOCK, "a")
+        # Not blocking: a pipe of that name would wait for ever.
+        file = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", buffering=0)
     except OSError as error:
         raise OSError(f"cannot write {path / LOCK}: {error.strerror or error}") from None
     with file:

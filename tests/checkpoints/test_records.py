@@ -1,6 +1,7 @@
 """JSON of a run's folder that is valid and of another shape: one line that names the file, whoever reads it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -88,6 +89,32 @@ def test_what_a_newer_version_adds_and_a_half_written_last_line_are_no_damage(tm
     (folder.path / "environment.json").write_text('{"new": {"a": 1}}')
     assert folder.read_json("environment.json") == {"new": {"a": 1}}
     assert folder.read_json("results.json", "none") == "none" and folder.read_lines("saves.jsonl") == []
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "loop"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "state.json", "student_ema.safetensors", ".lock"])
+def test_what_is_no_file_is_never_waited_for(tmp_path, run, name, what):
+    folder = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    file = (folder.path if name in ("metrics.jsonl", ".lock") else folder.checkpoint_path(10)) / name
+    file.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(file)
+    elif what == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if what == "device" else file)
+    calls = {
+        "metrics.jsonl": folder.metrics,
+        "state.json": lambda: folder.load_state(10),
+        "student_ema.safetensors": lambda: folder.load_tensors(10, "student_ema"),
+        ".lock": lambda: folder.locked().__enter__(),
+    }
+    if name == ".lock" and what in ("pipe", "device"):
+        calls[name]()  # which can be held like a file
+        return
+    said = {"pipe": "is a pipe or a device", "device": "is a pipe or a device", "folder": "[Ii]s a (folder|directory)"}
+    with pytest.raises((ValueError, OSError), match=f"{name}.*{said.get(what, 'Too many levels of symbolic links')}"):
+        calls[name]()
 
 
 @pytest.mark.parametrize("command", ["report RUN", "export RUN --format safetensors --outdir OUT", "train"])
