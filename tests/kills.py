@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments and go on: they end with the files of one that went through at once.
 
-    python -m tests.kills --runs 40 --seed 0         # SIGKILL, and SIGTERM in every third run; 10 minutes on 2 cores
+python -m tests.kills --runs 40 --seed 0         # SIGKILL, and SIGTERM in every third run; 10 minutes on 2 cores
 """
 
 import argparse
@@ -13,7 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import hostile, hostile_inputs
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")  # before numpy is imported: a process with threads is not to be forked
+
+from . import hostile, hostile_inputs  # noqa: E402
 
 # Cycles of 4 steps; records, saves, measurements and pictures at steps of their own.
 RUN = (
@@ -83,6 +86,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
     sys.exit(main())
