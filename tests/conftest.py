@@ -46,8 +46,28 @@ def backend_device(request):
     return device
 
 
+# Two files run at a time: the longest start first, so that none of them is left for the end with one core idle.
+# test_parity.py stands behind test_execution.py, whose compiled code it uses again.
+LONGEST_FIRST = [
+    "test_kernels_aot.py",
+    "test_launch.py",
+    "test_execution.py",
+    "test_export.py",
+    "test_faults.py",
+    "test_kernels.py",
+    "test_nets.py",
+    "test_operators.py",
+    "test_parity.py",
+    "test_evaluation.py",
+    "test_inception.py",
+    "test_cli.py",
+]
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu need a CUDA device and are counted as skipped without one."""
+    """The order of files, and tests marked gpu: they need a CUDA device and are counted as skipped without one."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

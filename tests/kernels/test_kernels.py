@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import KERNEL_DEVICE
-from test_philox import KNOWN_ANSWERS
+from random123 import KNOWN_ANSWERS
 
 from bench.shapes import network_norms
 from hsivi_fast.kernels import affine_noise_step as step

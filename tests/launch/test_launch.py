@@ -1,4 +1,4 @@
-"""The launchers as users start them: one node, two nodes, Slurm; a rank that is killed; sampling and evaluation on several ranks."""
+"""The launchers as users start them: one node, two nodes, Slurm; a rank that is killed; measuring on several ranks."""
 
 import json
 import os
@@ -65,32 +65,25 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The run of two ranks without a launcher: what launched ones are compared with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, output = launch(folder, "launch/train.py", *RUN, "eval.num_samples=30", "--outdir", folder / "run")
-    assert code == 0, output
+    arguments = ["train", *RUN, "eval.num_samples=30", "--outdir", str(folder / "run")]
+    results = command_on_ranks(folder, 2, arguments)
+    assert [code for code, _ in results] == [0, 0], results[0][1]
     return folder / "run"
 
 
 @needs_deepspeed
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(tmp_path, undisturbed):
-    code, output = launch(
-        tmp_path,
-        "tests/support/faulty_rank.py",
-        *RUN,
-        "eval.num_samples=30",
-        "--outdir",
-        tmp_path / "run",
-        FAULT="kill:1:5",
-    )
+    arguments = [*RUN, "eval.num_samples=30", "--outdir", tmp_path / "run"]
+    code, output = launch(tmp_path, "tests/support/faulty_rank.py", *arguments, FAULT="kill:1:5")
     assert code != 0 and seconds_since_the_kill(output) < 60
     (line,) = [line for line in output.splitlines() if line.startswith("hsivi:")]
-    assert re.match(
-        r"hsivi: rank 1 \(.*\) is lost: no sign of life for \d+ s, last seen at .*; the run goes on from its newest checkpoint",
-        line,
-    )
+    lost = r"hsivi: rank 1 \(.*\) is lost: no sign of life for \d+ s, last seen at .*"
+    assert re.match(f"{lost}; the run goes on from its newest checkpoint", line)
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
-    code, output = launch(tmp_path, "launch/train.py", *RUN, "eval.num_samples=30", "--outdir", tmp_path / "run")
+    code, output = launch(tmp_path, "launch/train.py", *arguments)
     assert code == 0, output
     assert losses(tmp_path / "run") == losses(undisturbed)
     for file in (undisturbed / "checkpoints" / "step_6").glob("*.safetensors"):
@@ -109,9 +102,8 @@ def test_evaluation_and_sampling_on_two_ranks_are_those_of_one(tmp_path, undistu
     (row,) = [line.split() for line in output.splitlines() if line.startswith("HSIVI (EMA)")]
     assert row[3] == f"{expected['frechet_distance']:.2f}"
 
-    (code, output), (other_code, _) = command_on_ranks(
-        tmp_path, 2, ["sample", str(undisturbed), "--seeds", "0-6", "--outdir", str(tmp_path / "pictures")]
-    )
+    arguments = ["sample", str(undisturbed), "--seeds", "0-6", "--outdir", str(tmp_path / "pictures")]
+    (code, output), (other_code, _) = command_on_ranks(tmp_path, 2, arguments)
     assert (code, other_code) == (0, 0), output
     images = sample(undisturbed, range(7)).numpy()
     for seed, image in enumerate(images):
@@ -135,18 +127,9 @@ def test_the_distance_on_ranks_is_that_of_one_process(undisturbed):
 @needs_deepspeed
 def test_two_nodes_without_ssh_are_one_run(tmp_path):
     """2 x 2 ranks, as two machines would start them."""
-    node = lambda number: start(
-        ["launch/multinode.sh", *RUN, "distributed.zero=2", "--outdir", tmp_path / "run"],
-        tmp_path,
-        f"node_{number}.txt",
-        IP_ADDR="127.0.0.1",
-        NUM_NODES="2",
-        NODE_RANK=str(number),
-        GPUS="2",
-        PORT=port,
-    )
-    port = str(free_port())
-    nodes = [node(0), node(1)]
+    command = ["launch/multinode.sh", *RUN, "distributed.zero=2", "--outdir", tmp_path / "run"]
+    shared = {"IP_ADDR": "127.0.0.1", "NUM_NODES": "2", "GPUS": "2", "PORT": str(free_port())}
+    nodes = [start(command, tmp_path, f"node_{node}.txt", NODE_RANK=str(node), **shared) for node in (0, 1)]
     codes = [process.wait(150) for process in nodes]
     assert codes == [0, 0], (tmp_path / "node_0.txt").read_text() + (tmp_path / "node_1.txt").read_text()
     assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -161,7 +144,9 @@ def test_slurm_starts_one_launcher_a_node_and_tells_it_who_it_is(tmp_path):
     for name, text in {
         "scontrol": "echo gpu-07; echo gpu-09\n",
         "srun": 'shift 2\nfor id in 0 1; do SLURM_NODEID=$id "$@"; done\n',
-        "deepspeed": 'while [ $# -gt 0 ]; do if [ "$1" = --hostfile ]; then echo "hosts:" $(cat "$2"); shift 2; else echo "$1"; shift; fi; done | tr "\\n" " "; echo\n',
+        "deepspeed": """while [ $# -gt 0 ]; do
+            if [ "$1" = --hostfile ]; then echo "hosts:" $(cat "$2"); shift 2; else echo "$1"; shift; fi
+        done | tr "\\n" " "; echo\n""",
     }.items():
         (programs / name).write_text(f"#!/bin/bash\n{text}")
         (programs / name).chmod(0o755)
@@ -179,9 +164,9 @@ def test_slurm_starts_one_launcher_a_node_and_tells_it_who_it_is(tmp_path):
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **variables},
     )
     assert result.returncode == 0, result.stderr
+    hosts, script = "hosts: node-0 slots=8 node-1 slots=8", f"{ROOT}/launch/train.py cifar10 --outdir runs/a b "
     assert result.stdout.splitlines() == [
-        f"--no_ssh --node_rank {rank} --master_addr gpu-07 --master_port 20077 hosts: node-0 slots=8 node-1 slots=8 {ROOT}/launch/train.py cifar10 --outdir runs/a b "
-        for rank in (0, 1)
+        f"--no_ssh --node_rank {rank} --master_addr gpu-07 --master_port 20077 {hosts} {script}" for rank in (0, 1)
     ]
 
 

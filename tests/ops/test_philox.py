@@ -3,19 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from random123 import KNOWN_ANSWERS
 
 from hsivi_fast.ops import philox
 
 FULL = 0xFFFFFFFF
-KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 with 10 rounds: key, counter, output
-    ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((FULL, FULL), (FULL, FULL, FULL, FULL), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0xA4093822, 0x299F31D0),
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 
 
 def _words(values):

@@ -1,4 +1,4 @@
-"""Numbers that the published implementation printed (see golden/README.md), and the weights that it printed them for."""
+"""Numbers that the published implementation printed (see golden/README.md), and the weights they are printed for."""
 
 import zlib
 from pathlib import Path

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from ranks import run_ranks
-from safetensors.torch import load_file
+from run_files import checkpoint, distance, losses_of
 
 from hsivi_fast.config import load_config
 from hsivi_fast.training.engine import PlainEngine
@@ -81,25 +81,6 @@ def train_cases(folder, size):
     return results
 
 
-def losses_of(folder):
-    """The score network's loss of every step, and the student's after them."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss_score_net", "loss_student")
-    return [record[name] for name in names for record in records if record[name] is not None]
-
-
-def distance(own, other):
-    """|own - other| / |other| of two {name: tensor}, as one long vector."""
-    assert own.keys() == other.keys()
-    difference = sum(float((own[name].double() - other[name].double()).square().sum()) for name in other)
-    return (difference / sum(float(other[name].double().square().sum()) for name in other)) ** 0.5
-
-
-def checkpoint(folder, stem, step=STEPS):
-    """One file of a checkpoint, {name: tensor}."""
-    return load_file(folder / "checkpoints" / f"step_{step}" / f"{stem}.safetensors")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{ranks: (folder, {case: gradients})}."""
@@ -141,11 +122,11 @@ def test_the_training_is_that_of_one_plain_process(runs, size, engine, zero, var
     for stem in ("student", "score_net"):
         for suffix in ("", "_ema", "_optimizer"):
             file, close = stem + suffix, 1e-6 if variant != "bf16" else 2e-3
-            assert distance(checkpoint(folder, file), checkpoint(reference, file)) < close, file
+            assert distance(checkpoint(folder, file, STEPS), checkpoint(reference, file, STEPS)) < close, file
     if variant != "bf16":  # it starts at 0 and moves by 1e-4, so this is of the movement itself
         for stem in ("student", "student_ema"):
             own, expected = (
-                {"log_gamma": checkpoint(where, stem)["log_scaled_gamma"]} for where in (folder, reference)
+                {"log_gamma": checkpoint(where, stem, STEPS)["log_scaled_gamma"]} for where in (folder, reference)
             )
             assert float(expected["log_gamma"].abs().max()) > 1e-5
             assert distance(own, expected) < 1e-2

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from test_parity import checkpoint, distance, losses_of
+from run_files import checkpoint, distance, losses_of
 
 from hsivi_fast.config import load_config
 from hsivi_fast.training import trainer
