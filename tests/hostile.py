@@ -149,7 +149,11 @@ def complaints(given, folder, status, peak, seconds, before, limit=SECONDS):
     said = _text(folder / "stderr")
     if "Traceback (most recent call last)" in said + _text(folder / "stdout"):
         found.append("traceback")
-    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and not BAR.search(line)]
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", said)
+        if line.startswith("hsivi: ") or (line.strip() and not BAR.search(line))
+    ]
     others = [line for line in lines if not line.startswith("hsivi: ") and not OURS.match(line)]
     if "traceback" not in found and others:
         found.append(f"stderr has {len(others)} lines of others, first: {others[0][:150]}")
