@@ -666,7 +666,7 @@ def numbers(rng, folder, fixtures):
                 "--num-samples",
                 "4",
                 "--save-images",
-                rng.choice(("a.npz", "out", "..", "a.npz/b", "/dev/null", "")),
+                rng.choice(("a.npz", "out", ".", "a.npz/b", "/dev/null", "")),
             ],
             ["eval", fixtures.run, "--num-samples", "4", "--ref", rng.choice(WORDS)],
             ["train", "smoke", "--dry-run", "--processes", value],
@@ -696,7 +696,7 @@ def numbers(rng, folder, fixtures):
                 rng.choice(("smoke", "nowhere", "", ".", "/", "smoke.yaml", "x" * 300, "a\0")),
                 *QUICK,
                 "--outdir",
-                rng.choice(("out", "/dev/null", "a/../out", "", "missing/../../x", "x" * 300)),
+                rng.choice(("out", "/dev/null", "a/../out", "", "missing/../x", "x" * 300)),
             ],
             [rng.choice(("train", "sample", "evil", "", "--help", "-v")), rng.choice(("--help", "--x", "-", ""))],
         )
