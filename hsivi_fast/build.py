@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .checkpoints.run_folder import RunFolder
+from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config
 from .execution import Execution
@@ -179,6 +179,10 @@ def _initialised(network, config, stem):
     if not file.is_file():
         problem = f"init: {config.init!r} is neither a trained run nor a folder with {stem}.safetensors"
         raise ValueError(f"{problem}; train the run first, or say where it is with init=FOLDER")
+    try:
+        check_sum(file)
+    except ValueError as error:
+        raise ValueError(f"init: {file}: damaged ({error}); start from another checkpoint") from None
     load_weights(network, read_weights(file), file)
     return network
 

@@ -150,6 +150,7 @@ def sample(run, seeds, outdir, batch, weights, **changes):
     import numpy as np
     from tqdm import tqdm
 
+    from .checkpoints.files import write_arrays, write_atomically
     from .checkpoints.run_folder import RunFolder
     from .metrics.image_files import write_pictures
     from .report.figures import image_grid
@@ -163,11 +164,11 @@ def sample(run, seeds, outdir, batch, weights, **changes):
     if not _is_main():
         return
     if images.ndim == 2:
-        np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
+        write_arrays(target / "points.npz", points=images, seeds=np.array(numbers))
         click.echo(f"{len(images)} points: {target / 'points.npz'}")
         return
     write_pictures(target, numbers, images.transpose(0, 2, 3, 1))
-    (target / "grid.png").write_bytes(image_grid(images[:256]))
+    write_atomically(target / "grid.png", image_grid(images[:256]))
     click.echo(f"{len(images)} images and grid.png: {target}")
 
 
@@ -331,7 +332,9 @@ def _output_folder(path):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
-    path.mkdir(parents=True, exist_ok=True)
+    from .checkpoints.files import make_folder
+
+    make_folder(path)
     return path
 
 

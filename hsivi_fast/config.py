@@ -222,8 +222,11 @@ def load_config(config, overrides=()):
 
 
 def resolved_dict(config):
-    """The configuration as plain nested dicts, lists and scalars, as config.yaml in a run's folder holds it."""
-    return _listed(dataclasses.asdict(config))
+    """The configuration as plain nested dicts, lists and scalars, as config.yaml in a run's folder holds it.
+
+    A file that ships with the package stands there by its name, so that it is the same in every checkout.
+    """
+    return _with_files(_listed(dataclasses.asdict(config)), _shipped_name)
 
 
 def resolved_yaml(config):
@@ -241,7 +244,7 @@ def read_resolved(file):
 
 def config_from_dict(values):
     """The inverse of `resolved_dict`; raises ValueError like `load_config`."""
-    return _validated(values)
+    return _validated(_with_files(values, _shipped_file))
 
 
 def change_config(config, changes):
@@ -356,7 +359,7 @@ def _override(values, override):
 
 
 # (section, key) of the settings that name a file or folder.
-_FILES = (
+FILES = (
     (None, "data_path"),
     (None, "init"),
     ("teacher", "checkpoint"),
@@ -370,17 +373,47 @@ def _with_absolute_paths(values, folder):
 
     A file is looked for in `folder`, in the working directory and among the package's assets.
     """
-    for name, key in _FILES:
+
+    def absolute(key, file):
+        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
+        if os.path.isabs(file) or is_known_name:
+            return file
+        found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
+        return str(found[0].resolve()) if found else file
+
+    return _with_files(values, absolute)
+
+
+def _with_files(values, change):
+    """The values with change(key, text) in the place of every file or folder that they name."""
+    if not isinstance(values, dict):
+        return values  # which has a message of its own
+    for name, key in FILES:
         section = values.get(name) if name else values
         file = section.get(key) if isinstance(section, dict) else None
-        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
-        if not isinstance(file, str) or os.path.isabs(file) or is_known_name:
-            continue
-        found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
-        if found:
-            section = {**section, key: str(found[0].resolve())}
+        changed = change(key, file) if isinstance(file, str) else file
+        if changed != file:
+            section = {**section, key: changed}
             values = {**values, name: section} if name else section
     return values
+
+
+def _shipped_name(key, file):
+    """The name of a file among the package's assets; any other text as it is."""
+    path = Path(file)
+    return path.name if path.parent in (ASSETS, ASSETS.resolve()) and (ASSETS / path.name).is_file() else file
+
+
+def _shipped_file(key, file):
+    """The path of a file of the package's assets: of a name, or of a path in another checkout that is not there now.
+
+    Any other text as it is.
+    """
+    path = Path(file)
+    named = file == path.name and file not in PUBLISHED_TEACHERS
+    elsewhere = path.parts[-3:-1] == ("hsivi_fast", "assets") and not path.exists()
+    shipped = ASSETS / path.name
+    return str(shipped.resolve()) if (named or elsewhere) and shipped.is_file() else file
 
 
 def _validated(values):

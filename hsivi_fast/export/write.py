@@ -5,7 +5,7 @@ Every export is compared with the run's own sampler before it is there: it is wr
 
 from pathlib import Path
 
-from ..checkpoints.files import written_beside
+from ..checkpoints.files import make_folder, written_beside
 from ..checkpoints.run_folder import RunFolder
 from ..parallel.world import ALONE
 from ..sampling.sampler import load_sampler
@@ -47,7 +47,7 @@ def export_run(run, format, outdir, weights="ema", step=None):
     sampler, context, step = load_sampler(folder, ALONE, weights, step, changes)
     description = describe(context.config, sampler, step, weights)
 
-    outdir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir.parent)
     with written_beside(outdir) as unfinished:
         unfinished.mkdir()
         description = WRITERS[format](sampler, context.config, description, unfinished)

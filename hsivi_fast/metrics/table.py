@@ -22,7 +22,7 @@ SAMPLERS = {
 
 def sampler_title(name):
     """What a sampler of results.json is called in tables and pictures."""
-    return SAMPLERS[name]
+    return SAMPLERS.get(name, name)
 
 
 def spread_key(column):
@@ -42,7 +42,7 @@ def table_lines(rows):
 
 
 def _cell(row, column):
-    spread, digits = row[spread_key(column)], 2 if column == "frechet_distance" else 4
+    spread, digits = row.get(spread_key(column)), 2 if column == "frechet_distance" else 4
     return f"{row[column]:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
 
 

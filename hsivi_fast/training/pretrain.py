@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import ops
 from ..build import build_context, build_network
+from ..checkpoints.files import write_tensors
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
@@ -51,12 +51,20 @@ def train_teacher(config, outdir, progress=False):
         raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
-    folder = RunFolder.start(outdir, config)
-    with folder.locked(), StopRequest() as stop, _bar(settings.steps, f"teacher {config.name}", progress) as bar:
-        step, total, count = 0, torch.zeros((), device=device), 0
-        if folder.checkpoints():
-            step = folder.checkpoints()[-1]
-            engine.load("teacher", lambda stem: folder.load_tensors(step, stem), folder.load_state(step))
+    title = f"teacher {config.name}"
+    with (
+        RunFolder.taken(outdir, config) as folder,
+        StopRequest() as stop,
+        _bar(settings.steps, title, progress) as bar,
+    ):
+        step, state = folder.newest_state(["teacher_updates"])
+        total, count = torch.zeros((), device=device), 0
+        if state is not None:
+            engine.load("teacher", lambda stem: folder.load_tensors(step, stem), state)
+            before, count = (state.get("losses") or {}).get("loss", (0.0, 0))  # since the last record
+            total += before
+        folder.take_up()
+        folder.drop_old_checkpoints()
         folder.forget_metrics_after(step)
         bar.update(step)
         while step < settings.steps:
@@ -68,26 +76,29 @@ def train_teacher(config, outdir, progress=False):
             engine.step(_rate(settings, step))
             total, count = total + loss, count + 1
             stopping = stop.requested  # read once, as in trainer.py
-            save = step % config.save_every == 0 or step == settings.steps or stopping
-            if save or step % config.log_every == 0:
+            scheduled = step % config.save_every == 0 or step == settings.steps
+            if scheduled or stopping or step % config.log_every == 0:
                 mean = float(total) / count
-                total, count = torch.zeros_like(total), 0
                 if not math.isfinite(mean):
                     raise FloatingPointError(
                         f"the loss is not finite before step {step}; try a smaller teacher_train.lr"
                     )
-                folder.append("metrics.jsonl", {"step": step, "loss": mean, "lr": _rate(settings, step)})
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            if save:
+            if scheduled or step % config.log_every == 0:
+                folder.append("metrics.jsonl", {"step": step, "loss": mean, "lr": _rate(settings, step)})
+                total, count = torch.zeros_like(total), 0
+            if scheduled or stopping:
                 tensors, numbers = engine.state("teacher")
-                folder.save_checkpoint(step, tensors, {"metric": None, **numbers})
+                losses = {"loss": (float(total), count)}
+                stopped = {"stopped": not scheduled, "losses": losses}
+                folder.save_checkpoint(step, tensors, {"metric": None, **stopped, **numbers})
                 folder.drop_old_checkpoints()
             bar.update(1)
             if stopping:
                 where = f"stopped at step {step} of {settings.steps}; saved in {folder.path}"
                 raise Interrupted(f"{where}; the same command goes on from there", stopping)
     file = folder.path / "teacher.safetensors"
-    save_file({name: value.cpu().contiguous() for name, value in engine.averaged().items()}, file)
+    write_tensors(file, engine.averaged())
     return file
 
 
@@ -134,7 +145,7 @@ def train_feature_network(config, outdir, progress=False):
         for batch in images.split(250):
             moments.add(network.features(batch))
     file = Path(outdir) / "features.safetensors"
-    save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
+    write_tensors(file, network.state_dict())
     statistics = {**moments.statistics(), "features": describe_features(config.data, file)}
     save_statistics(Path(outdir) / "reference.npz", statistics)
     return file

@@ -45,7 +45,7 @@ def train(config, outdir=None, fresh=False, progress=False):
     with world.watched(config.distributed.timeout):
         refuse_strangers(world, config)
         training = Training(config, world, outdir, fresh, progress=progress and world.is_main)
-        with training.locked():
+        with training.in_its_folder():
             with StopRequest() as stop, training.journal:
                 training.resume()
                 while training.step < config.train.steps:
@@ -61,8 +61,9 @@ class Due:
 
     stopping: int  # the number of the signal that asks the run to end, 0 for none
     measure: bool
-    save: bool
     log: bool
+    save: bool
+    scheduled: bool  # the save, which a stop asks for at any step
     pictures: bool
 
 
@@ -74,12 +75,15 @@ class Training:
 
     def __init__(self, config, world, outdir, fresh, progress):
         self.config, self.world, self.progress = config, world, progress
-        self.step = 0
+        self.outdir, self.fresh, self.step = outdir, fresh, 0
+        # Told before anything is built. The folder is made and held in `in_its_folder`.
+        has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
         self.context = context = build_context(config, world, teacher=True)
         # A machine may have another file under that name.
         world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
         # A run that goes on has its own checkpoint: what it started from may be gone.
-        is_new = world.from_main(lambda: not any((outdir / "checkpoints").glob("step_*")))
+        is_new = world.from_main(lambda: not (has_run and RunFolder(outdir).checkpoints()))
+        self.is_new = is_new
         world.mark("preparing the student")
         self.student = build_engine(context, build_student(context, from_init=is_new))
         world.mark("preparing the score network")
@@ -89,20 +93,27 @@ class Training:
         self.guard = FiniteGuard(context)
         self.metric = build_metric(context) if config.eval.num_samples else None
         self.averaged = AveragedStudent(context, self.student)
-        self.folder = world.from_main(lambda: RunFolder.start(outdir, config, fresh))
-        self.journal = Journal(context, self.folder, progress)
 
-    def locked(self):
-        """Hold the run's folder for this training; rank 0 does it for all."""
-        return self.folder.locked() if self.world.is_main else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def in_its_folder(self):
+        """Hold the run's folder for this training, from before it is looked at to the end; rank 0 does it for all."""
+        with contextlib.ExitStack() as held:
+            self.folder = self.world.from_main(lambda: held.enter_context(self._taken()))
+            self.journal = Journal(self.context, self.folder, self.progress)
+            yield
+
+    def _taken(self):
+        return RunFolder.taken(self.outdir, self.config, self.fresh)
 
     def resume(self):
         """Take up the newest checkpoint, if there is one, and make ready for the step after it."""
         self.world.mark("loading")
-        self.step = self._load_newest()
+        state = self._load_newest()
         if self.world.is_main:
+            self.folder.take_up()
+            self.folder.drop_old_checkpoints()  # which a process that was killed may have left
             self.folder.write_json("environment.json", describe_environment(self.context))
-        self.journal.start(self.step)
+        self.journal.start(self.step, state)
         if self.step < self.config.train.steps:
             if self.world.is_main:
                 (self.folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
@@ -129,16 +140,17 @@ class Training:
         stop: a `StopRequest`. Raises `Interrupted` where it asks the run to end, after a save.
         """
         due = self._due(stop)
-        if due.save or due.log:
+        if due.save or due.log or due.pictures:
             self.guard.check(self.folder)
-            distance = self.averaged.distance(self.metric) if due.measure else None
+        distance = self.averaged.distance(self.metric) if due.measure else None
+        if due.log:
             self.journal.log(self.step, *self._learning_rates(), distance)
-            if due.save:
-                self._save(distance)
+        # Before the checkpoint: a process that is killed in between trains these steps again and draws them again.
         if due.pictures:
-            self.guard.check(self.folder)
             began = time.perf_counter()
             self.journal.show(self.step, *self.averaged.pictures(), began)
+        if due.save:
+            self._save(distance, stopped=not due.scheduled)
         self.journal.advance(self.step)
         if due.stopping:
             where = f"stopped at step {self.step} of {self.config.train.steps}; saved in {self.folder.path}"
@@ -162,8 +174,9 @@ class Training:
         meeting = self.world.size == 1 or step % config.train.f_learning_times == 0 or log
         stopping = self.world.greatest(stop.requested or 0) if meeting else 0
         measure = self.metric is not None and config.eval.every > 0 and step % config.eval.every == 0
-        save = measure or bool(stopping) or step % config.save_every == 0 or step == config.train.steps
-        return Due(stopping, measure, save, log, pictures=pictures_due(config, step, measure) and not stopping)
+        scheduled = measure or step % config.save_every == 0 or step == config.train.steps
+        pictures = pictures_due(config, step, measure)
+        return Due(stopping, measure, log or scheduled, bool(stopping) or scheduled, scheduled, pictures)
 
     def _note(self, name, losses, k):
         self.guard.watch(losses, k, self.step)
@@ -179,26 +192,34 @@ class Training:
         return {"student": self.student, "score_net": self.score_net}.items()
 
     def _load_newest(self):
-        """Restore both engines from the newest checkpoint and return its step; 0 where there is none."""
-        step, state = self.world.from_main(self.folder.newest_state)
-        if step:
+        """Restore both engines from the newest checkpoint and return its state, with its step; None where none is."""
+        needed = [f"{name}_updates" for name, _ in self._engines()]
+        self.step, state = self.world.from_main(lambda: self.folder.newest_state(needed))
+        if self.is_new != (state is None):
+            problem = "another process has trained there, or deleted what it had, while this one was starting"
+            raise ValueError(f"outdir {str(self.outdir)!r}: {problem}; start the command again")
+        if state is not None:
             for name, engine in self._engines():
-                engine.load(name, lambda stem: self._tensors(step, stem), state)
-        return step
+                engine.load(name, lambda stem: self._tensors(self.step, stem), state)
+        return state
 
     def _tensors(self, step, stem):
         return self.world.tensors_from_main(lambda: self.folder.load_tensors(step, stem))
 
-    def _save(self, distance):
-        """Write a checkpoint, and let old ones go when all ranks know that it is there."""
+    def _save(self, distance, stopped):
+        """Write a checkpoint, and let old ones go when all ranks know that it is there.
+
+        stopped: whether it is written because the run is asked to end, and not by itself.
+        """
         start = time.perf_counter()
         self.world.mark(f"saving step {self.step}")
-        tensors, state = {}, {"metric": distance}
+        tensors, state = {}, {"metric": distance, "stopped": stopped, "losses": self.journal.losses()}
         for name, engine in self._engines():
             files, numbers = engine.state(name)
             tensors.update(files)
             state.update(numbers)
         size = self.world.from_main(lambda: self.folder.save_checkpoint(self.step, tensors, state))
         if self.world.is_main:
+            self.folder.take_up()
             self.folder.drop_old_checkpoints()
         self.journal.saved(self.step, time.perf_counter() - start, size)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoint_files import rewrite
 from safetensors.torch import load_file, save_file
 from small_checkpoints import DDPM, random_weights, run_config, with_module_prefix
 
@@ -102,7 +103,7 @@ def test_conversions_that_cannot_be_are_named(tmp_path, run):
     assert "its tensors are of none of our UNets (layers.0.weight, ...)" in message(
         tmp_path / "classifier.safetensors", tmp_path / "x"
     )
-    save_file(random_weights(DDPM), folder.checkpoint_path(20) / "student.safetensors")
+    rewrite(folder.checkpoint_path(20), "student", random_weights(DDPM))
     assert "of another network than the run's teacher, they differ in log_scaled_gamma" in message(
         folder, tmp_path / "x.pt"
     )
