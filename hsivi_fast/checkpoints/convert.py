@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ..nets import build_unet
 from .download import locate_checkpoint
-from .files import written_beside
+from .files import as_written, written_beside
 from .formats import read_checkpoint
 from .published_format import LOG_GAMMA, publishable_network, published_content
 from .run_folder import RunFolder
@@ -32,7 +32,7 @@ def convert_checkpoint(source, to, step=None):
     What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, `to` is
     taken or of the other kind, or the published code's networks cannot be the run's.
     """
-    to = Path(to).absolute()
+    to = as_written(to).absolute()
     if (Path(source) / "config.yaml").is_file():
         return [_run_as_published(RunFolder(source), to, step)]
     if step is not None:

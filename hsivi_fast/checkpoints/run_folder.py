@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import config_difference, config_from_dict, read_resolved, resolved_dict, resolved_yaml
-from .files import sync, write_atomically, written_beside
+from .files import as_written, sync, write_atomically, written_beside
 
 CHECKPOINTS_KEPT = 2  # besides the best
 
@@ -57,7 +57,7 @@ class RunFolder(os.PathLike):
         Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or
         `fresh` was asked for and a run is there.
         """
-        path = Path(path)
+        path = as_written(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
         holds_run, steps_before = (path / "config.yaml").is_file(), None

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..build import build_context, build_untrained_student
 from ..checkpoints.download import file_sha256
+from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
@@ -164,7 +165,7 @@ def load_exported(folder, device="auto", backend="auto"):
 
 def _free(outdir):
     """The absolute path of a folder that is not there yet, or is empty."""
-    path = Path(outdir).absolute()
+    path = as_written(outdir).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(outdir)!r}: is a file; give a folder")
     if path.is_dir() and any(path.iterdir()):

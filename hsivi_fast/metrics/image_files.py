@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checkpoints.files import as_written
 from ..parallel.world import ALONE
 
 
@@ -26,7 +27,7 @@ class ImageFiles:
     """
 
     def __init__(self, path, world):
-        self.path, self.world, self.parts = Path(path), world, []
+        self.path, self.world, self.parts = as_written(path), world, []
         self.one_file = self.path.suffix.lower() == ".npz"
         world.from_main(self._prepare)  # the others wait: what they write must not be found there
         if not self.one_file:

@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..config import resolved_dict
 from ..data import to_uint8
@@ -122,7 +123,7 @@ def compare_runs(folders, outfile, backend=None):
         page.folded(label, page.preformatted((folder.path / "config.yaml").read_text()))
         for label, folder in runs.items()
     )
-    outfile = Path(outfile)
+    outfile = as_written(outfile)
     outfile.parent.mkdir(parents=True, exist_ok=True)
     outfile.write_bytes(
         page.html_page(

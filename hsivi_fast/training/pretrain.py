@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +10,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import ops
-from ..build import build_context, in_form_of
+from ..build import build_context, choose_device, in_form_of
+from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
@@ -19,8 +19,10 @@ from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
 from ..nets import build_unet
 from ..parallel.interrupt import Interrupted, StopRequest
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import ALONE, processes
 from .engine import PlainEngine
+from .estimate import check_teacher_memory
 
 # Purposes of the run seed's random numbers (see rollout.py for those of the distillation).
 IMAGES, TIMES, NOISE = range(101, 104)
@@ -34,7 +36,7 @@ def train_teacher(config, outdir, progress=False):
 
     Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued.
     Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
-    no data or is another run's, and `Interrupted` after SIGINT or SIGTERM, when it has been saved.
+    no data or is another run's, and `Interrupted` after SIGINT, SIGTERM or SIGHUP, when it has been saved.
     """
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
@@ -42,6 +44,7 @@ def train_teacher(config, outdir, progress=False):
         launched = f"{processes()} processes were launched"
         raise ValueError(f"WORLD_SIZE: {launched}; a teacher is trained in one, start it without a launcher")
     settings = config.teacher_train
+    check_teacher_memory(config, choose_device(config.device))
     context = build_context(dataclasses.replace(config, cuda_graphs=False), ALONE)
     device = context.device
     images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
@@ -54,7 +57,9 @@ def train_teacher(config, outdir, progress=False):
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
     folder = RunFolder.start(outdir, config)
-    with folder.locked(), StopRequest() as stop, _bar(settings.steps, f"teacher {config.name}", progress) as bar:
+    advice = memory_advice(f"teacher_train.batch_size: {settings.batch_size}; lower it")
+    bar = _bar(settings.steps, f"teacher {config.name}", progress)
+    with folder.locked(), StopRequest() as stop, bar, advice:
         step, total, count = 0, torch.zeros((), device=device), 0
         if folder.checkpoints():
             step = folder.checkpoints()[-1]
@@ -146,10 +151,12 @@ def train_feature_network(config, outdir, progress=False):
     with torch.no_grad():
         for batch in images.split(250):
             moments.add(network.features(batch))
-    file = Path(outdir) / "features.safetensors"
+    outdir = as_written(outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    file = outdir / "features.safetensors"
     save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
     statistics = {**moments.statistics(), "features": describe_features(config.data, file)}
-    save_statistics(Path(outdir) / "reference.npz", statistics)
+    save_statistics(outdir / "reference.npz", statistics)
     return file
 
 
