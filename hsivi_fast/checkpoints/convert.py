@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ..nets import build_unet
 from .download import locate_checkpoint
-from .files import make_folder, write_atomically, write_tensors, written_beside
+from .files import as_written, make_folder, write_atomically, write_tensors, written_beside
 from .formats import read_checkpoint
 from .published_format import LOG_GAMMA, publishable_network, published_content
 from .run_folder import RunFolder
@@ -31,7 +31,7 @@ def convert_checkpoint(source, to, step=None):
     What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, `to` is
     taken or of the other kind, or the published code's networks cannot be the run's.
     """
-    to = Path(to).absolute()
+    to = as_written(to).absolute()
     if (Path(source) / "config.yaml").is_file():
         return [_run_as_published(RunFolder(source), to, step)]
     if step is not None:

@@ -17,6 +17,16 @@ from safetensors.torch import save_file
 UNFINISHED = ".unfinished"
 
 
+def as_written(path):
+    """The path that a user's path means when it is written to.
+
+    Behind a folder that is not there yet, ".." means another place before that folder is made than after; so such a
+    path is resolved first.
+    """
+    path = Path(path)
+    return path.resolve() if ".." in path.parts else path
+
+
 @contextlib.contextmanager
 def written_beside(path, replace=False, shared=False):
     """Give a hidden path beside `path`, where the caller writes a file or folder that becomes `path` at the end.

@@ -24,6 +24,7 @@ from . import records
 from .files import (
     WriteError,
     append_line,
+    as_written,
     file_sha256,
     make_folder,
     remove_unfinished,
@@ -114,7 +115,7 @@ class RunFolder(os.PathLike):
 
         Raises ValueError as `taken` does; writes nothing.
         """
-        path = Path(path)
+        path = as_written(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
         if not (path / "config.yaml").is_file():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..checkpoints.files import make_folder, write_arrays, written_beside
+from ..checkpoints.files import as_written, make_folder, write_arrays, written_beside
 
 
 def write_pictures(folder, seeds, pixels):
@@ -34,7 +34,7 @@ class ImageFiles:
     """
 
     def __init__(self, path, world):
-        self.path, self.world = Path(path), world
+        self.path, self.world = as_written(path), world
         self.batches = []  # of an npz: arrays [B, H, W, C]
         self.one_file = self.path.suffix.lower() == ".npz"
         world.from_main(self._prepare)  # the others wait: what they write must not be found there

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from .. import ops
+from ..build import checkpoint_to_start_from
 from ..config import resolved_dict
 from ..data import to_uint8
 from ..report.figures import image_grid, log_gamma_picture
@@ -102,6 +103,8 @@ class Journal:
         going_on = f", going on from step {step} of {total}" if step else ""
         if step == total:
             going_on = f", trained already to step {step}"
+        elif not step and self.config.init is not None:
+            going_on = f", starting from {checkpoint_to_start_from(self.config)[1]}"
         place = f"device {self.context.device}, run folder {self.folder.path}"
         return f"backend {backend}{interpreted}, {place}{going_on}"
 

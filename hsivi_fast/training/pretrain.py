@@ -3,23 +3,24 @@
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import ops
-from ..build import build_context, build_network
-from ..checkpoints.files import write_tensors
+from ..build import build_context, build_network, choose_device
+from ..checkpoints.files import as_written, make_folder, write_tensors
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
 from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
 from ..parallel.interrupt import Interrupted, StopRequest
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import ALONE, processes
 from .engine import PlainEngine
+from .estimate import check_teacher_memory
 
 # Purposes of the run seed's random numbers (see rollout.py for those of the distillation).
 IMAGES, TIMES, NOISE = range(101, 104)
@@ -33,7 +34,7 @@ def train_teacher(config, outdir, progress=False):
 
     Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued.
     Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
-    no data or is another run's, and `Interrupted` after SIGINT or SIGTERM, when it has been saved.
+    no data or is another run's, and `Interrupted` after SIGINT, SIGTERM or SIGHUP, when it has been saved.
     """
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
@@ -41,6 +42,7 @@ def train_teacher(config, outdir, progress=False):
         launched = f"{processes()} processes were launched"
         raise ValueError(f"WORLD_SIZE: {launched}; a teacher is trained in one, start it without a launcher")
     settings = config.teacher_train
+    check_teacher_memory(config, choose_device(config.device))
     context = build_context(dataclasses.replace(config, cuda_graphs=False), ALONE)
     device = context.device
     images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
@@ -51,11 +53,15 @@ def train_teacher(config, outdir, progress=False):
         raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
-    title = f"teacher {config.name}"
+    title, advice = (
+        f"teacher {config.name}",
+        memory_advice(f"teacher_train.batch_size: {settings.batch_size}; lower it"),
+    )
     with (
         RunFolder.taken(outdir, config) as folder,
         StopRequest() as stop,
         _bar(settings.steps, title, progress) as bar,
+        advice,
     ):
         step, state = folder.newest_state(["teacher_updates"])
         total, count = torch.zeros((), device=device), 0
@@ -144,10 +150,12 @@ def train_feature_network(config, outdir, progress=False):
     with torch.no_grad():
         for batch in images.split(250):
             moments.add(network.features(batch))
-    file = Path(outdir) / "features.safetensors"
+    outdir = as_written(outdir)
+    make_folder(outdir)
+    file = outdir / "features.safetensors"
     write_tensors(file, network.state_dict())
     statistics = {**moments.statistics(), "features": describe_features(config.data, file)}
-    save_statistics(Path(outdir) / "reference.npz", statistics)
+    save_statistics(outdir / "reference.npz", statistics)
     return file
 
 

@@ -9,15 +9,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..build import build_context, build_score_net, build_student
+from ..build import build_context, build_score_net, build_student, choose_device
+from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..metrics.evaluation import build_metric, final_table
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect, processes
 from ..report.run_report import write_report
 from ..sampling.solvers import check_baselines
 from .averaged import AveragedStudent
+from .estimate import check_disk, check_memory
 from .journal import Journal, check_journal, pictures_due
 from .optim import learning_rate
 from .rollout import build_rollout
@@ -34,15 +37,16 @@ def train(config, outdir=None, fresh=False, progress=False):
     Returns the `RunFolder`. Started once per process by a launcher, the processes train it together.
 
     Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being
-    finite, OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
+    finite, OSError where the disk is full, MemoryError where memory is not enough, and `Interrupted` after SIGINT,
+    SIGTERM or SIGHUP, when the run has been saved.
     """
     check_distribution(config, processes())  # before anybody waits for anybody
     check_journal(config)
     if config.eval.num_samples:
         check_baselines(config)
-    outdir = Path(outdir or Path("runs") / config.name)
+    outdir = as_written(outdir or Path("runs") / config.name)
     world = connect(config)
-    with world.watched(config.distributed.timeout):
+    with world.watched(config.distributed.timeout), memory_advice(_what_to_lower(config)):
         refuse_strangers(world, config)
         training = Training(config, world, outdir, fresh, progress=progress and world.is_main)
         with training.in_its_folder():
@@ -53,6 +57,15 @@ def train(config, outdir=None, fresh=False, progress=False):
                     training.record(stop)
             training.finish()
     return training.folder
+
+
+def _what_to_lower(config):
+    """What is said where memory is not enough after all."""
+    batch, accumulation, chunk = config.train.batch_size, config.distributed.accumulation, config.rollout.chunk
+    return (
+        f"train.batch_size: {batch} in distributed.accumulation: {accumulation} parts; lower the batch, raise "
+        f"accumulation, or lower rollout.chunk ({chunk})"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Training:
     def __init__(self, config, world, outdir, fresh, progress):
         self.config, self.world, self.progress = config, world, progress
         self.outdir, self.fresh, self.step = outdir, fresh, 0
+        check_memory(config, world.size, choose_device(config.device) if world.size == 1 else world.device)
         # Told before anything is built. The folder is made and held in `in_its_folder`.
         has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
         self.context = context = build_context(config, world, teacher=True)
@@ -84,6 +98,8 @@ class Training:
         # A run that goes on has its own checkpoint: what it started from may be gone.
         is_new = world.from_main(lambda: not (has_run and RunFolder(outdir).checkpoints()))
         self.is_new = is_new
+        if is_new:
+            world.from_main(lambda: check_disk(config, outdir))
         world.mark("preparing the student")
         self.student = build_engine(context, build_student(context, from_init=is_new))
         world.mark("preparing the score network")
