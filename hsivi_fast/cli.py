@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 
-from .checkpoints.files import as_written
 from .parallel.interrupt import Interrupted
 from .parallel.out_of_memory import is_out_of_memory
 from .parallel.seeds import Seeds
@@ -358,6 +357,8 @@ def parse_seeds(text):
 
 def _output_folder(path):
     """Where a command will write; it is made when there is something to write."""
+    from .checkpoints.files import as_written
+
     path = as_written(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")

@@ -3,7 +3,6 @@
 Every export is compared with the run's own sampler before it is there: it is written beside, checked, then renamed.
 """
 
-
 from ..checkpoints.files import as_written, make_folder, written_beside
 from ..checkpoints.run_folder import RunFolder
 from ..parallel.world import ALONE
