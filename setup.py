@@ -55,7 +55,7 @@ setup(
         "click>=8.1",
     ],
     extras_require={
-        "dev": ["ruff", "pytest", "pytest-benchmark", "pytest-xdist", "diffusers"],
+        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "diffusers"],
         "diffusers": ["diffusers"],
         "wandb": ["wandb"],
     },

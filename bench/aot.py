@@ -25,6 +25,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are defined
 
 import torch
@@ -32,12 +34,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.shapes import network_norms
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
 from hsivi_fast.kernels import noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
-
-from .shapes import network_norms
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)

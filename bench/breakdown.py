@@ -1,24 +1,32 @@
-"""Where the time of a training cycle and of sampling goes, by torch's profiler: shares of convolutions, normalisation, copies, the method, the optimizer.
+"""Where the time of a training cycle and of sampling goes, by torch's profiler: shares of kinds of operators.
 
-    python -m bench.breakdown                     CIFAR-10's network at half width, in float32 and bfloat16: three minutes on 2 cores
+The kinds are convolutions, normalisation, copies, the method, the optimizer. CIFAR-10's network at half width, in
+float32 and bfloat16, takes three minutes on 2 cores:
+
+    python -m bench.breakdown
     python -m bench.breakdown --width 128         at full width, for a GPU
 
 Eager calls: what is compiled is one kernel to the profiler.
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hsivi_fast.build import prepare_device
+from bench.measure import Row, describe, print_rows, use_modes_of, write_rows
+from bench.options import command_line
+from bench.tables import Column
+from bench.train_step import OurTraining, small_teacher
+from hsivi_fast.build import choose_device
 from hsivi_fast.sampling.sampler import Sampler
 
-from .measure import describe, table, write_rows
-from .train_step import OurTraining, small_teacher
-
+NFE, F_UPDATES, IMAGES = 10, 20, 64
+OURS = "hsivi_fast::"
 KINDS = {  # kind -> parts of operators' names, the first that fits
     "the method's own": (
         "hsivi_fast::affine",
@@ -34,11 +42,15 @@ KINDS = {  # kind -> parts of operators' names, the first that fits
     "optimizer, average, clipping": ("_fused_adam", "_foreach", "linalg_vector_norm"),
     "casts, copies, padding": ("copy_", "::cat", "pad", "clone", "contiguous", "upsample", "fill_", "zero_"),
 }
+REST = "all else"
 
 
 def kind_of(name):
     """The kind of an operator."""
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    return REST
 
 
 def shares(function, device):
@@ -49,59 +61,54 @@ def shares(function, device):
         function()
         if gpu:
             torch.cuda.synchronize(device)
-    spent = {}
+    spent = dict.fromkeys((*KINDS, REST), 0.0)
     for event in profiler.events():
         own = event.self_device_time_total if gpu else event.self_cpu_time_total
-        ancestor = event
-        while ancestor.cpu_parent is not None and not ancestor.name.startswith("hsivi_fast::"):
-            ancestor = ancestor.cpu_parent
-        name = ancestor.name if ancestor.name.startswith("hsivi_fast::") else event.name
-        spent[kind_of(name)] = spent.get(kind_of(name), 0.0) + own / 1e6
+        spent[kind_of(_name_for_kind(event))] += own / 1e6
     total = sum(spent.values())
-    return {kind: spent.get(kind, 0.0) / total for kind in (*KINDS, "all else")}, total
+    return {kind: seconds / total for kind, seconds in spent.items()}, total
+
+
+def _name_for_kind(event):
+    """The name of the operator of ours that an event is part of, or else its own."""
+    ancestor = event
+    while ancestor.cpu_parent is not None and not ancestor.name.startswith(OURS):
+        ancestor = ancestor.cpu_parent
+    return ancestor.name if ancestor.name.startswith(OURS) else event.name
+
+
+def parts_of(precision, network, batch, device):
+    """{part: function of nothing}: the parts of a training cycle, and sampling."""
+    teacher = small_teacher(network, device)
+    ours = OurTraining(precision, {"precision": precision}, teacher, network, batch, NFE, F_UPDATES)
+    context = ours.context
+    log_gamma = torch.zeros(ours.student.network.event_shape, device=device)
+    sampler = Sampler(context.teacher, context.layers, log_gamma)
+
+    def sample():
+        use_modes_of(context)
+        sampler(range(IMAGES), batch_size=IMAGES)
+
+    return {**ours.parts(), "sampling": sample}
+
+
+def share_columns(kinds):
+    """A column for each kind."""
+    return [Column(kind, f"{{shares[{kind}]:.1%}}") for kind in kinds]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=64, help="base channels of CIFAR-10's network; 128 is full width")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write one JSON object a line")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, rows = {"name": "cifar10", "channels": arguments.width}, []
+    arguments = command_line(__doc__, width=64, batch=16, json=None).parse_args()
+    device = choose_device("auto")
+    network, facts, rows = {"name": "cifar10", "channels": arguments.width}, describe(device), []
     for precision in ("fp32", "bf16"):
-        ours = OurTraining(
-            precision, {"precision": precision}, small_teacher(network, device), network, arguments.batch, 10, 20
-        )
-        sampler = Sampler(
-            ours.updates.teacher, ours.layer, torch.zeros(ours.student.network.event_shape, device=device)
-        )
-        parts = {**ours.parts(), "sampling": lambda: (prepare_device(ours.config), sampler(range(64), batch_size=64))}
-        for part, function in parts.items():
+        for part, function in parts_of(precision, network, arguments.batch, device).items():
             kinds, seconds = shares(function, device)
-            rows.append(
-                {
-                    "case": f"{part}, {precision}",
-                    "seconds": seconds,
-                    "shares": kinds,
-                    "network": network,
-                    "batch": arguments.batch,
-                    **describe(device),
-                }
-            )
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    print(
-        table(
-            rows,
-            {
-                "part": lambda r: r["case"],
-                "s": lambda r: f"{r['seconds']:.2f}",
-                **{kind: lambda r, kind=kind: f"{r['shares'][kind]:.1%}" for kind in (*KINDS, "all else")},
-            },
-        )
-    )
-    return 0
+            extras = {"seconds": seconds, "shares": kinds, "network": network, "batch": arguments.batch}
+            rows.append(Row(f"{part}, {precision}", extras=extras, **facts))
+    write_rows(arguments.json, rows)
+    columns = [Column("part", "{case}"), Column("s", "{seconds:.2f}"), *share_columns((*KINDS, REST))]
+    return print_rows(rows, columns)
 
 
 if __name__ == "__main__":

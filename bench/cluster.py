@@ -1,43 +1,45 @@
-"""A model of a training cycle on many GPUs: computed from counted work and bytes and from data sheets. Nothing that it says was measured.
+"""A model of a training cycle on many GPUs: computed from counted work and from data sheets. Nothing was measured.
 
-    python -m bench.cluster        prints the report and writes it to bench/scaling.md
+    python -m bench.cluster        prints the tables and fills them into bench/scaling.md
 
-A cycle is `F_UPDATES` updates of the score network and one of the student, on a pool that the ranks roll in equal shares and gather (`pooled`, redraw 1).
+A cycle is `F_UPDATES` updates of the score network and one of the student, on a pool that the ranks roll in equal
+shares and gather (`pooled`, redraw 1).
 
-Counted, on tensors without memory: floating-point operations of matrix products and convolutions, parameters, the size of an event. Known from the code:
-which collectives a cycle has and what they carry. From data sheets: the rates of an H100 and its links. Assumed: the share of the peak rate that the networks
-reach.
+* Counted, on tensors without memory: floating-point operations of matrix products and convolutions, parameters, the
+  size of an event.
+* Known from the code: which collectives a cycle has and what they carry.
+* From data sheets: the rates of an H100 and its links.
+* Assumed: the share of the peak rate that the networks reach.
 
-A collective over W ranks takes a latency for each of its calls and the time in which a ring sends its bytes: (W-1)/W of the tensor for a reduce-scatter or an
-all-gather, twice that for an all-reduce (Thakur, Rabenseifner and Gropp 2005; for the ZeRO stages Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
+A collective over W ranks takes a latency for each of its calls and the time in which a ring sends its bytes: (W-1)/W of
+the tensor for a reduce-scatter or an all-gather, twice that for an all-reduce (Thakur, Rabenseifner and Gropp 2005; for
+the ZeRO stages Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
 """
 
-import argparse
 import math
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 
+from bench.measure import counted_flops
+from bench.options import command_line
+from bench.tables import filled, markdown, table_names
 from hsivi_fast.nets import build_unet
 
-from .measure import counted_flops
-
-REPORT = Path(__file__).parent / "scaling.md"
+REPORT = Path(__file__).resolve().parent / "scaling.md"
 GPUS = (8, 64, 512)
 F_UPDATES, NFE, CHUNK = 20, 10, 4096  # f_learning_times and K of the published runs; rollout.chunk's default
 FLOAT = 4  # bytes: weights, gradients and the pool are float32 in every precision of a run
-PUBLISHED = {
-    "cifar10": (16, 128),
-    "celeba64": (16, 128),
-    "imagenet64": (32, 2048),
-}  # network -> (samples a GPU, batch) of the published settings
+# network -> (samples a GPU, batch) of the published settings
+PUBLISHED = {"cifar10": (16, 128), "celeba64": (16, 128), "imagenet64": (32, 2048)}
 POOL_LIMIT = 10e9  # bytes of pool on every GPU that the report calls too many; a choice, as are the next two
 LARGEST_SHARE = 0.2  # of a cycle that communication may take where a batch is recommended
 NEAR = 0.05  # stages whose times differ by less than this are called equal: the model knows no better
-DEEPSPEED = "0.19.8"  # whose code was read for what its stages send and allocate
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,17 @@ class Cluster:
     bf16: float = 989e12  # operations, dense (half of the 1,979 with sparsity); NVIDIA H100 data sheet, SXM
     tf32: float = 495e12  # operations, dense (half of the 989 with sparsity); the same
     precision: str = "bf16"  # which of the two rates is used
-    utilisation: float = (
-        0.30  # share of that rate which the networks reach. ASSUMED: nothing of this project has been timed on a GPU
-    )
+    # Share of that rate which the networks reach. ASSUMED: nothing of this project has been timed on a GPU.
+    utilisation: float = 0.30
     memory: float = 80e9  # bytes; NVIDIA H100 data sheet, SXM
     memory_bandwidth: float = 3.35e12  # bytes; the same. Optimizer and average are taken to run at all of it
     nvlink: float = 450e9  # bytes in one direction (900 GB/s in both); the same, NVLink 4
     nic: float = 50e9  # bytes in one direction; 400 Gb/s, one ConnectX-7 a GPU; NVIDIA DGX H100 data sheet
-    rails: int = 1  # NICs of a node that leave at once with a rank's bytes: 1, a single ring (pessimistic), up to `node`, a ring through each (what NCCL tries)
-    # Latencies in seconds: NCCL's own tuning constants, protocol Simple, as torch/_inductor/comm_analysis.py (torch 2.14) has them: `baseLat`, `hwLat`.
+    # NICs of a node that leave at once with a rank's bytes: from 1, a single ring (pessimistic), up to `node`, a ring
+    # through each (what NCCL tries).
+    rails: int = 1
+    # Latencies in seconds: NCCL's own tuning constants, protocol Simple, as torch/_inductor/comm_analysis.py (torch
+    # 2.14) has them: `baseLat`, `hwLat`.
     start: float = 8.4e-6
     ring_step_nvlink: float = 3.4e-6
     tree_step_nvlink: float = 4.0e-6
@@ -74,11 +78,14 @@ class Cluster:
         return -(-world_size // self.node)
 
     def bandwidth(self, world_size):
-        """Bytes per second that a rank of a ring sends: NVLink's within a node, and where the ring leaves it, what goes through its NICs."""
+        """Bytes per second that a rank of a ring sends: NVLink's within a node, beyond it what goes through NICs."""
         return self.nvlink if self.nodes(world_size) == 1 else min(self.nvlink, self.rails * self.nic)
 
     def latency(self, operation, world_size):
-        """Seconds of one collective beside its bytes, as NCCL estimates them: a ring's steps; for an all-reduce a tree's, where they are fewer."""
+        """Seconds of one collective beside its bytes, as NCCL estimates them.
+
+        They are a ring's steps; for an all-reduce a tree's, where they are fewer.
+        """
         if world_size == 1:
             return 0.0
         nodes, rounds = self.nodes(world_size), 2 if operation == "all_reduce" else 1
@@ -91,15 +98,19 @@ class Cluster:
 H100 = Cluster()
 
 
-# ---- what is sent -----------------------------------------------------------------------------------------------------
+# ---- what is sent ----------------------------------------------------------------------------------------------------
 
-# `reduces` is one reduce for each rank's part of the gradients, one after the other: how DeepSpeed can send no more than a reduce-scatter in ZeRO 1 and 2.
+# `reduces` is one reduce for each rank's part of the gradients, one after the other: how DeepSpeed can send no more
+# than a reduce-scatter in ZeRO 1 and 2.
 TIMES_THE_TENSOR = {"all_reduce": 2, "reduce_scatter": 1, "reduces": 1, "all_gather": 1, "all_to_all": 1}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a cycle: `times` operations on `floats` float32 numbers, each in `calls` calls, at best hidden behind a pass."""
+    """One kind of collective of a cycle: `times` operations on `floats` float32 numbers, each in `calls` calls.
+
+    At best it is hidden behind a pass.
+    """
 
     kind: str  # gradients, parameters or pool
     operation: str  # of TIMES_THE_TENSOR
@@ -114,9 +125,8 @@ class Collective:
 
     def seconds(self, world_size, cluster):
         """Seconds in a cycle."""
-        return self.times * self.calls * cluster.latency(self.operation, world_size) + self.sent(
-            world_size
-        ) / cluster.bandwidth(world_size)
+        waiting = self.times * self.calls * cluster.latency(self.operation, world_size)
+        return waiting + self.sent(world_size) / cluster.bandwidth(world_size)
 
 
 def collectives(
@@ -133,10 +143,12 @@ def collectives(
 ):
     """The collectives of a cycle, as a list.
 
-    parameters_*: how many parameters; pool_floats: numbers in the whole pool; zero: DeepSpeed's stage; accumulation: micro-batches an update; rollout_calls:
-    calls of the student that a rank makes for its share of the pool; reduction: how ZeRO 1 and 2 average gradients, `reduce_scatter`, or what DeepSpeed has in
-    its place (deepspeed/runtime/zero/stage_1_and_2.py, `average_tensor`): `all_reduce` of whole buckets, its default, or `reduces`, with
-    use_multi_rank_bucket_allreduce off.
+    parameters_*: how many parameters; pool_floats: numbers in the whole pool; zero: DeepSpeed's stage.
+    accumulation: micro-batches an update; rollout_calls: calls of the student that a rank makes for its share of the
+    pool.
+    reduction: how ZeRO 1 and 2 average gradients, `reduce_scatter`, or what DeepSpeed has in its place
+    (deepspeed/runtime/zero/stage_1_and_2.py, `average_tensor`): `all_reduce` of whole buckets, its default, or
+    `reduces`, with use_multi_rank_bucket_allreduce off.
     """
     found = []
     reduction = {0: "all_reduce", 3: "reduce_scatter"}.get(zero, reduction)
@@ -145,26 +157,22 @@ def collectives(
         ("score_net", parameters_score_net, f_learning_times),
     ):
         buckets, fetches = (-(-parameters // size) for size in (cluster.bucket, cluster.prefetch))
-        reductions = updates * (
-            accumulation if zero >= 2 else 1
-        )  # ZeRO 2 and 3 keep no whole gradient, so they average each micro-batch's
+        # ZeRO 2 and 3 keep no whole gradient, so they average each micro-batch's.
+        reductions = updates * (accumulation if zero >= 2 else 1)
         calls = buckets * (world_size if reduction == "reduces" else 1)
         found.append(Collective("gradients", reduction, parameters, reductions, calls, f"{name} backward"))
-        if zero in (1, 2):
-            found.append(
-                Collective("parameters", "all_gather", parameters, updates)
-            )  # after the step, before anything can use them
+        if zero in (1, 2):  # after the step, before anything can use them
+            found.append(Collective("parameters", "all_gather", parameters, updates))
         if zero == 3:
             passes = [(f"{name} forward", updates * accumulation), (f"{name} backward", updates * accumulation)]
-            # Of the student in the rollout, and of the score network in the student's update; the teacher is whole everywhere.
-            passes += (
-                [("rollout", rollout_calls)]
-                if name == "student"
-                else [("frozen forward", accumulation), ("frozen backward", accumulation)]
-            )
-            found += [
-                Collective("parameters", "all_gather", parameters, times, fetches, behind) for behind, times in passes
-            ]
+            # Of the student in the rollout, and of the score network in the student's update. The teacher is whole
+            # everywhere.
+            if name == "student":
+                passes.append(("rollout", rollout_calls))
+            else:
+                passes += [("frozen forward", accumulation), ("frozen backward", accumulation)]
+            for behind, times in passes:
+                found.append(Collective("parameters", "all_gather", parameters, times, fetches, behind))
     found.append(Collective("pool", "all_gather", pool_floats))
     return found
 
@@ -180,7 +188,10 @@ def sent_per_cycle(
     rollout_calls=NFE,
     reduction="reduce_scatter",
 ):
-    """Bytes that each rank sends in a cycle with ring algorithms, {"gradients", "parameters", "pool"}; arguments as of `collectives`."""
+    """Bytes that each rank sends in a cycle with ring algorithms, {"gradients", "parameters", "pool"}.
+
+    The arguments are those of `collectives`.
+    """
     sent = dict.fromkeys(("gradients", "parameters", "pool"), 0.0)
     for each in collectives(
         parameters_student,
@@ -197,12 +208,16 @@ def sent_per_cycle(
     return sent
 
 
-# ---- what is computed and kept ----------------------------------------------------------------------------------------
+# ---- what is computed and kept ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Network:
-    """What was counted of a network, for one sample: operations of a forward, and in forwards, of one with its backward and with an input-only backward."""
+    """What was counted of a network, for one sample.
+
+    forward_flops: operations of a forward; with_backward, with_input_backward: in forwards, those of one with its
+    backward, and with an input-only backward.
+    """
 
     name: str
     forward_flops: int
@@ -221,10 +236,8 @@ def counted(name):
     """The `Network` of a name of `nets.NETWORKS`, counted on tensors without memory."""
     with torch.device("meta"):
         network = build_unet(name)
-        x, t = (
-            torch.empty(1, *network.event_shape, requires_grad=True),
-            torch.zeros(1, dtype=torch.int64),
-        )  # [1, *event]
+        x = torch.empty(1, *network.event_shape, requires_grad=True)  # [1, *event]
+        t = torch.zeros(1, dtype=torch.int64)  # [1]
     forward = counted_flops(lambda: network(x, t))
     with_backward = counted_flops(lambda: network(x.detach(), t).sum().backward())
     network.requires_grad_(False)
@@ -261,7 +274,10 @@ class Case:
         return (F_UPDATES + 1) * self.samples * self.network.event
 
     def passes(self):
-        """{pass: its work on a GPU in a cycle, in forwards of one sample}. A backward is two forwards, one to the input alone is one."""
+        """{pass: its work on a GPU in a cycle, in forwards of one sample}.
+
+        A backward is two forwards, one to the input alone is one.
+        """
         return {
             "rollout": NFE * self.trajectories,
             "student forward": self.samples,
@@ -278,7 +294,10 @@ class Case:
         return NFE * -(-self.trajectories // CHUNK)
 
     def collectives(self, zero, reduction="reduce_scatter", spread=False, cluster=H100):
-        """Those of a cycle, without accumulation. spread: each GPU is sent only its own samples of the pool, which is not built."""
+        """Those of a cycle, without accumulation.
+
+        spread: each GPU is sent only its own samples of the pool, which is not built.
+        """
         found = collectives(*self._numbers, zero, F_UPDATES, 1, self.rollout_calls, reduction, cluster)
         return [*found[:-1], Collective("pool", "all_to_all", self.own_floats)] if spread else found
 
@@ -294,17 +313,20 @@ class Case:
 def update_bytes(parameters, world_size, zero):
     """Bytes of memory that one update moves on a GPU beside the networks' passes.
 
-    Clipping reads each gradient twice and writes it; Adam with amsgrad reads parameter, gradient and three moments and writes all but the gradient; with ZeRO
-    each rank does that for its part. The average reads itself and the parameter and writes itself: all of it, but in ZeRO 3.
+    Clipping reads each gradient twice and writes it. Adam with amsgrad reads parameter, gradient and three moments and
+    writes all but the gradient. With ZeRO each rank does that for its part. The average reads itself and the parameter
+    and writes itself: all of it, but in ZeRO 3.
     """
-    clip_and_adam, average = 3 + 9, 3
-    return (
-        FLOAT * parameters * (clip_and_adam / (world_size if zero else 1) + average / (world_size if zero == 3 else 1))
-    )
+    clip_and_adam = (3 + 9) / (world_size if zero else 1)
+    average = 3 / (world_size if zero == 3 else 1)
+    return FLOAT * parameters * (clip_and_adam + average)
 
 
 def state_bytes(parameters, world_size, zero):
-    """Bytes of one trained network on a GPU: parameter, gradient, three moments, average, and with ZeRO DeepSpeed's master copy of the parameter."""
+    """Bytes of one trained network on a GPU.
+
+    They are parameter, gradient, three moments, average, and with ZeRO DeepSpeed's master copy of the parameter.
+    """
     whole, sharded = {0: (6, 0), 1: (3, 4), 2: (2, 5), 3: (0, 7)}[zero]
     return FLOAT * parameters * (whole + sharded / world_size)
 
@@ -312,14 +334,16 @@ def state_bytes(parameters, world_size, zero):
 def memory(case, zero, cluster=H100):
     """{part: bytes on a GPU}; activations are not counted.
 
-    buckets: what DeepSpeed allocates to collect gradients in, of `reduce_bucket_size` whatever the network's size: for one network at a time with ZeRO 1 and 2,
-    for both all the time with ZeRO 3. gathered: a network's parameters while ZeRO 3 calls it. pool: the whole, and the share of it that the GPU rolls.
+    buckets: what DeepSpeed allocates to collect gradients in, of `reduce_bucket_size` whatever the network's size: for
+    one network at a time with ZeRO 1 and 2, for both all the time with ZeRO 3.
+    gathered: a network's parameters while ZeRO 3 calls it.
+    pool: the whole, and the share of it that the GPU rolls.
     """
     network = case.network
     trained = (network.student_parameters, network.parameters)
+    teacher = FLOAT * network.parameters
     return {
-        "states": sum(state_bytes(parameters, case.gpus, zero) for parameters in trained)
-        + FLOAT * network.parameters,  # the teacher's
+        "states": sum(state_bytes(parameters, case.gpus, zero) for parameters in trained) + teacher,
         "buckets": FLOAT * cluster.bucket * (0, 1, 1, 2)[zero],
         "gathered": FLOAT * network.student_parameters if zero == 3 else 0,
         "pool": FLOAT * (case.pool_floats + (case.pool_floats // case.gpus if case.gpus > 1 else 0)),
@@ -327,17 +351,17 @@ def memory(case, zero, cluster=H100):
 
 
 def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
-    """Seconds of a cycle: {compute, update, gradients, parameters, pool, no_overlap, full_overlap}, and `share`, communication's in `no_overlap`.
+    """Seconds of a cycle: {compute, update, gradients, parameters, pool, no_overlap, full_overlap, share}.
 
-    no_overlap is the sum. full_overlap hides each collective behind its pass as far as that lasts; what has no pass (the pool, and the parameters that ZeRO 1
-    and 2 gather after a step) is never hidden. spread: as of `Case.collectives`.
+    no_overlap is the sum. full_overlap hides each collective behind its pass as far as that lasts; what has no pass
+    (the pool, and the parameters that ZeRO 1 and 2 gather after a step) is never hidden. share: communication's, of
+    `no_overlap`. spread: as of `Case.collectives`.
     """
     network = case.network
     passes = {name: forwards * network.forward_flops / cluster.rate() for name, forwards in case.passes().items()}
-    moved = update_bytes(network.student_parameters, case.gpus, zero) + F_UPDATES * update_bytes(
-        network.parameters, case.gpus, zero
-    )
-    update = moved / cluster.memory_bandwidth
+    of_student = update_bytes(network.student_parameters, case.gpus, zero)
+    of_score_net = F_UPDATES * update_bytes(network.parameters, case.gpus, zero)
+    update = (of_student + of_score_net) / cluster.memory_bandwidth
     times, hidden = dict.fromkeys(("gradients", "parameters", "pool"), 0.0), dict.fromkeys(passes, 0.0)
     for each in case.collectives(zero, reduction, spread, cluster):
         seconds = each.seconds(case.gpus, cluster)
@@ -358,19 +382,23 @@ def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
 
 
 def all_to_all(case, cluster=H100):
-    """The pool's alternative, not built: each GPU keeps the trajectories that it rolled and is sent its own samples. {sent, memory: bytes of a GPU, seconds}."""
+    """The pool's alternative, not built: each GPU keeps the trajectories that it rolled and is sent its own samples.
+
+    {sent, memory: bytes of a GPU, seconds}.
+    """
     collective = case.collectives(0, spread=True)[-1]
     kept = FLOAT * (case.pool_floats // case.gpus + case.own_floats)
     return {"sent": collective.sent(case.gpus), "memory": kept, "seconds": collective.seconds(case.gpus, cluster)}
 
 
-# ---- what follows -----------------------------------------------------------------------------------------------------
+# ---- what follows ----------------------------------------------------------------------------------------------------
 
 
 def needed_samples(network, gpus, share, cluster=H100, spread=False):
-    """The least number of samples a GPU from which communication takes at most `share` of a cycle (ZeRO 0, no overlap); None where no batch reaches that.
+    """The least number of samples a GPU from which communication takes at most `share` of a cycle.
 
-    Work and communication both grow linearly with the samples, of which each has F_UPDATES / NFE trajectories exactly.
+    With ZeRO 0 and no overlap; None where no batch reaches that. Work and communication both grow linearly with the
+    samples, of which each has F_UPDATES / NFE trajectories exactly.
     """
 
     def parts(samples):
@@ -387,7 +415,10 @@ def needed_samples(network, gpus, share, cluster=H100, spread=False):
 
 
 def pool_limit_gpus(network, cluster=H100):
-    """GPUs from which on gathering the pool takes longer than the networks' work, at any batch: both grow with the batch, but the pool with the GPUs too."""
+    """GPUs from which on gathering the pool takes longer than the networks' work, at any batch.
+
+    Both grow with the batch, but the pool with the GPUs too.
+    """
     case = Case(network, 1, 1)
     compute = sum(case.passes().values()) * network.forward_flops / cluster.rate()
     return 1 + math.ceil(compute * cluster.bandwidth(cluster.node + 1) / (FLOAT * case.pool_floats))
@@ -398,16 +429,19 @@ def pool_limit_batch(network, limit=POOL_LIMIT):
     return int(limit // (FLOAT * (NFE + 1) * network.event)) * NFE // F_UPDATES
 
 
-# What DeepSpeed has today, smallest stage first: ZeRO stage and how its gradients are averaged. ZeRO 2 differs from ZeRO 1 only in the gradients' memory.
+# What DeepSpeed has today, smallest stage first: ZeRO stage and how its gradients are averaged. ZeRO 2 differs from
+# ZeRO 1 only in the gradients' memory.
 WAYS = [(0, "all_reduce"), (1, "all_reduce"), (1, "reduces"), (2, "all_reduce"), (2, "reduces"), (3, "reduce_scatter")]
 
 
 def advice(case, cluster=H100):
-    """What to use: {way, seconds, if_hidden, seconds_if_hidden, memory, others, samples}, or None where nothing fits into memory.
+    """What to use, a dict; None where nothing fits into memory.
 
-    way: (ZeRO stage, reduction), the first that fits and is at most `NEAR` slower than the fastest, without overlap. if_hidden: the same where all overlap
-    works, which DeepSpeed does not try in ZeRO 0. others: {way: how much longer it takes than `way`}, without overlap. memory: bytes of `way`, without
-    activations. samples: of a GPU, from which on communication takes at most `LARGEST_SHARE`; None where no batch gets there.
+    way: (ZeRO stage, reduction), the first that fits and is at most `NEAR` slower than the fastest, without overlap.
+    seconds: its cycle's; memory: its bytes, without activations.
+    if_hidden, seconds_if_hidden: the same where all overlap works, which DeepSpeed does not try in ZeRO 0.
+    others: {way: how much longer it takes than `way`}, without overlap.
+    samples: of a GPU, from which on communication takes at most `LARGEST_SHARE`; None where no batch gets there.
     """
     needed = {way: sum(memory(case, way[0], cluster).values()) for way in WAYS}
     times = {way: cycle(case, *way, cluster) for way in WAYS if needed[way] <= cluster.memory}
@@ -432,7 +466,7 @@ def advice(case, cluster=H100):
     }
 
 
-# ---- the report: every number in its text is computed -----------------------------------------------------------------
+# ---- the tables of bench/scaling.md ----------------------------------------------------------------------------------
 
 # ZeRO 1 has the first of these only on paper; ZeRO 2 takes as long as ZeRO 1.
 STAGES = [
@@ -443,99 +477,62 @@ STAGES = [
     (2, "all_reduce", "2, DeepSpeed's default"),
     (3, "reduce_scatter", "3"),
 ]
+ACCUMULATION = 4  # micro-batches in the table of what is sent
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the tables are about: the counted networks, on the machines of `cluster`."""
+
+    networks: tuple
+    cluster: Cluster = H100
+
+    @property
+    def rails(self):
+        """The same machines with a ring through each NIC of a node."""
+        return replace(self.cluster, rails=self.cluster.node)
+
+    @property
+    def cases(self):
+        """Weak scaling: the published samples a GPU."""
+        return [Case(network, gpus, PUBLISHED[network.name][0]) for network in self.networks for gpus in GPUS]
+
+    @property
+    def far_cases(self):
+        """Those of them that need more than one node."""
+        return [case for case in self.cases if case.gpus > self.cluster.node]
 
 
 def milliseconds(seconds):
-    return (
-        f"{1e3 * seconds:.2f}"
-        if seconds < 0.01
-        else f"{1e3 * seconds:.1f}"
-        if seconds < 0.1
-        else f"{1e3 * seconds:,.0f}"
-    )
+    """Seconds as text in ms."""
+    if seconds < 0.01:
+        return f"{1e3 * seconds:.2f}"
+    return f"{1e3 * seconds:.1f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
 def bounds(times):
+    """A cycle's ms without and with full overlap."""
     return f"{milliseconds(times['no_overlap'])} / {milliseconds(times['full_overlap'])}"
 
 
 def gigabytes(count):
+    """Bytes as text in GB."""
     return f"{count / 1e9:.2f}" if count < 10e9 else f"{count / 1e9:.1f}"
 
 
 def megabytes(count):
+    """Bytes as text in MB."""
     return f"{count / 1e6:,.0f}" if count >= 10e6 or not count else f"{count / 1e6:.1f}"
 
 
 def way_name(way):
+    """A ZeRO stage and its reduction as text."""
     return f"{way[0]}, single reduces" if way[1] == "reduces" else str(way[0])
 
 
-def join(words):
-    """ "a, b and c"."""
-    *first, last = map(str, words)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def of_each(networks, value):
-    """ "1 (cifar10), 2 (celeba64) and 3 (imagenet64)"."""
-    return join(f"{value(network)} ({network.name})" for network in networks)
-
-
-def prose(text):
-    """Headings, paragraphs and lists of a text, filled to the width of the house."""
-    blocks = []
-    for block in textwrap.dedent(text).strip().split("\n\n"):
-        items = [" ".join(item.split()) for item in block.replace("\n- ", "\0- ").split("\0")]
-        blocks.append(
-            "\n".join(
-                item
-                if item.startswith("#")
-                else textwrap.fill(
-                    item,
-                    150,
-                    subsequent_indent="  " if item.startswith("- ") else "",
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-                for item in items
-            )
-        )
-    return "\n\n".join(blocks) + "\n\n"
-
-
-def markdown(titles, rows):
-    """A Markdown table."""
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (titles, ["---"] * len(titles), *rows)) + "\n"
-
-
-def report(networks, cluster=H100):
-    """The whole report as Markdown, from the counted networks."""
-    cases = [Case(network, gpus, PUBLISHED[network.name][0]) for network in networks for gpus in GPUS]  # weak scaling
-    rails = replace(cluster, rails=cluster.node)
-    return (
-        "".join(
-            [
-                _beginning(networks, cluster, rails),
-                _step_times(networks, cases, cluster),
-                _stages(networks, cases, cluster),
-                _domination(networks, cases, cluster, rails),
-                _pool(networks, cases, cluster, rails),
-                _memory(cases, cluster),
-                _sensitivity(networks, cases, cluster, rails),
-                _advice(networks, cases, cluster, rails),
-            ]
-        ).rstrip("\n")
-        + "\n"
-    )
-
-
-def _beginning(networks, cluster, rails):
-    work = Case(networks[0], 1, 1).passes()
-    student, score_net = (
-        sum(value for name, value in work.items() if name.startswith(names))
-        for names in (("student", "frozen"), "score_net")
-    )
+def counted_table(study):
+    """What was counted of the networks."""
+    work = sum(Case(study.networks[0], 1, 1).passes().values())
     titles = [
         "network",
         "forward, GFLOP",
@@ -546,178 +543,149 @@ def _beginning(networks, cluster, rails):
         "gradients in float32, MB",
         "a cycle, TFLOP a sample",
     ]
-    rows = [
-        [
-            n.name,
-            f"{n.forward_flops / 1e9:.2f}",
-            f"{n.with_backward:.3f}",
-            f"{n.with_input_backward:.3f}",
-            f"{n.parameters / 1e6:.2f}",
-            f"{n.event:,}",
-            megabytes(FLOAT * n.parameters),
-            f"{sum(work.values()) * n.forward_flops / 1e12:.2f}",
-        ]
-        for n in networks
-    ]
-    latencies = {
-        operation: ", ".join(milliseconds(cluster.latency(operation, gpus)) for gpus in GPUS)
-        for operation in ("all_reduce", "all_gather")
-    }
-    far = cluster.node + 1
-    return (
-        prose(f"""
-        # A training cycle on {join(GPUS)} GPUs: a model, not a measurement
 
-        `python -m bench.cluster` computes all of this from counted work and bytes, the data sheets of an H100 SXM, and one assumption. **Nothing here was
-        timed: this project has not run on a GPU, let alone on {GPUS[-1]}.** It says where time would go and what to try first, not how fast it is.
-
-        A cycle is {F_UPDATES} updates of the score network and one of the student, K = {NFE}. Its pool, {F_UPDATES} B / {NFE} trajectories of {NFE + 1}
-        states for a batch of B, is rolled in equal shares and gathered, so that every GPU has all of it (`pooled`, redraw 1). {cluster.node} GPUs a node,
-        NVLink within it, one NIC of {8 * cluster.nic / 1e9:.0f} Gb/s a GPU between nodes. Images/s counts, as in the README, the samples of the score
-        network's updates.
-
-        ## Counted
-
-        On tensors without memory, for one sample: operations of matrix products and convolutions. A cycle is {sum(work.values())} forwards a sample:
-        {work["rollout"]} for the rollout, {student} for the student's update (its forward and backward, and forward and input-only backward of score network
-        and teacher), {score_net} for the score network's. A backward counts two forwards, an input-only one one; the counted ratios say how good these units
-        are.
-        """)
-        + markdown(titles, rows)
-        + prose(f"""
-        ## Assumed
-
-        - **The networks reach {cluster.utilisation:.0%} of the peak rate** ({cluster.bf16 / 1e12:.0f} TFLOP/s, dense bfloat16), at any batch. No data sheet
-        has this number; the sensitivity table has half and one and a half of it. With one or two samples a GPU it is surely too high, so strong scaling is
-        worse than shown.
-        - Clipping, Adam and the average run at all of the memory's {cluster.memory_bandwidth / 1e12:.2f} TB/s.
-        - Collectives are rings: {cluster.nvlink / 1e9:.0f} GB/s a direction within a node, and **over more than one node {cluster.bandwidth(far) / 1e9:.0f}
-        GB/s, one NIC**. That is the pessimistic end: NCCL tries to run a ring through each NIC of a node, which could give up to
-        {rails.bandwidth(far) / 1e9:.0f} GB/s. The sensitivity table and the advice have that other end too; the truth is between, and it changes the
-        conclusions.
-        - A collective also takes NCCL's own latency estimate (protocol Simple). On {join(GPUS)} GPUs: {latencies["all_reduce"]} ms for an all-reduce (ring or
-        tree), {latencies["all_gather"]} ms for an all-gather or reduce-scatter (ring).
-        - Gradients, parameters and pool travel as float32, in bfloat16 runs too.
-        - No overlap is the sum of all parts. Full overlap hides gradients behind their backward (and ZeRO 3's parameters behind their pass); the pool is
-        never hidden. DeepSpeed averages the gradients of ZeRO 0 only after the backward, so there full overlap is what another engine could do.
-        - Not in it: activations; operations other than products and convolutions; the host, which with batches as small as these may be the limit; other
-        traffic, slow ranks, failures; saving.
-        """)
-    )
-
-
-def _step_times(networks, cases, cluster):
-    titles = [
-        "network",
-        "GPUs",
-        "samples a GPU",
-        "batch",
-        "ZeRO",
-        "networks, ms",
-        "clipping, Adam, average, ms",
-        "gradients and parameters sent, ms",
-        "pool sent, ms",
-        "cycle, ms: no / full overlap",
-        "images/s",
-        "efficiency",
-        "communication, no overlap",
-    ]
-
-    def row(network, gpus, batch):
-        if gpus > batch:
-            return [network.name, gpus, "below one: not possible", batch, *["-"] * (len(titles) - 4)]
-        case, published = Case(network, gpus, batch // gpus), PUBLISHED[network.name][0]
-        way = advice(case, cluster)["way"]
-        times = cycle(case, *way, cluster)
-        both = times["no_overlap"], times["full_overlap"]
-        alone = (
-            cycle(Case(network, 1, published), 0, cluster=cluster)["no_overlap"] / published
-        )  # a sample's seconds on one GPU that waits for nobody
+    def line(network):
         return [
             network.name,
-            gpus,
-            case.samples,
-            f"{batch:,}",
-            way_name(way),
-            *(milliseconds(times[part]) for part in ("compute", "update")),
-            milliseconds(times["gradients"] + times["parameters"]),
-            milliseconds(times["pool"]),
-            bounds(times),
-            " / ".join(f"{batch * F_UPDATES / seconds:,.0f}" for seconds in both),
-            " / ".join(f"{alone * case.samples / seconds:.0%}" for seconds in both),
-            f"{times['share']:.0%}",
+            f"{network.forward_flops / 1e9:.2f}",
+            f"{network.with_backward:.3f}",
+            f"{network.with_input_backward:.3f}",
+            f"{network.parameters / 1e6:.2f}",
+            f"{network.event:,}",
+            megabytes(FLOAT * network.parameters),
+            f"{work * network.forward_flops / 1e12:.2f}",
         ]
 
-    return (
-        prose(f"""
-        ## Weak scaling: the published samples a GPU
-
-        {of_each(networks, lambda network: PUBLISHED[network.name][0])} samples a GPU, with the stage that is advised below ("1" is DeepSpeed's default way of
-        it). Images/s and efficiency: no / full overlap. Efficiency is images/s a GPU against one GPU with the published samples and ZeRO 0 that waits for
-        nobody; where ZeRO shares out Adam's work, or more samples share it, it can be more than all.
-        """)
-        + markdown(titles, [row(case.network, case.gpus, case.batch) for case in cases])
-        + prose("""
-        ## Strong scaling: the published batch
-        """)
-        + markdown(titles, [row(network, gpus, PUBLISHED[network.name][1]) for network in networks for gpus in GPUS])
-    )
+    return markdown(titles, [line(network) for network in study.networks])
 
 
-def _stages(networks, cases, cluster):
-    middle, parts = [case for case in cases if case.gpus == GPUS[1]], 4  # of the accumulation that is shown
-    largest = max(networks, key=lambda network: network.parameters)
-    of_updates = {
-        zero: sum(middle[0].sent(zero, "all_reduce")[kind] for kind in ("gradients", "parameters")) for zero in (0, 1)
+def work_table(study):
+    """The work of a cycle, in forwards of one sample."""
+    work = Case(study.networks[0], 1, 1).passes()
+    names = {
+        "rollout": ("rollout",),
+        "the student's update": ("student", "frozen"),
+        "the score network's updates": ("score_net",),
+        "a cycle": ("",),
     }
-    rows = []
-    for case in middle:
-        for zero, reduction, title in STAGES:
-            sent, accumulated = case.sent(zero, reduction), case.sent(zero, reduction, parts)
-            rows.append(
-                [
-                    case.network.name,
-                    title,
-                    *(megabytes(value) for value in (*sent.values(), sum(sent.values()), sum(accumulated.values()))),
-                ]
-            )
-    times = [
-        [
-            network.name,
-            title,
-            *(bounds(cycle(case, zero, reduction, cluster)) for case in cases if case.network is network),
-        ]
-        for network in networks
-        for zero, reduction, title in STAGES
-        if zero != 2
+    lines = []
+    for title, begins in names.items():
+        lines.append([title, sum(value for name, value in work.items() if name.startswith(begins))])
+    return markdown(["part", "forwards a sample"], lines)
+
+
+def assumed_table(study):
+    """The numbers that everything is computed from."""
+    cluster, far = study.cluster, study.cluster.node + 1
+
+    def latencies(operation):
+        return ", ".join(milliseconds(cluster.latency(operation, gpus)) for gpus in GPUS) + " ms"
+
+    on = f"on {', '.join(map(str, GPUS))} GPUs"
+    lines = [
+        ["GPUs a node", cluster.node],
+        ["peak rate, dense bfloat16", f"{cluster.bf16 / 1e12:.0f} TFLOP/s"],
+        ["**share of it that the networks reach**", f"**{cluster.utilisation:.0%}**"],
+        ["memory of a GPU", f"{cluster.memory / 1e9:.0f} GB at {cluster.memory_bandwidth / 1e12:.2f} TB/s"],
+        ["a NIC, one a GPU", f"{8 * cluster.nic / 1e9:.0f} Gb/s"],
+        ["a ring within a node, NVLink, a direction", f"{cluster.nvlink / 1e9:.0f} GB/s"],
+        ["a ring over more than one node, one NIC", f"{cluster.bandwidth(far) / 1e9:.0f} GB/s"],
+        ["the same with a ring through each NIC", f"{study.rails.bandwidth(far) / 1e9:.0f} GB/s"],
+        [f"latency of an all-reduce (ring or tree) {on}", latencies("all_reduce")],
+        [f"latency of an all-gather or reduce-scatter (ring) {on}", latencies("all_gather")],
     ]
-    return (
-        prose(f"""
-        ## What each stage sends
-
-        MB that a GPU sends in a cycle, on {GPUS[1]} GPUs with the published samples a GPU. ZeRO 1 and 2 are meant to reduce-scatter gradients, but
-        **DeepSpeed {DEEPSPEED} all-reduces whole buckets by default (`use_multi_rank_bucket_allreduce`) and gathers the parameters besides:
-        {of_updates[1] / of_updates[0]:.1f} times what ZeRO 0 sends for an update**. With that switched off it makes one reduce for each rank's part ("single
-        reduces"): the bytes of a reduce-scatter, and the latency of as many collectives as there are ranks. With accumulation, ZeRO 2 and 3 average every
-        micro-batch.
-        """)
-        + markdown(["network", "ZeRO", "gradients", "parameters", "pool", "all", f"all, accumulation {parts}"], rows)
-        + prose("""
-        Milliseconds of a cycle with the published samples a GPU, no / full overlap:
-        """)
-        + markdown(["network", "ZeRO", *(f"{gpus} GPUs" for gpus in GPUS)], times)
-        + prose(f"""
-        ZeRO 2 takes as long as ZeRO 1. ZeRO 3 and single reduces are upper bounds: DeepSpeed keeps small parameters whole, and gathered ones where it expects
-        to use them again soon, which may save the gathering in the backward; and NCCL has a protocol of less latency for small pieces.
-
-        Full overlap is out of reach with DeepSpeed's default bucket of {cluster.bucket / 1e6:.0f} million numbers: the largest network here has
-        {largest.parameters / 1e6:.0f} million, so all gradients leave in one piece after the backward. It takes `overlap_comm: true` and a
-        `reduce_bucket_size` of a fraction of the network.
-        """)
-    )
+    return markdown(["what", "value"], lines)
 
 
-def _domination(networks, cases, cluster, rails):
+STEP_TITLES = [
+    "network",
+    "GPUs",
+    "samples a GPU",
+    "batch",
+    "ZeRO",
+    "networks, ms",
+    "clipping, Adam, average, ms",
+    "gradients and parameters sent, ms",
+    "pool sent, ms",
+    "cycle, ms: no / full overlap",
+    "images/s",
+    "efficiency",
+    "communication, no overlap",
+]
+
+
+def weak_scaling_table(study):
+    """Step times with the published samples a GPU."""
+    lines = [_step_line(case.network, case.gpus, case.batch, study.cluster) for case in study.cases]
+    return markdown(STEP_TITLES, lines)
+
+
+def strong_scaling_table(study):
+    """Step times with the published batch."""
+    lines = []
+    for network in study.networks:
+        batch = PUBLISHED[network.name][1]
+        lines += [_step_line(network, gpus, batch, study.cluster) for gpus in GPUS]
+    return markdown(STEP_TITLES, lines)
+
+
+def _step_line(network, gpus, batch, cluster):
+    if gpus > batch:
+        return [network.name, gpus, "below one: not possible", batch, *["-"] * (len(STEP_TITLES) - 4)]
+    case, published = Case(network, gpus, batch // gpus), PUBLISHED[network.name][0]
+    way = advice(case, cluster)["way"]
+    times = cycle(case, *way, cluster)
+    both = times["no_overlap"], times["full_overlap"]
+    # A sample's seconds on one GPU that waits for nobody.
+    alone = cycle(Case(network, 1, published), 0, cluster=cluster)["no_overlap"] / published
+    return [
+        network.name,
+        gpus,
+        case.samples,
+        f"{batch:,}",
+        way_name(way),
+        milliseconds(times["compute"]),
+        milliseconds(times["update"]),
+        milliseconds(times["gradients"] + times["parameters"]),
+        milliseconds(times["pool"]),
+        bounds(times),
+        " / ".join(f"{batch * F_UPDATES / seconds:,.0f}" for seconds in both),
+        " / ".join(f"{alone * case.samples / seconds:.0%}" for seconds in both),
+        f"{times['share']:.0%}",
+    ]
+
+
+def sent_table(study):
+    """What each stage sends, on the middle number of GPUs."""
+    lines = []
+    for case in study.cases:
+        if case.gpus == GPUS[1]:
+            lines += [_sent_line(case, *stage) for stage in STAGES]
+    titles = ["network", "ZeRO", "gradients", "parameters", "pool", "all", f"all, accumulation {ACCUMULATION}"]
+    return markdown(titles, lines)
+
+
+def _sent_line(case, zero, reduction, title):
+    sent = case.sent(zero, reduction)
+    accumulated = sum(case.sent(zero, reduction, ACCUMULATION).values())
+    return [case.network.name, title, *map(megabytes, (*sent.values(), sum(sent.values()), accumulated))]
+
+
+def stage_times_table(study):
+    """A cycle's time in each stage."""
+    lines = []
+    for network in study.networks:
+        cases = [case for case in study.cases if case.network is network]
+        for zero, reduction, title in STAGES:
+            if zero != 2:
+                times = [bounds(cycle(case, zero, reduction, study.cluster)) for case in cases]
+                lines.append([network.name, title, *times])
+    return markdown(["network", "ZeRO", *(f"{gpus} GPUs" for gpus in GPUS)], lines)
+
+
+def needed_samples_table(study):
+    """Samples a GPU from which on communication takes less than the rest of a cycle, and at most `LARGEST_SHARE`."""
+
     def samples(network, gpus, links, spread=False):
         each = [needed_samples(network, gpus, share, links, spread) for share in (0.5, LARGEST_SHARE)]
         return ", ".join("never" if value is None else str(value) for value in each)
@@ -729,55 +697,28 @@ def _domination(networks, cases, cluster, rails):
         f"{GPUS[-1]} GPUs, pool by all-to-all",
         *(f"{gpus} GPUs, a ring through each NIC" for gpus in GPUS[1:]),
     ]
-    rows = [
-        [
-            network.name,
-            PUBLISHED[network.name][0],
-            *(samples(network, gpus, cluster) for gpus in GPUS),
-            samples(network, GPUS[-1], cluster, True),
-            *(samples(network, gpus, rails) for gpus in GPUS[1:]),
-        ]
-        for network in networks
-    ]
-    shares = {case: cycle(case, 0, cluster=cluster)["share"] for case in cases}
-    dominated = [
-        f"{case.network.name} on {case.gpus} GPUs ({share:.0%})" for case, share in shares.items() if share > 0.5
-    ]
-    return (
-        prose(f"""
-        ## Where communication dominates
-
-        Two numbers of samples a GPU: from which on communication takes less than the rest of a cycle, and at most {LARGEST_SHARE:.0%} of it (ZeRO 0, no
-        overlap). "never": gathering the pool grows with the batch too, so no batch gets there.
-        """)
-        + markdown(titles, rows)
-        + (
-            prose(f"""
-        With the published samples a GPU, communication takes more than half of a cycle for {join(dominated)}.
-        """)
-            if dominated
-            else ""
-        )
-    )
+    lines = []
+    for network in study.networks:
+        line = [network.name, PUBLISHED[network.name][0]]
+        line += [samples(network, gpus, study.cluster) for gpus in GPUS]
+        line.append(samples(network, GPUS[-1], study.cluster, spread=True))
+        line += [samples(network, gpus, study.rails) for gpus in GPUS[1:]]
+        lines.append(line)
+    return markdown(titles, lines)
 
 
-def _pool(networks, cases, cluster, rails):
-    rows = []
-    for case in cases:
-        times, other = cycle(case, 0, cluster=cluster), all_to_all(case, cluster)
-        rows.append(
-            [
-                case.network.name,
-                case.gpus,
-                f"{case.batch:,}",
-                gigabytes(FLOAT * case.pool_floats),
-                milliseconds(times["pool"]),
-                f"{times['pool'] / times['no_overlap']:.0%}",
-                megabytes(other["memory"]),
-                megabytes(other["sent"]),
-                milliseconds(other["seconds"]),
-            ]
-        )
+def dominated_table(study):
+    """Where communication takes more than half of a cycle."""
+    lines = []
+    for case in study.cases:
+        share = cycle(case, 0, cluster=study.cluster)["share"]
+        if share > 0.5:
+            lines.append([case.network.name, case.gpus, f"{share:.0%}"])
+    return markdown(["network", "GPUs", "communication, no overlap"], lines)
+
+
+def pool_table(study):
+    """The pool's size and time, and those of its alternative."""
     titles = [
         "network",
         "GPUs",
@@ -790,32 +731,43 @@ def _pool(networks, cases, cluster, rails):
         "in, ms",
     ]
 
-    def limit(network):
+    def line(case):
+        times, other = cycle(case, 0, cluster=study.cluster), all_to_all(case, study.cluster)
+        return [
+            case.network.name,
+            case.gpus,
+            f"{case.batch:,}",
+            gigabytes(FLOAT * case.pool_floats),
+            milliseconds(times["pool"]),
+            f"{times['pool'] / times['no_overlap']:.0%}",
+            megabytes(other["memory"]),
+            megabytes(other["sent"]),
+            milliseconds(other["seconds"]),
+        ]
+
+    return markdown(titles, [line(case) for case in study.cases])
+
+
+def pool_limits_table(study):
+    """Where the pool becomes too large, or its gathering too long."""
+    titles = [
+        "network",
+        f"{POOL_LIMIT / 1e9:.0f} GB: above a batch of",
+        "with the published samples a GPU: more GPUs than",
+        "longer than the networks: from so many GPUs on",
+        "the same with a ring through each NIC",
+    ]
+
+    def line(network):
         batch, samples = pool_limit_batch(network), PUBLISHED[network.name][0]
-        return f"{batch:,} ({network.name}: more than {batch // samples:,} GPUs with {samples} samples)"
+        limits = [f"{pool_limit_gpus(network, links):,}" for links in (study.cluster, study.rails)]
+        return [network.name, f"{batch:,}", f"{batch // samples:,} ({samples} samples)", *limits]
 
-    return (
-        prose(f"""
-        ## The pool
-
-        It has {NFE + 1} states of {F_UPDATES} B / {NFE} trajectories for the whole batch B, on every GPU. With the same samples a GPU, its bytes and the time
-        to gather it grow with the number of GPUs:
-        """)
-        + markdown(titles, rows)
-        + prose(f"""
-        **The pool passes {POOL_LIMIT / 1e9:.0f} GB on every GPU above a batch of {join(limit(network) for network in networks)}.** From
-        {of_each(networks, lambda network: f"{pool_limit_gpus(network, cluster):,}")} GPUs on gathering it takes longer than all work of the networks,
-        whatever the batch; with a ring through each NIC from {join(f"{pool_limit_gpus(network, rails):,}" for network in networks)}.
-
-        **The alternative, not built, is an all-to-all** that sends a GPU only the {F_UPDATES + 1} B / W states of its own updates (W GPUs) and leaves
-        trajectories where they were rolled. What a GPU holds and sends does not grow with the number of GPUs then, as the columns on the right say (their
-        time is latency). Every rank knows all seeds and the order of the pool, so it would change no result.
-        """)
-    )
+    return markdown(titles, [line(network) for network in study.networks])
 
 
-def _memory(cases, cluster):
-    kept = {case: [memory(case, zero, cluster) for zero in range(4)] for case in cases}
+def memory_table(study):
+    """What the stages keep on a GPU."""
     titles = [
         "network",
         "GPUs",
@@ -823,96 +775,48 @@ def _memory(cases, cluster):
         *(f"all, ZeRO {zero}" for zero in range(4)),
         "of it the pool",
     ]
-    rows = [
-        [
-            case.network.name,
-            case.gpus,
-            *(gigabytes(each["states"]) for each in stages),
-            *(gigabytes(sum(each.values())) for each in stages),
-            gigabytes(stages[0]["pool"]),
-        ]
-        for case, stages in kept.items()
-    ]
-    fits = max(sum(each.values()) for stages in kept.values() for each in stages) <= cluster.memory
-    saved, bucket = max(stages[0]["states"] - stages[3]["states"] for stages in kept.values()), FLOAT * cluster.bucket
-    return (
-        prose(f"""
-        ## Memory
 
-        GB on a GPU. For each trained network: parameter {FLOAT} bytes, gradient {FLOAT}, Adam with amsgrad {3 * FLOAT}, average {FLOAT}; the teacher {FLOAT}.
-        ZeRO 1 shards Adam's and a master copy of the parameter ({FLOAT} more) that DeepSpeed makes, ZeRO 2 the gradient too, ZeRO 3 everything (and holds one
-        network gathered). In "all" are DeepSpeed's gradient buckets of {gigabytes(bucket)} GB by default, one at a time in ZeRO 1 and 2 and one for each
-        network in ZeRO 3, and the pool with a GPU's own share of it. **Activations are not counted.**
-        """)
-        + markdown(titles, rows)
-        + (
-            prose(f"""
-        Everything fits into {cluster.memory / 1e9:.0f} GB in every stage. Sharding saves at most {gigabytes(saved)} GB, of which the default buckets take
-        {gigabytes(bucket)} back in ZeRO 1 and 2 and {gigabytes(2 * bucket)} in ZeRO 3.
-        """)
-            if fits
-            else ""
-        )
-    )
+    def line(case):
+        stages = [memory(case, zero, study.cluster) for zero in range(4)]
+        states = [gigabytes(each["states"]) for each in stages]
+        whole = [gigabytes(sum(each.values())) for each in stages]
+        return [case.network.name, case.gpus, *states, *whole, gigabytes(stages[0]["pool"])]
+
+    return markdown(titles, [line(case) for case in study.cases])
 
 
-def _sensitivity(networks, cases, cluster, rails):
-    far = [case for case in cases if case.gpus > cluster.node]
-    shares = cluster.utilisation / 2, cluster.utilisation, 1.5 * cluster.utilisation
+def sensitivity_table(study):
+    """A cycle under other assumptions."""
+    cluster, half = study.cluster, study.cluster.utilisation / 2
     variants = {
-        f"{cluster.precision}, {share:.0%} of the peak rate": replace(cluster, utilisation=share) for share in shares
+        f"{cluster.precision}, {share:.0%} of the peak rate": replace(cluster, utilisation=share)
+        for share in (half, cluster.utilisation, 3 * half)
     }
-    variants[f"tf32 ({cluster.tf32 / 1e12:.0f} TFLOP/s), {cluster.utilisation:.0%}"] = replace(
-        cluster, precision="tf32"
-    )
-    variants[f"{cluster.precision}, {cluster.utilisation:.0%}, a ring through each of {cluster.node} NICs"] = rails
-    rows = []
+    title = f"tf32 ({cluster.tf32 / 1e12:.0f} TFLOP/s), {cluster.utilisation:.0%}"
+    variants[title] = replace(cluster, precision="tf32")
+    title = f"{cluster.precision}, {cluster.utilisation:.0%}, a ring through each of {cluster.node} NICs"
+    variants[title] = study.rails
+    lines = []
     for title, other in variants.items():
-        times = [cycle(case, 0, cluster=other) for case in far]
-        rows.append([title, *(f"{bounds(each)}, {each['share']:.0%}" for each in times)])
+        times = [cycle(case, 0, cluster=other) for case in study.far_cases]
+        lines.append([title, *(f"{bounds(each)}, {each['share']:.0%}" for each in times)])
+    return markdown(["assumed", *(f"{case.network.name}, {case.gpus} GPUs" for case in study.far_cases)], lines)
 
-    def alone(network):
+
+def alone_table(study):
+    """What one GPU would make."""
+
+    def images_per_second(network):
         samples = PUBLISHED[network.name][0]
-        return f"{F_UPDATES * samples / cycle(Case(network, 1, samples), 0, cluster=cluster)['no_overlap']:,.0f}"
+        times = cycle(Case(network, 1, samples), 0, cluster=study.cluster)
+        return f"{F_UPDATES * samples / times['no_overlap']:,.0f}"
 
-    return (
-        prose("""
-        ## How much depends on the assumptions
-
-        A cycle in ms, no / full overlap, and communication's share without overlap; ZeRO 0, the published samples a GPU:
-        """)
-        + markdown(["assumed", *(f"{case.network.name}, {case.gpus} GPUs" for case in far)], rows)
-        + prose(f"""
-        One GPU alone would make {of_each(networks, alone)} images/s: the assumed share of the peak rate, said in another way.
-        """)
-    )
+    lines = [[network.name, images_per_second(network)] for network in study.networks]
+    return markdown(["network", "images/s of one GPU"], lines)
 
 
-def _advice(networks, cases, cluster, rails):
-    chosen = {case: advice(case, cluster) for case in cases}
-
-    def row(case, each):
-        compared = {
-            way: more
-            for way, more in each["others"].items()
-            if way[0] not in (2, each["way"][0]) and way[1] != "reduces"
-        }
-        samples = [needed_samples(case.network, case.gpus, LARGEST_SHARE, links) for links in (cluster, rails)]
-        return [
-            case.network.name,
-            case.gpus,
-            way_name(each["way"]),
-            f"{gigabytes(each['memory'])} GB before activations",
-            ", ".join(f"ZeRO {way_name(way)} {more:+.0%}" for way, more in compared.items()),
-            f"{way_name(each['if_hidden'])} ({each['seconds_if_hidden'] / each['seconds'] - 1:+.0%})",
-            way_name(advice(case, rails)["way"]),
-            case.samples,
-            *("none" if least is None else max(least, case.samples) for least in samples),
-        ]
-
-    def named(wanted):
-        return join(f"{case.network.name} on {case.gpus}" for case in wanted)
-
+def advice_table(study):
+    """What to use for each network and number of GPUs."""
     titles = [
         "network",
         "GPUs",
@@ -925,48 +829,87 @@ def _advice(networks, cases, cluster, rails):
         "samples a GPU",
         "samples a GPU, a ring through each NIC",
     ]
-    stages = sorted({each["way"][0] for each in chosen.values()})
-    lines = [
-        f"- **ZeRO {zero}** for {named(case for case in cases if chosen[case]['way'][0] == zero)} GPUs."
-        for zero in stages
-    ]
-    far = [case for case in cases if case.gpus > cluster.node]
-    gains = {case: 1 - cycle(case, 1, "all_reduce", cluster)["full_overlap"] / chosen[case]["seconds"] for case in far}
-    gains = {case: f"{gain:.0%}" for case, gain in gains.items() if gain > NEAR}
-    if gains:
-        lines.append(
-            f"""- ZeRO 1 with `overlap_comm` and small buckets is worth a trial for {named(gains)} GPUs: at best {join(gains.values())} less."""
-        )
-    stuck = [case for case in cases if chosen[case]["samples"] is None]
-    if stuck:
-        spread, with_rails = (
-            [needed_samples(network, GPUS[-1], LARGEST_SHARE, *how) for network in networks]
-            for how in ((cluster, True), (rails,))
-        )
-        lines.append(f"""- For {named(stuck)} GPUs no batch brings communication to {LARGEST_SHARE:.0%} of a cycle. The pool's all-to-all comes first there,
-            and then {join(spread)} samples a GPU; if NCCL does use all NICs, {join(with_rails)} are enough as it is.""")
-    slower = [chosen[case]["others"][1, "reduces"] + 1 for case in far]
-    lines.append(f"""- `use_multi_rank_bucket_allreduce: false` at most within a node: over more, its reduces make a cycle {min(slower):.1f} to {max(slower):.0f}
-        times as long.""")
-    return (
-        prose(f"""
-        ## What it says to use
 
-        The smallest stage that fits into {cluster.memory / 1e9:.0f} GB and is at most {NEAR:.0%} slower than the fastest, without overlap; what the others
-        take against it; and the same if all overlap worked (with ZeRO 3 the least likely: its hooks take the host's time, and it goes neither with `compile`
-        nor with graphs). Samples a GPU: from which on communication takes at most {LARGEST_SHARE:.0%} (ZeRO 0, no overlap), but no fewer than published.
-        **How larger batches than the published ones train was not tried.**
-        """)
-        + markdown(titles, [row(case, each) for case, each in chosen.items()])
-        + prose("\n".join(lines))
-    )
+    def line(case):
+        chosen = advice(case, study.cluster)
+        compared = []
+        for way, more in chosen["others"].items():
+            if way[0] not in (2, chosen["way"][0]) and way[1] != "reduces":
+                compared.append(f"ZeRO {way_name(way)} {more:+.0%}")
+        samples = []
+        for links in (study.cluster, study.rails):
+            least = needed_samples(case.network, case.gpus, LARGEST_SHARE, links)
+            samples.append("none" if least is None else max(least, case.samples))
+        return [
+            case.network.name,
+            case.gpus,
+            way_name(chosen["way"]),
+            f"{gigabytes(chosen['memory'])} GB before activations",
+            ", ".join(compared),
+            f"{way_name(chosen['if_hidden'])} ({chosen['seconds_if_hidden'] / chosen['seconds'] - 1:+.0%})",
+            way_name(advice(case, study.rails)["way"]),
+            case.samples,
+            *samples,
+        ]
+
+    return markdown(titles, [line(case) for case in study.cases])
+
+
+def overlap_table(study):
+    """Where ZeRO 1 with all overlap would be faster than what is advised."""
+    lines = []
+    for case in study.far_cases:
+        hidden = cycle(case, 1, "all_reduce", study.cluster)["full_overlap"]
+        gain = 1 - hidden / advice(case, study.cluster)["seconds"]
+        if gain > NEAR:
+            lines.append([case.network.name, case.gpus, f"{gain:.0%}"])
+    return markdown(["network", "GPUs", "less time, at best"], lines)
+
+
+def no_batch_table(study):
+    """Where no batch brings communication to `LARGEST_SHARE` of a cycle, and what would."""
+    lines = []
+    for case in study.cases:
+        if advice(case, study.cluster)["samples"] is None:
+            spread = needed_samples(case.network, case.gpus, LARGEST_SHARE, study.cluster, spread=True)
+            with_rails = needed_samples(case.network, case.gpus, LARGEST_SHARE, study.rails)
+            lines.append([case.network.name, case.gpus, spread, with_rails])
+    titles = ["network", "GPUs", "samples a GPU, pool by all-to-all", "samples a GPU, a ring through each NIC"]
+    return markdown(titles, lines)
+
+
+TABLES = {
+    "counted": counted_table,
+    "work": work_table,
+    "assumed": assumed_table,
+    "weak_scaling": weak_scaling_table,
+    "strong_scaling": strong_scaling_table,
+    "sent": sent_table,
+    "stage_times": stage_times_table,
+    "needed_samples": needed_samples_table,
+    "dominated": dominated_table,
+    "pool": pool_table,
+    "pool_limits": pool_limits_table,
+    "memory": memory_table,
+    "sensitivity": sensitivity_table,
+    "alone": alone_table,
+    "advice": advice_table,
+    "overlap": overlap_table,
+    "no_batch": no_batch_table,
+}
+
+
+def with_tables(document, study):
+    """The document with every table as the model has it."""
+    return filled(document, lambda name: TABLES[name](study))
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    text = report([counted(name) for name in PUBLISHED])
-    REPORT.write_text(text)
-    print(text, end="")
+    command_line(__doc__).parse_args()
+    document, study = REPORT.read_text(), Study(tuple(counted(name) for name in PUBLISHED))
+    for name in table_names(document):
+        print(f"{name}\n\n{TABLES[name](study)}")
+    REPORT.write_text(with_tables(document, study))
     return 0
 
 

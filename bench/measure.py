@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved medians, counted memory traffic, tables and the rows that they write."""
+"""What the benchmarks share: interleaved medians, counted work and memory traffic, and the rows that they write."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from bench.tables import text_table
+from hsivi_fast import ops
 from hsivi_fast.nets.blocks import NoisePredictor
 from hsivi_fast.training.telemetry import EnergyMeter, commit
 
@@ -23,10 +26,11 @@ FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
 def interleaved(sides, device, rounds=30):
-    """Median seconds of every side: {name: function of nothing} -> {name: seconds}. One call of each in turn, `rounds` times, after a few to warm up;
-    every round begins with the next side, since a call feels what ran before it.
+    """Median seconds of every side: {name: function of nothing} -> {name: seconds}.
 
-    On a GPU a call is timed by events on the device, behind a write that empties the cache and hides the host's launch.
+    One call of each in turn, `rounds` times, after a few to warm up. Every round begins with the next side, since a
+    call feels what ran before it. On a GPU a call is timed by events on the device, behind a write that empties the
+    cache and hides the host's launch.
     """
     gpu = device.type == "cuda"
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if gpu else None
@@ -40,7 +44,7 @@ def interleaved(sides, device, rounds=30):
         for name, function in order:
             if gpu:
                 flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 function()
                 end.record()
@@ -49,7 +53,8 @@ def interleaved(sides, device, rounds=30):
                 taken[name].append(synchronized_seconds(function, device))
     if gpu:
         torch.cuda.synchronize(device)
-        taken = {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in taken.items()}
+        for name, pairs in taken.items():
+            taken[name] = [start.elapsed_time(end) / 1e3 for start, end in pairs]
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
@@ -70,6 +75,14 @@ def use_torch_defaults():
     torch.backends.cudnn.allow_tf32 = True
 
 
+def use_modes_of(context):
+    """Float32 mode and backend of a context, after those of another side: what `build_context` has set for it."""
+    tf32 = context.config.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    ops.choose_backend(context.config.backend, context.device)
+
+
 def has_fast_bfloat16():
     """Whether this machine computes in bfloat16: a GPU, or a CPU with avx512_bf16 or amx_bf16."""
     if torch.cuda.is_available():
@@ -88,12 +101,18 @@ def copy_bandwidth(device, size=512 * 2**20):
 
 
 def product_rate(device, dtype):
-    """Floating-point operations per second of a square matrix product in `dtype`, the limit that a network's rate is set against: the fastest of ten, of two sizes."""
-    rates = []
-    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        rates.append(2 * n**3 / min(timed_rounds({"product": (lambda: a @ b, 1)}, device, 11)["product"][1:]))
-    return max(rates)
+    """Floating-point operations per second of a square matrix product in `dtype`, the fastest of ten, of two sizes.
+
+    It is the limit that a network's rate is set against.
+    """
+    sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
+    return max(_product_rate_of_size(n, device, dtype) for n in sizes)
+
+
+def _product_rate_of_size(n, device, dtype):
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = timed_rounds({"product": (lambda: a @ b, 1)}, device, 11)["product"]
+    return 2 * n**3 / min(seconds[1:])
 
 
 def timed_rounds(sides, device, rounds):
@@ -109,9 +128,12 @@ def timed_rounds(sides, device, rounds):
 def counted_calls(function):
     """Calls of networks (`NoisePredictor`) in one call."""
     calls = []
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: calls.append(module) if isinstance(module, NoisePredictor) else None
-    )
+
+    def note(module, inputs, output):
+        if isinstance(module, NoisePredictor):
+            calls.append(module)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
     try:
         function()
     finally:
@@ -120,7 +142,10 @@ def counted_calls(function):
 
 
 def peak_bytes(function, device):
-    """The most memory that one call holds beyond what was held before it: by the allocator's counter on a GPU, by the profiler's records of it on a CPU."""
+    """The most memory that one call holds beyond what was held before it.
+
+    It is the allocator's counter on a GPU, and on a CPU the profiler's records of the allocator.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -130,11 +155,9 @@ def peak_bytes(function, device):
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
-    for event in sorted(
-        (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"),
-        key=lambda event: event.start_ns(),
-    ):
+    for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
@@ -172,6 +195,7 @@ class _Traffic(TorchDispatchMode):
         "split",
         "unbind",
     )
+    ALLOCATIONS = ("empty", "empty_like", "new_empty")
 
     def __init__(self):
         super().__init__()
@@ -179,15 +203,14 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        name = function._schema.name.partition("::")[2]
-        if (
-            name.rstrip("_") not in self.VIEWS
-            and not name.startswith("_unsafe_view")
-            and name not in ("empty", "empty_like", "new_empty")
-        ):
+        if self._moves(function._schema.name.partition("::")[2]):
             tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
+
+    def _moves(self, name):
+        is_view = name.rstrip("_") in self.VIEWS or name.startswith("_unsafe_view")
+        return not is_view and name not in self.ALLOCATIONS
 
 
 def counted_bytes(function):
@@ -198,7 +221,10 @@ def counted_bytes(function):
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up the operations of products and convolutions by torch's own formulas; `FlopCounterMode` does not take torch.autograd.grad of a leaf."""
+    """Adds up the operations of products and convolutions by torch's own formulas.
+
+    `FlopCounterMode` does not take torch.autograd.grad of a leaf.
+    """
 
     def __init__(self):
         super().__init__()
@@ -223,15 +249,14 @@ def counted_flops(function):
 
 
 def describe(device):
-    """Commit, device and versions, as every row of a results file has them."""
+    """Commit, device and versions, as every row of a results file has them: see `Row`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = {
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "triton", "hsivi_fast")},
-    }
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "hsivi_fast"):
+        versions[package] = metadata.version(package)
     return {"commit": commit(), "device": name, "versions": versions}
 
 
@@ -243,51 +268,81 @@ def _cpu_name():
     return platform.machine()
 
 
-def table(rows, columns):
-    """Rows (dicts) as aligned text; columns: {title: function of a row}."""
-    cells = [list(columns), *[[str(cell(row)) for cell in columns.values()] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in cells
-    )
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file.
+
+    ours, published: what both sides took, in `unit`; a row that compares nothing has no unit.
+    ratio: published by ours, so above 1 ours is faster; counted_ratio: the same of counted work.
+    extras: {key: value} that the script says besides.
+    failed: why a case was not timed, as its check says it.
+    commit, device, versions: see `describe`.
+    """
+
+    case: str
+    ours: float | None = None
+    published: float | None = None
+    ratio: float | None = None
+    unit: str | None = None
+    counted_ratio: float | None = None
+    extras: dict = field(default_factory=dict)
+    failed: str | None = None
+    commit: str | None = None
+    device: str | None = None
+    versions: dict | None = None
+
+    def record(self):
+        """The row as one flat dict: what a results file holds."""
+        facts = {"commit": self.commit, "device": self.device, "versions": self.versions}
+        if self.failed is not None:
+            return {"case": self.case, "failed": self.failed, **facts}
+        compared = {
+            "ours": self.ours,
+            "published": self.published,
+            "ratio": self.ratio,
+            "unit": self.unit,
+            "counted_ratio": self.counted_ratio,
+        }
+        return {"case": self.case, **(compared if self.unit is not None else {}), **self.extras, **facts}
+
+
+def write_records(file, records):
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_records(file):
+    """What `write_records` wrote."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_rows(file, rows):
+    """The rows as a results file; nothing where `file` is None."""
+    if file is not None:
+        write_records(file, [row.record() for row in rows])
 
 
 def run_cases(cases, measure_case, file):
-    """The rows of named cases, measured one after the other by `measure_case(name)`; the file, if any, is written after each."""
+    """The rows of named cases, measured one after the other by `measure_case(name)`.
+
+    The file, if any, is written after each, so that a run that is cut off leaves what it has.
+    """
     rows = []
     for case in cases:
         if "bf16" in case and not has_fast_bfloat16():
             print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
-        rows.append(measure_case(case))
-        print(
-            f"{case}: {rows[-1]['failed']}" if "failed" in rows[-1] else f"{case}: x{rows[-1]['ratio']:.2f}",
-            file=sys.stderr,
-            flush=True,
-        )
-        if file:
-            write_rows(file, rows)
+        row = measure_case(case)
+        rows.append(row)
+        print(f"{case}: {row.failed or f'x{row.ratio:.2f}'}", file=sys.stderr, flush=True)
+        write_rows(file, rows)
     return rows
 
 
 def print_rows(rows, columns):
-    """Print the table of the rows whose check held, and name the others; 0 where all held, else 1: a script's exit code."""
-    good = [row for row in rows if "failed" not in row]
-    print(table(good, columns))
+    """Print the table of the rows whose check held, and name the others; 0 where all held, else 1, the exit code."""
+    good = [row.record() for row in rows if row.failed is None]
+    print(text_table(good, columns))
     for row in rows:
-        if "failed" in row:
-            print(f"{row['case']}: NOT TIMED, its check failed: {row['failed']}")
+        if row.failed is not None:
+            print(f"{row.case}: NOT TIMED, its check failed: {row.failed}")
     return 1 if len(good) < len(rows) else 0
-
-
-def span(values):
-    """Two seconds as text."""
-    return f"{values[0]:.2f} to {values[1]:.2f}"
-
-
-def write_rows(file, rows):
-    """One JSON object a line."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

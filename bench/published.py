@@ -1,10 +1,18 @@
 """The published implementation's training iteration and sampler, as the baseline: what it computes and what it costs.
 
-Written from the paper and from the described behaviour of github.com/longinYu/HSIVI, on the networks of this project (in plain torch): for every update
-the whole batch is rolled anew from x_K down to the lowest layer drawn and one state a sample is kept, gathered in a Python loop; float32 throughout, at
-torch's default precision; layer and losses are plain operations that keep their noise; the student's loss goes back through one graph of all
-three networks; torch's default Adam, and the average parameter by parameter; on a GPU the host waits in every update and the cache is emptied in every iteration.
-Images go through PNG files for their distance. That it computes the same is tested on the numbers of the published code (tests/test_published.py).
+Written from the paper and from the described behaviour of github.com/longinYu/HSIVI, on the networks of this project
+(in plain torch):
+
+* For every update the whole batch is rolled anew from x_K down to the lowest layer drawn. One state a sample is kept,
+  gathered in a Python loop.
+* It is float32 throughout, at torch's default precision.
+* Layer and losses are plain operations that keep their noise. The student's loss goes back through one graph of all
+  three networks.
+* Adam is torch's default one, and the average goes parameter by parameter.
+* On a GPU the host waits in every update, and the cache is emptied in every iteration.
+* Images go through PNG files for their distance.
+
+That it computes the same is tested on the numbers of the published code (tests/bench/test_published.py).
 """
 
 import tempfile
@@ -17,8 +25,9 @@ import torch
 class PublishedTraining:
     """The two updates of one training iteration.
 
-    student, score_net, teacher: modules (x [B, *event], t [B] int) -> [B, *event]; schedule: `Schedule`; eta: DDIM's eta; per_step, per_pixel: the
-    shape of log_gamma; rates: (student_lr, score_net_lr) as functions of the step.
+    student, score_net, teacher: modules (x [B, *event], t [B] int) -> [B, *event].
+    schedule: `Schedule`; eta: DDIM's eta; per_step, per_pixel: the shape of log_gamma.
+    rates: (student_lr, score_net_lr) as functions of the step.
     """
 
     def __init__(self, student, score_net, teacher, schedule, eta, per_step, per_pixel, rates, clip=1.0, ema=0.999):
@@ -32,25 +41,26 @@ class PublishedTraining:
         c1 = eta * torch.sqrt((1 - (1 - high) / (1 - low)) * low / high)
         a = torch.sqrt((1 - low) / (1 - high))
         b = torch.sqrt(low - c1**2) - a * torch.sqrt(high)
+        # Tables [K + 1], indexed by k = 1 .. K.
         self.a, self.b, self.c1, self.sigma = (
             torch.cat([torch.zeros(1), table.float()]).to(device) for table in (a, b, c1, low.sqrt())
-        )  # indexed by k = 1 .. K
-        shape = ((schedule.nfe,) if per_step else ()) + (tuple(student.event_shape) if per_pixel else ()) or (1,)
-        self.log_gamma = torch.nn.Parameter(torch.zeros(shape, device=device))
+        )
+        steps = (schedule.nfe,) if per_step else ()
+        pixels = tuple(student.event_shape) if per_pixel else ()
+        self.log_gamma = torch.nn.Parameter(torch.zeros(steps + pixels or (1,), device=device))
         student.register_parameter("log_scaled_gamma", self.log_gamma)
-        self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True)
-            for name, network in (("student", student), ("score_net", score_net))
-        }
-        self.averages = {
-            name: {key: value.detach().clone() for key, value in network.named_parameters()}
-            for name, network in (("student", student), ("score_net", score_net))
-        }
-        self.updates = {"student": 0, "score_net": 0}
+        self.optimizers, self.averages, self.updates = {}, {}, {}
+        for name, network in (("student", student), ("score_net", score_net)):
+            self.optimizers[name] = torch.optim.Adam(network.parameters(), lr=0.0, amsgrad=True)
+            self.averages[name] = {key: value.detach().clone() for key, value in network.named_parameters()}
+            self.updates[name] = 0
 
     def layer(self, x, k, noise):
         """(x_{k-1}, z / gamma) of states x = x_k at layers k [B]."""
-        column = lambda table: table[k].reshape(-1, *[1] * (x.ndim - 1))
+
+        def column(table):
+            return table[k].reshape(-1, *[1] * (x.ndim - 1))
+
         log_gamma = self.log_gamma[k - 1] if self.per_step else self.log_gamma
         if not self.per_pixel:
             log_gamma = log_gamma.reshape(-1, *[1] * (x.ndim - 1))
@@ -60,7 +70,10 @@ class PublishedTraining:
 
     @torch.no_grad()
     def rollout(self, x, k, noise=None):
-        """Every sample's x_k: the whole batch goes down to the lowest layer drawn. noise [rolled layers, B, *event] replaces torch.randn."""
+        """Every sample's x_k: the whole batch goes down to the lowest layer drawn.
+
+        noise [rolled layers, B, *event] replaces torch.randn.
+        """
         states = {self.nfe: x}
         for index, current in enumerate(range(self.nfe, int(k.min()), -1)):
             z = torch.randn_like(x) if noise is None else noise[index]
@@ -110,7 +123,8 @@ class PublishedTraining:
             for key, value in network.named_parameters():
                 self.averages[name][key].mul_(decay).add_(value, alpha=1 - decay)
         if name == "score_net" and loss.device.type == "cuda":
-            torch.cuda.empty_cache()  # once an iteration, and each of those updates the score network; what the host waits for is the loss
+            # Once an iteration, and each of those updates the score network. What the host waits for is the loss.
+            torch.cuda.empty_cache()
 
     def cycle(self, step, batch, f_updates):
         """One cycle as a run has it: an update of the student and `f_updates` of the score network."""
@@ -121,38 +135,44 @@ class PublishedTraining:
 
 @torch.no_grad()
 def published_sample(training, batch, x=None, noise=None):
-    """Images of the student, [batch, *event], float32; the last layer without noise. noise [K - 1, B, *event] and x = x_K replace torch.randn."""
+    """Images of the student, [batch, *event], float32; the last layer without noise.
+
+    noise [K - 1, B, *event] and x = x_K replace torch.randn.
+    """
     device = training.tau.device
-    x = torch.randn(batch, *training.student.event_shape, device=device) if x is None else x
+    if x is None:
+        x = torch.randn(batch, *training.student.event_shape, device=device)
     for index, current in enumerate(range(training.nfe, 0, -1)):
-        k = torch.full((batch,), current, device=device)
-        z = torch.zeros_like(x) if current == 1 else torch.randn_like(x) if noise is None else noise[index]
-        x, _ = training.layer(x, k, z)
+        if current == 1:
+            z = torch.zeros_like(x)
+        else:
+            z = torch.randn_like(x) if noise is None else noise[index]
+        x, _ = training.layer(x, torch.full((batch,), current, device=device), z)
     return x
 
 
 def through_png(images, folder=None):
-    """Images in [-1, 1] as uint8 [B, H, W, C] after the published way to the distance: truncated, written as PNG files, read again."""
-    from PIL import Image
+    """Images in [-1, 1] as uint8 [B, H, W, C] after the published way to the distance.
 
+    They are truncated, written as PNG files, and read again.
+    """
+    from PIL import Image  # here: for distances alone
+
+    values = ((images + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        values = ((images + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        for index, value in enumerate(values):
-            Image.fromarray(value.squeeze()).save(Path(place) / f"{index}.png")
-        return np.stack(
-            [
-                np.asarray(Image.open(Path(place) / f"{index}.png")).reshape(values.shape[1:])
-                for index in range(len(values))
-            ]
-        )
+        files = [Path(place) / f"{index}.png" for index in range(len(values))]
+        for file, value in zip(files, values):
+            Image.fromarray(value.squeeze()).save(file)
+        return np.stack([np.asarray(Image.open(file)).reshape(values.shape[1:]) for file in files])
 
 
 def published_frechet_distance(images, features, reference):
-    """Frechet distance of images [N, C, H, W] in [-1, 1] to reference statistics {"mu", "sigma"}, the published way: through PNG files, and by a matrix square root.
+    """Frechet distance of images [N, C, H, W] in [-1, 1], the published way: through PNG files, and by a matrix root.
 
     features: uint8 images [n, H, W, C] -> [n, D], called on batches of 64.
+    reference: statistics {"mu", "sigma"}.
     """
-    import scipy.linalg
+    import scipy.linalg  # here: for distances alone
 
     images, total, outer = through_png(images), 0, 0
     for first in range(0, len(images), 64):
@@ -161,19 +181,19 @@ def published_frechet_distance(images, features, reference):
     mu = total / len(images)
     sigma = ((outer - len(images) * torch.outer(mu, mu)) / (len(images) - 1)).cpu().numpy()
     root = scipy.linalg.sqrtm(sigma @ reference["sigma"])
-    return float(
-        np.square(mu.cpu().numpy() - reference["mu"]).sum()
-        + np.trace(sigma + reference["sigma"])
-        - 2 * np.trace(root).real
-    )
+    between_means = np.square(mu.cpu().numpy() - reference["mu"]).sum()
+    return float(between_means + np.trace(sigma + reference["sigma"]) - 2 * np.trace(root).real)
 
 
 def expected_layers(nfe, batch):
     """How many layers a published update runs the student through, on average over the draw of the lowest one."""
     pairs = batch // 2 + 1
     second = batch - pairs  # samples with K + 1 - k
-    # min over k_1 .. k_pairs and K + 1 - k_1 .. K + 1 - k_second, the k uniform: P(min > m).
-    above = lambda m: (max(nfe - 2 * m, 0) / nfe) ** second * ((nfe - m) / nfe) ** (pairs - second)
+
+    def above(m):
+        """P(min > m) of the minimum over k_1 .. k_pairs and K + 1 - k_1 .. K + 1 - k_second, the k uniform."""
+        return (max(nfe - 2 * m, 0) / nfe) ** second * ((nfe - m) / nfe) ** (pairs - second)
+
     lowest = 1 + sum(above(m) for m in range(1, nfe))
     return nfe - lowest + 1
 
@@ -181,8 +201,8 @@ def expected_layers(nfe, batch):
 def cycle_work(nfe, batch, f_updates):
     """Expected work of a published cycle, in forwards over the batch (backward = 2, input-only backward = 1).
 
-    An update runs `expected_layers`; the score network's then costs a forward and a backward (3), the student's its backward (2), two forwards and two
-    input-only backwards (4).
+    An update runs `expected_layers`. The score network's then costs a forward and a backward (3). The student's costs
+    its backward (2), and two forwards and two input-only backwards (4).
     """
     layers = expected_layers(nfe, batch)
     return f_updates * (layers + 3) + layers + 2 + 4

@@ -3,24 +3,28 @@
     python -m bench.quality --json bench/results/quality.jsonl --processes 2     about half an hour on 2 cores
     python -m bench.quality --json bench/results/quality.jsonl --table           the table of the rows that are there
 
-`fresh`, `pooled` and `pooled` with redraw 4 on the three targets in the plane (5 seeds) and on digits (3 seeds, half the quick start's run); `pooled` in bfloat16 against
-float32 on digits. One thread a run, so that a result does not depend on what else runs. The command can be stopped and given again: finished runs are not repeated,
-and one that was interrupted goes on from its checkpoint.
+`fresh`, `pooled` and `pooled` with redraw 4 on the three targets in the plane (5 seeds) and on digits (3 seeds, half
+the quick start's run); `pooled` in bfloat16 against float32 on digits. One thread a run, so that a result does not
+depend on what else runs. The command can be stopped and given again: finished runs are not repeated, and one that was
+interrupted goes on from its checkpoint.
 """
 
-import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import statistics
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
+from bench.measure import describe, read_records, write_records
+from bench.options import command_line
+from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
-
-from .measure import describe, table, write_rows
 
 PLANE = [
     "train.steps=4000",
@@ -52,112 +56,141 @@ VARIANTS = {  # name -> (what it is compared with, overrides)
 }
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one run ended with: a line of the results file.
+
+    value, raw: the averaged and the raw student's metric; start: that of the student as it starts; ddim: DDIM's.
+    course: [[step, metric]] of the whole run; commit, device, versions: see `measure.describe`.
+    """
+
+    study: str
+    variant: str
+    seed: int
+    metric: str
+    steps: int
+    value: float
+    raw: float
+    start: float
+    ddim: float
+    seconds: float
+    course: list
+    commit: str | None
+    device: str
+    versions: dict
+
+
 def all_runs():
     """(study, variant, seed) of every run, a seed of everything before the next seed."""
-    most = max(seeds for _, _, seeds, _ in STUDIES.values())
-    return [
-        (study, variant, seed)
-        for seed in range(most)
-        for study, (_, _, seeds, _) in STUDIES.items()
-        if seed < seeds
-        for variant in VARIANTS
-        if study == "digits" or "bf16" not in variant
-    ]
+    runs = []
+    for seed in range(max(seeds for _, _, seeds, _ in STUDIES.values())):
+        for study, (_, _, seeds, _) in STUDIES.items():
+            if seed < seeds:
+                variants = [variant for variant in VARIANTS if study == "digits" or "bf16" not in variant]
+                runs += [(study, variant, seed) for variant in variants]
+    return runs
 
 
 def one_run(study, variant, seed, outdir):
-    """Train, or finish, one run and return its row."""
+    """Train, or finish, one run and return its outcome as a dict."""
     torch.set_num_threads(1)
     config, overrides, _, metric = STUDIES[study]
     settings = load_config(config, [*overrides, *VARIANTS[variant][1], f"seed={seed}", "device=cpu"])
     folder = train(settings, Path(outdir) / f"{study}_{variant.replace(', ', '_').replace(' ', '')}_{seed}")
     rows = {row["sampler"]: row for row in folder.read_json("results.json")}
     records = folder.metrics()
-    return {
-        "study": study,
-        "variant": variant,
-        "seed": seed,
-        "metric": metric,
-        "steps": settings.train.steps,
-        "value": rows["hsivi_ema"][metric],
-        "raw": rows["hsivi_raw"][metric],
-        "start": rows["ddim_eta"][metric],
-        "ddim": rows["ddim"][metric],
-        "seconds": records[-1]["seconds"],
-        "course": [[record["step"], record["metric"]] for record in records if record.get("metric") is not None],
+    outcome = Outcome(
+        study,
+        variant,
+        seed,
+        metric,
+        steps=settings.train.steps,
+        value=rows["hsivi_ema"][metric],
+        raw=rows["hsivi_raw"][metric],
+        start=rows["ddim_eta"][metric],
+        ddim=rows["ddim"][metric],
+        seconds=records[-1]["seconds"],
+        course=[[record["step"], record["metric"]] for record in records if record.get("metric") is not None],
         **describe(torch.device("cpu")),
-    }
+    )
+    return asdict(outcome)
 
 
 def summary(rows):
-    """One dict a study and variant: mean and standard error over the seeds, and of the differences, seed by seed, from what it is compared with, in percent."""
+    """One dict a study and variant: mean and standard error over the seeds.
+
+    The same of the differences, seed by seed, from what it is compared with, in percent.
+    """
     lines = []
     for study in STUDIES:
         for variant, (reference, _) in VARIANTS.items():
-            values = {row["seed"]: row for row in rows if row["study"] == study and row["variant"] == variant}
-            if not values:
-                continue
-            base = {row["seed"]: row["value"] for row in rows if row["study"] == study and row["variant"] == reference}
-            paired = [100 * (row["value"] / base[seed] - 1) for seed, row in values.items() if seed in base]
-            first = next(iter(values.values()))
-            lines.append(
-                {
-                    "study": study,
-                    "variant": variant,
-                    "metric": first["metric"],
-                    "seeds": len(values),
-                    "steps": first["steps"],
-                    "start": first["start"],
-                    "reference": reference,
-                    "value": _mean_and_error([row["value"] for row in values.values()]),
-                    "difference": _mean_and_error(paired) if paired else None,
-                }
-            )
+            values = _by_seed(rows, study, variant)
+            if values:
+                lines.append(_summary_line(study, variant, reference, values, _by_seed(rows, study, reference)))
     return lines
 
 
+def _by_seed(rows, study, variant):
+    return {row["seed"]: row for row in rows if row["study"] == study and row["variant"] == variant}
+
+
+def _summary_line(study, variant, reference, values, base):
+    paired = [100 * (row["value"] / base[seed]["value"] - 1) for seed, row in values.items() if seed in base]
+    first = next(iter(values.values()))
+    return {
+        "study": study,
+        "variant": variant,
+        "metric": first["metric"],
+        "seeds": len(values),
+        "steps": first["steps"],
+        "start": first["start"],
+        "reference": reference,
+        "value": _mean_and_error([row["value"] for row in values.values()]),
+        "difference": _mean_and_error(paired) if paired else None,
+    }
+
+
 def _mean_and_error(values):
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
 
 
-COLUMNS = {
-    "on": lambda r: r["study"],
-    "rollout": lambda r: r["variant"],
-    "seeds": lambda r: r["seeds"],
-    "start": lambda r: f"{r['start']:.4f}",
-    "end": lambda r: "{:.4f} +- {:.4f}".format(*r["value"]),
-    "difference": lambda r: (
-        "{:+.1f} % +- {:.1f} to {}".format(*r["difference"], r["reference"]) if r["difference"] else "-"
-    ),
-}
+COLUMNS = [
+    Column("on", "{study}"),
+    Column("rollout", "{variant}"),
+    Column("seeds", "{seeds}"),
+    Column("start", "{start:.4f}"),
+    Column("end", "{value[0]:.4f} +- {value[1]:.4f}"),
+    Column("difference", "{difference[0]:+.1f} % +- {difference[1]:.1f} to {reference}", needs="difference"),
+]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json",
-        type=Path,
-        required=True,
-        help="the rows, one JSON object a line; runs that are in it are not repeated",
-    )
+    parser = command_line(__doc__)
+    text = "the rows, one JSON object a line; runs that are in it are not repeated"
+    parser.add_argument("--json", type=Path, required=True, help=text)
     parser.add_argument("--outdir", type=Path, default=Path("runs/quality"), help="where the runs themselves go")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of the rows that are there, and run nothing"
-    )
+    text = "print the table of the rows that are there, and run nothing"
+    parser.add_argument("--table", action="store_true", help=text)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.is_file() else []
-    done = {(row["study"], row["variant"], row["seed"]) for row in rows}
-    wanted = [] if arguments.table else [run for run in all_runs() if run not in done]
-    with concurrent.futures.ProcessPoolExecutor(
-        arguments.processes, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(one_run, *run, arguments.outdir) for run in wanted]):
+    rows = read_records(arguments.json) if arguments.json.is_file() else []
+    order = all_runs()
+    done = {_key(row) for row in rows}
+    wanted = [] if arguments.table else [run for run in order if run not in done]
+    spawning = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, mp_context=spawning) as pool:
+        futures = [pool.submit(one_run, *run, arguments.outdir) for run in wanted]
+        for future in concurrent.futures.as_completed(futures):
             rows.append(future.result())
-            rows.sort(key=lambda row: all_runs().index((row["study"], row["variant"], row["seed"])))
-            write_rows(arguments.json, rows)
-            print(f"{len(rows)} of {len(all_runs())}: {rows[-1]['study']}", file=sys.stderr, flush=True)
-    print(table(summary(rows), COLUMNS))
+            rows.sort(key=lambda row: order.index(_key(row)))
+            write_records(arguments.json, rows)
+            print(f"{len(rows)} of {len(order)}: {rows[-1]['study']}", file=sys.stderr, flush=True)
+    print(text_table(summary(rows), COLUMNS))
+
+
+def _key(row):
+    return row["study"], row["variant"], row["seed"]
 
 
 if __name__ == "__main__":

@@ -1,210 +1,230 @@
-"""The README's tables and its picture, from the results files.
+"""The tables and the picture of bench/README.md, from the results files.
 
-    python -m bench.report            writes the tables into README.md and draws bench/results/speed.png
-    python -m bench.report --print    prints the tables, of other files too: python -m bench.report --print runs/h100/*.jsonl
+    python -m bench.report            writes the tables into bench/README.md and draws bench/results/speed.png
+    python -m bench.report --print    prints the tables; of other files too, as in --print runs/h100/*.jsonl
 
-A table stands in the README between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in bench/results; what kind of table it is says the word before
-the device. tests/test_bench.py holds the README to the files.
+A table stands in bench/README.md between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in
+bench/results. What kind of table it is says the word before the device. The page is held to the files by
+tests/bench/test_bench_figures.py.
 """
 
-import argparse
-import json
-import re
+import io
 import sys
 from pathlib import Path
 
-from . import quality
-from . import scaling as scaling_of_ranks
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-PLACE = re.compile(r"<!-- table ([a-z0-9_]+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
+from matplotlib.figure import Figure
+
+from bench import breakdown, quality, scaling
+from bench.measure import read_records
+from bench.options import command_line
+from bench.tables import Column, filled, markdown_table, peak_megabytes, table_names
+
+README = Path(__file__).resolve().parent / "README.md"
+RESULTS = README.parent / "results"
 
 
-def seconds(row, spread):
-    """ "27.2 (26.9 to 28.2)"."""
+def seconds(row, side, spread):
+    """A side's seconds with their spread, as "27.2 (26.9 to 28.2)"."""
+    low, high = row[f"{side}_{spread}"]
     digits = 2 if row["ours"] < 10 else 1
-    return f"{row[spread.partition('_')[0]]:.{digits}f} ({row[spread][0]:.{digits}f} to {row[spread][1]:.{digits}f})"
+    return f"{row[side]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def train_step(rows):
-    return {
-        "case": lambda r: f"`{r['case']}`",
-        "seconds a cycle (quartiles)": lambda r: seconds(r, "ours_quartiles"),
-        "published": lambda r: seconds(r, "published_quartiles"),
-        "ratio": lambda r: f"**{r['ratio']:.2f}**",
-        "counted": lambda r: f"{r['counted_ratio']:.2f}",
-        "network calls": lambda r: f"{r['ours_network_calls']:.0f} / {r['published_network_calls']:.0f}",
-        "of a matrix product's rate": lambda r: f"{r['utilisation']:.0%}",
-        "compiling, s": lambda r: f"{r['preparing_seconds']:.0f}" if r["preparing_seconds"] else "-",
-        **_memory_and_energy(rows),
-    }
+def our_quartiles(row):
+    """Our seconds with their quartiles."""
+    return seconds(row, "ours", "quartiles")
 
 
-def sampling(rows):
-    return {
-        "case": lambda r: f"`{r['case']}`",
-        "our batch": lambda r: r["batch"],
-        "seconds (range)": lambda r: seconds(r, "ours_range"),
-        "published": lambda r: seconds(r, "published_range"),
-        "ratio": lambda r: f"**{r['ratio']:.2f}**",
-        "images/s": lambda r: f"{r['ours_images_per_second']:.1f}",
-        "largest difference": lambda r: f"{r['difference']:.1e}",
-        "of a matrix product's rate": lambda r: f"{r['utilisation']:.0%}",
-        "compiling, s": lambda r: f"{r['preparing_seconds']:.0f}" if r["preparing_seconds"] else "-",
-        **_memory_and_energy(rows),
-    }
+def published_quartiles(row):
+    """The published side's seconds with their quartiles."""
+    return seconds(row, "published", "quartiles")
 
 
-def fid(rows):
-    return {
-        "features": lambda r: r["features"],
-        "seconds without features (range)": lambda r: seconds(r, "ours_range"),
-        "published": lambda r: seconds(r, "published_range"),
-        "ratio": lambda r: f"**{r['ratio']:.1f}**",
-        "of ours, the distance itself": lambda r: f"{r['ours_distance_seconds']:.2f}",
-    }
+def our_range(row):
+    """Our seconds with their range."""
+    return seconds(row, "ours", "range")
 
 
-def ablation(rows):
-    return {
-        "technique": lambda r: r["case"],
-        "seconds": lambda r: f"{r['ours']:.2f}",
-        "added to": lambda r: r["against"] or "-",
-        "against that": lambda r: f"{r['ratio_against']:.2f}" if r["against"] else "-",
-        "against published": lambda r: f"{r['ratio']:.2f}",
-        "counted": lambda r: f"{r['counted_ratio']:.2f}",
-        "compiling, s": lambda r: f"{r['preparing_seconds']:.0f}" if r["preparing_seconds"] else "-",
-    }
+def published_range(row):
+    """The published side's seconds with their range."""
+    return seconds(row, "published", "range")
 
 
-def start(rows):
-    return {
-        "command": lambda r: f"`{r['case']}`",
-        "seconds (range)": lambda r: f"{r['ours']:.2f} ({r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f})",
-    }
+def compiling(row):
+    """Seconds of compiling and recording, if there were any."""
+    return f"{row['preparing_seconds']:.0f}" if row["preparing_seconds"] else "-"
 
 
-def breakdown(rows):
-    return {
-        "part": lambda r: r["case"],
-        "seconds": lambda r: f"{r['seconds']:.2f}",
-        **{kind: lambda r, kind=kind: f"{r['shares'][kind]:.1%}" for kind in rows[0]["shares"]},
-    }
-
-
-def scaling(rows):
-    return scaling_of_ranks.COLUMNS
-
-
-def _memory_and_energy(rows):
-    """Peak memory of both sides and, on a GPU, joules."""
-    columns = {
-        "MB at most, ours / published": lambda r: (
-            f"{r['ours_peak_bytes'] / 1e6:.0f} / {r['published_peak_bytes'] / 1e6:.0f}"
-        )
-    }
+def memory_and_energy(rows):
+    """Peak memory of both sides and, where a row has it, joules."""
+    columns = [Column("MB at most, ours / published", peak_megabytes)]
     if any(row["joules_per_image"] is not None for row in rows):
-        columns["joules an image"] = lambda r: "-" if r["joules_per_image"] is None else f"{r['joules_per_image']:.2f}"
+        columns.append(Column("joules an image", "{joules_per_image:.2f}", needs="joules_per_image"))
     return columns
 
 
-def markdown(name, rows):
-    """The table of a results file with this stem, as markdown."""
-    kind = (
-        next(
-            kind
-            for kind in (train_step, sampling, fid, ablation, start, breakdown, scaling)
-            if name.startswith(kind.__name__)
-        )
-        if name != "quality"
-        else None
-    )
-    if kind is None:
-        rows, columns = quality.summary(rows), quality.COLUMNS
-    else:
-        rows = [row for row in rows if "failed" not in row]
-        columns = kind(rows)
-    lines = [list(columns), ["---"] * len(columns), *[[str(cell(row)) for cell in columns.values()] for row in rows]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def train_step_columns(rows):
+    """The columns of a table of training cycles."""
+    return [
+        Column("case", "`{case}`"),
+        Column("seconds a cycle (quartiles)", our_quartiles),
+        Column("published", published_quartiles),
+        Column("ratio", "**{ratio:.2f}**"),
+        Column("counted", "{counted_ratio:.2f}"),
+        Column("network calls", "{ours_network_calls:.0f} / {published_network_calls:.0f}"),
+        Column("of a matrix product's rate", "{utilisation:.0%}"),
+        Column("compiling, s", compiling),
+        *memory_and_energy(rows),
+    ]
 
 
-def read_rows(file):
-    """The rows of a results file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def sampling_columns(rows):
+    """The columns of a table of sampling."""
+    return [
+        Column("case", "`{case}`"),
+        Column("our batch", "{batch}"),
+        Column("seconds (range)", our_range),
+        Column("published", published_range),
+        Column("ratio", "**{ratio:.2f}**"),
+        Column("images/s", "{ours_images_per_second:.1f}"),
+        Column("largest difference", "{difference:.1e}"),
+        Column("of a matrix product's rate", "{utilisation:.0%}"),
+        Column("compiling, s", compiling),
+        *memory_and_energy(rows),
+    ]
 
 
-def filled(readme):
-    """The README with every table as its file has it."""
-    return PLACE.sub(
-        lambda match: (
-            f"<!-- table {match[1]} -->\n{markdown(match[1], read_rows(RESULTS / f'{match[1]}.jsonl'))}<!-- end -->"
-        ),
-        readme,
-    )
+def fid_columns(rows):
+    """The columns of a table of distances."""
+    return [
+        Column("features", "{features}"),
+        Column("seconds without features (range)", our_range),
+        Column("published", published_range),
+        Column("ratio", "**{ratio:.1f}**"),
+        Column("of ours, the distance itself", "{ours_distance_seconds:.2f}"),
+    ]
+
+
+def ablation_columns(rows):
+    """The columns of a table of techniques."""
+    return [
+        Column("technique", "{case}"),
+        Column("seconds", "{ours:.2f}"),
+        Column("added to", "{against}", needs="against"),
+        Column("against that", "{ratio_against:.2f}", needs="ratio_against"),
+        Column("against published", "{ratio:.2f}"),
+        Column("counted", "{counted_ratio:.2f}"),
+        Column("compiling, s", compiling),
+    ]
+
+
+def start_columns(rows):
+    """The columns of a table of starts."""
+    return [
+        Column("command", "`{case}`"),
+        Column("seconds (range)", "{ours:.2f} ({ours_range[0]:.2f} to {ours_range[1]:.2f})"),
+    ]
+
+
+def breakdown_columns(rows):
+    """The columns of a table of shares."""
+    return [
+        Column("part", "{case}"),
+        Column("seconds", "{seconds:.2f}"),
+        *breakdown.share_columns(rows[0]["shares"]),
+    ]
+
+
+def scaling_columns(rows):
+    """The columns of a table of ranks on one machine."""
+    return scaling.COLUMNS
+
+
+KINDS = {  # how the stem of a results file begins -> the columns of its rows
+    "train_step": train_step_columns,
+    "sampling": sampling_columns,
+    "fid": fid_columns,
+    "ablation": ablation_columns,
+    "start": start_columns,
+    "breakdown": breakdown_columns,
+    "scaling": scaling_columns,
+}
+
+
+def table(name, rows):
+    """The table of a results file with this stem, as Markdown. Raises ValueError for a stem of no kind."""
+    if name == "quality":
+        return markdown_table(quality.summary(rows), quality.COLUMNS)
+    for kind, columns in KINDS.items():
+        if name.startswith(kind):
+            rows = [row for row in rows if "failed" not in row]
+            return markdown_table(rows, columns(rows))
+    raise ValueError(f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, quality")
+
+
+def table_of_results(name):
+    """The table of the file of this stem in bench/results."""
+    return table(name, read_records(RESULTS / f"{name}.jsonl"))
 
 
 def picture(device):
     """PNG bytes: how many times as fast as published, measured beside counted; and what each technique adds."""
-    import io
-
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = [
-        row
-        for stem in ("train_step", "sampling")
-        if (RESULTS / f"{stem}_{device}.jsonl").is_file()
-        for row in read_rows(RESULTS / f"{stem}_{device}.jsonl")
-        if "failed" not in row
-    ][::-1]
-    left.barh([row["case"] for row in rows], [row["ratio"] for row in rows], color="tab:blue", label="measured")
-    left.plot(
-        [row["counted_ratio"] for row in rows],
-        range(len(rows)),
-        "|",
-        color="black",
-        markersize=16,
-        markeredgewidth=2,
-        label="counted work",
-    )
-    left.axvline(1, color="0.5", linewidth=0.8)
-    left.set_xlabel("times as fast as the published step or sampler")
-    left.legend(frameon=False, loc="lower right")
-    rows = [row for row in read_rows(RESULTS / f"ablation_{device}.jsonl") if row["against"]][::-1]
-    colors = ["tab:green" if row["ratio_against"] >= 1 else "tab:red" for row in rows]
-    right.barh(
-        [f"{row['case']}\nto {row['against']}" for row in rows], [row["ratio_against"] for row in rows], color=colors
-    )
-    right.axvline(1, color="0.3", linewidth=0.8)
-    right.set_xlabel("times as fast as without it")
-    right.tick_params(axis="y", labelsize=7)
+    _draw_ratios(left, [*_good_rows(f"train_step_{device}"), *_good_rows(f"sampling_{device}")][::-1])
+    _draw_techniques(right, [row for row in _good_rows(f"ablation_{device}") if row["against"]][::-1])
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
+def _good_rows(name):
+    """The rows of a results file whose checks held; none where there is no such file."""
+    file = RESULTS / f"{name}.jsonl"
+    return [row for row in read_records(file) if "failed" not in row] if file.is_file() else []
+
+
+def _draw_ratios(axes, rows):
+    axes.barh([row["case"] for row in rows], [row["ratio"] for row in rows], color="tab:blue", label="measured")
+    counted = [row["counted_ratio"] for row in rows]
+    mark = {"color": "black", "markersize": 16, "markeredgewidth": 2}
+    axes.plot(counted, range(len(rows)), "|", **mark, label="counted work")
+    axes.axvline(1, color="0.5", linewidth=0.8)
+    axes.set_xlabel("times as fast as the published step or sampler")
+    axes.legend(frameon=False, loc="lower right")
+
+
+def _draw_techniques(axes, rows):
+    names = [f"{row['case']}\nto {row['against']}" for row in rows]
+    colors = ["tab:green" if row["ratio_against"] >= 1 else "tab:red" for row in rows]
+    axes.barh(names, [row["ratio_against"] for row in rows], color=colors)
+    axes.axvline(1, color="0.3", linewidth=0.8)
+    axes.set_xlabel("times as fast as without it")
+    axes.tick_params(axis="y", labelsize=7)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--print", action="store_true", help="print the tables of the files instead")
-    parser.add_argument(
-        "--device", default="cpu", help="whose results the picture shows: train_step_DEVICE.jsonl and so on"
-    )
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="results files to print; all tables of the README by default"
-    )
+    text = "whose results the picture shows: train_step_DEVICE.jsonl and so on"
+    parser.add_argument("--device", default="cpu", help=text)
+    text = "results files to print; all tables of bench/README.md by default"
+    parser.add_argument("files", nargs="*", type=Path, help=text)
     arguments = parser.parse_args()
     if arguments.print:
-        for file in arguments.files or [
-            RESULTS / f"{name}.jsonl" for name in PLACE.findall((ROOT / "README.md").read_text())
-        ]:
-            print(f"{file.stem}\n\n{markdown(file.stem, read_rows(file))}")
+        for file in arguments.files or _files_of(README):
+            print(f"{file.stem}\n\n{table(file.stem, read_records(file))}")
         return 0
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    README.write_text(filled(README.read_text(), table_of_results))
     (RESULTS / "speed.png").write_bytes(picture(arguments.device))
     return 0
+
+
+def _files_of(document):
+    return [RESULTS / f"{name}.jsonl" for name in table_names(document.read_text())]
 
 
 if __name__ == "__main__":

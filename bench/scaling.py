@@ -1,13 +1,18 @@
-"""Weak and strong scaling of a training cycle over CPU ranks of this machine, one core each, and what they send each other.
+"""Weak and strong scaling of a training cycle over CPU ranks of this machine, and what they send each other.
 
-    python -m bench.scaling                 one and two ranks, ZeRO 0 to 3: about ten minutes on 2 cores
+One core a rank; one and two ranks, ZeRO 0 to 3, take about ten minutes on 2 cores:
+
+    python -m bench.scaling
     python -m bench.scaling --ranks 1 2 4 8
 
-Every case is measured in processes of its own, in turn, `--rounds` times over; medians. Weak: the same samples a rank; strong: the same batch. The yardstick is the
-plain engine in one process. Three times are taken of a cycle: as it is; with collectives that return at once (what the ranks compute); and its collectives by themselves.
-What of the latter is not added to the former was overlapped. Bytes are counted at torch.distributed, for ring algorithms, as bench/cluster.py models them.
+Every case is measured in processes of its own, in turn, `--rounds` times over; medians. Weak: the same samples a rank;
+strong: the same batch. The yardstick is the plain engine in one process. Three times are taken of a cycle: as it is;
+with collectives that return at once (what the ranks compute); and its collectives by themselves. What of the latter is
+not added to the former was overlapped. Bytes are counted at torch.distributed, for ring algorithms, as bench/cluster.py
+models them.
 
-What happens on machines that are not here is modelled, not measured: python -m bench.cluster, which writes bench/scaling.md.
+What happens on machines that are not here is modelled, not measured: python -m bench.cluster, which fills the tables of
+bench/scaling.md.
 """
 
 import argparse
@@ -21,20 +26,24 @@ import sys
 import time
 from pathlib import Path
 
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 import torch.distributed as dist
 
-from hsivi_fast.build import build_execution, build_layers, prepare_device
+from bench.cluster import sent_per_cycle
+from bench.measure import Row, describe, print_rows, write_rows
+from bench.options import command_line
+from bench.tables import Column
+from bench.train_step import RATE, small_teacher, three_networks
+from hsivi_fast.build import build_context
 from hsivi_fast.config import config_from_dict
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.parallel.world import connect
-from hsivi_fast.training.engine import build_engine
 from hsivi_fast.training.rollout import build_rollout
-from hsivi_fast.training.trainer import Updates
-
-from .cluster import sent_per_cycle
-from .measure import describe, print_rows, write_rows
-from .train_step import RATE, small_teacher, three_networks
+from hsivi_fast.training.updates import Updates
+from hsivi_fast.training.zero import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 NFE, F_UPDATES = 5, 4
@@ -48,6 +57,30 @@ COLLECTIVES = {
     "broadcast": (0, 1),
     "reduce": (0, 1),
 }
+
+
+def sent_megabytes(row):
+    """What a rank sends, counted."""
+    return f"{row['sent_bytes'] / 1e6:.1f}"
+
+
+def modelled_megabytes(row):
+    """What a rank sends, as the model has it."""
+    return f"{row['modelled_bytes'] / 1e6:.1f}"
+
+
+COLUMNS = [
+    Column("case", "{case}"),
+    Column("seconds a cycle (range)", "{ours:.2f} ({ours_range[0]:.2f} to {ours_range[1]:.2f})"),
+    Column("images/s, times one process", "**{ratio:.2f}**"),
+    Column("efficiency", "{efficiency:.0%}"),
+    Column("computing, s", "{computing:.2f}", needs="computing"),
+    Column("collectives alone, s", "{communicating:.2f}"),
+    Column("in collectives, s", "{in_collectives:.2f}"),
+    Column("overlapped", "{overlapped:.0%}", needs="overlapped"),
+    Column("MB sent a rank", sent_megabytes),
+    Column("modelled", modelled_megabytes),
+]
 
 
 class Finished:
@@ -81,14 +114,9 @@ class Recorder:
                 return function(*arguments, **options)
             if self.mode == "leave out":
                 return Finished() if options.get("async_op") else None
-            value = (
-                arguments[tensor]
-                if len(arguments) > tensor
-                else options.get("tensor", options.get("output_tensor", options.get("output")))
-            )
-            self.sent += (
-                factor * (dist.get_world_size() - 1) / dist.get_world_size() * value.numel() * value.element_size()
-            )
+            value = _counted_tensor(arguments, options, tensor)
+            share = (dist.get_world_size() - 1) / dist.get_world_size()
+            self.sent += factor * share * value.numel() * value.element_size()
             self.calls.append(lambda: function(*arguments, **{**options, "async_op": False}))
             self.inside, start = True, time.perf_counter()
             try:
@@ -97,6 +125,13 @@ class Recorder:
                 self.inside, self.seconds = False, self.seconds + time.perf_counter() - start
 
         return collective
+
+
+def _counted_tensor(arguments, options, position):
+    """The tensor of a collective whose bytes count: at its position, or by one of the names that it goes by."""
+    if len(arguments) > position:
+        return arguments[position]
+    return next((options[name] for name in ("tensor", "output_tensor", "output") if name in options), None)
 
 
 def measure_rank(case):
@@ -114,18 +149,14 @@ def measure_rank(case):
         }
     )
     world = connect(config)
-    device, _ = prepare_device(config, world=world)
-    execution, layer = build_execution(config, device), build_layers(config, device)
-    networks = three_networks(small_teacher(config.network, device))
-    attach_log_gamma(networks[0], layer)
-    parameters = [
-        sum(parameter.numel() for parameter in network.parameters()) for network in networks[:2]
-    ]  # before ZeRO-3 cuts them
-    student, score_net = (build_engine(config, network, execution, world) for network in networks[:2])
-    rollout, updates = (
-        build_rollout(config, layer, student.network, execution, world),
-        Updates(student, score_net, networks[2], layer, execution),
-    )
+    context = build_context(config, world)
+    student, score_net, teacher = three_networks(small_teacher(config.network, context.device))
+    context = context.with_teacher(teacher)
+    attach_log_gamma(student, context.layers)
+    # Before ZeRO-3 cuts them.
+    parameters = [sum(parameter.numel() for parameter in network.parameters()) for network in (student, score_net)]
+    student, score_net = build_engine(context, student), build_engine(context, score_net)
+    rollout, updates = build_rollout(context, student.network), Updates(context, student, score_net)
 
     def cycle():
         updates.student(rollout.student_batch(0), RATE)
@@ -141,6 +172,10 @@ def measure_rank(case):
         if world.size > 1:
             dist.barrier()
         return time.perf_counter() - start
+
+    def call_all(calls):
+        for call in calls:
+            call()
 
     rollout.start_cycle(0)
     cycle()  # libraries and optimizers set themselves up
@@ -158,7 +193,7 @@ def measure_rank(case):
         measured["sent"].append(recorder.sent)
         measured["in_collectives"].append(recorder.seconds)
         calls, recorder.inside = recorder.calls, True
-        measured["communicating"].append(timed(lambda: [call() for call in calls]))
+        measured["communicating"].append(timed(lambda calls=calls: call_all(calls)))
         recorder.inside = False
         if case["zero"] < 3:  # whose parameters have to arrive
             recorder.mode = "leave out"
@@ -173,6 +208,7 @@ def run_case(case):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bench.scaling", "--rank", json.dumps(case)]
     ranks = []
     for rank in range(case["ranks"]):
         environment = {
@@ -185,16 +221,8 @@ def run_case(case):
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
         }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "bench.scaling", "--rank", json.dumps(case)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"{case}: {' '.join(error for _, error in outputs)[-2000:]}")
@@ -203,105 +231,96 @@ def run_case(case):
 
 def cases(ranks, samples, channels, cycles):
     """The cases to be measured, the yardsticks first: {name: case}."""
-    common = {"channels": channels, "cycles": cycles, "settings": None}
-    most = max(ranks)
-    found = {
-        f"plain, batch {batch}": {**common, "engine": "plain", "zero": 0, "ranks": 1, "batch": batch, "kind": None}
-        for batch in sorted({samples, samples * most})
-    }
-    found["deepspeed, batch %d" % samples] = {
-        **common,
-        "engine": "deepspeed",
-        "zero": 1,
-        "ranks": 1,
-        "batch": samples,
-        "kind": "weak",
-    }
+
+    def case(engine, zero, size, batch, kind):
+        numbers = {"channels": channels, "cycles": cycles, "settings": None}
+        return {**numbers, "engine": engine, "zero": zero, "ranks": size, "batch": batch, "kind": kind}
+
+    largest = samples * max(ranks)
+    found = {f"plain, batch {batch}": case("plain", 0, 1, batch, None) for batch in sorted({samples, largest})}
+    found[f"deepspeed, batch {samples}"] = case("deepspeed", 1, 1, samples, "weak")
     for kind in ("weak", "strong"):
         for size in ranks:
-            for zero in range(4) if size > 1 else ():
-                batch = samples * (size if kind == "weak" else most)
-                found[f"{kind}, {size} ranks, ZeRO {zero}"] = {
-                    **common,
-                    "engine": "deepspeed",
-                    "zero": zero,
-                    "ranks": size,
-                    "batch": batch,
-                    "kind": kind,
-                }
+            if size > 1:
+                batch = samples * size if kind == "weak" else largest
+                for zero in range(4):
+                    found[f"{kind}, {size} ranks, ZeRO {zero}"] = case("deepspeed", zero, size, batch, kind)
     return found
+
+
+class Medians:
+    """What all rounds gave: {name of a case: [what `run_case` returned]}."""
+
+    def __init__(self, results):
+        self.results = results
+
+    def of(self, name, key):
+        """The median of a case's values of one kind."""
+        return statistics.median(self.values(name, key))
+
+    def values(self, name, key):
+        """All values of one kind, of every cycle in every round."""
+        return [value for result in self.results[name] for value in result[key]]
 
 
 def rows_of(found, results):
     """The rows of a results file: {name: case} and {name: [what each round gave]} -> a list."""
-    middle = lambda name, key: statistics.median(value for result in results[name] for value in result[key])
-    rows = []
-    for name, case in found.items():
-        seconds, size = middle(name, "seconds"), case["ranks"]
-        # Weak: against one process with one rank's samples. Strong: against one process with the whole batch.
-        yardstick = f"plain, batch {case['batch'] // size if case['kind'] == 'weak' else case['batch']}"
-        ratio = middle(yardstick, "seconds") / seconds * (size if case["kind"] == "weak" else 1)  # in images/s
-        student, score_net = results[name][0]["parameters"]
-        pool = (NFE + 1) * -(-F_UPDATES * case["batch"] // NFE) * 3 * 32 * 32
-        modelled = sent_per_cycle(
-            student, score_net, pool, size, case["zero"], F_UPDATES, rollout_calls=NFE, reduction="all_reduce"
-        )
-        computing = middle(name, "computing") if results[name][0]["computing"] else None
-        communicating = middle(name, "communicating") if size > 1 else 0.0
-        rows.append(
-            {
-                "case": name,
-                "ours": seconds,
-                "published": None,
-                "ratio": ratio,
-                "counted_ratio": size,
-                "unit": "s",
-                "ranks": size,
-                "batch": case["batch"],
-                "zero": case["zero"] if case["engine"] == "deepspeed" else None,
-                "ours_range": [
-                    min(v for r in results[name] for v in r["seconds"]),
-                    max(v for r in results[name] for v in r["seconds"]),
-                ],
-                "efficiency": ratio / size,
-                "sent_bytes": middle(name, "sent"),
-                "modelled_bytes": sum(modelled.values()) if size > 1 else 0.0,
-                "computing": computing,
-                "communicating": communicating,
-                "in_collectives": middle(name, "in_collectives"),
-                "overlapped": None
-                if not communicating or computing is None
-                else min(max(1 - (seconds - computing) / communicating, 0.0), 1.0),
-                "cores": os.cpu_count(),
-                **describe(torch.device("cpu")),
-                "threads": 1,
-            }
-        )
-    return rows
+    facts = describe(torch.device("cpu"))
+    return [_row(name, case, Medians(results), facts) for name, case in found.items()]
 
 
-COLUMNS = {
-    "case": lambda r: r["case"],
-    "seconds a cycle (range)": lambda r: f"{r['ours']:.2f} ({r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f})",
-    "images/s, times one process": lambda r: f"**{r['ratio']:.2f}**",
-    "efficiency": lambda r: f"{r['efficiency']:.0%}",
-    "computing, s": lambda r: "-" if r["computing"] is None else f"{r['computing']:.2f}",
-    "collectives alone, s": lambda r: f"{r['communicating']:.2f}",
-    "in collectives, s": lambda r: f"{r['in_collectives']:.2f}",
-    "overlapped": lambda r: "-" if r["overlapped"] is None else f"{r['overlapped']:.0%}",
-    "MB sent a rank": lambda r: f"{r['sent_bytes'] / 1e6:.1f}",
-    "modelled": lambda r: f"{r['modelled_bytes'] / 1e6:.1f}",
-}
+def _row(name, case, medians, facts):
+    seconds, size = medians.of(name, "seconds"), case["ranks"]
+    # Weak: against one process with one rank's samples. Strong: against one process with the whole batch.
+    weak = case["kind"] == "weak"
+    yardstick = f"plain, batch {case['batch'] // size if weak else case['batch']}"
+    ratio = medians.of(yardstick, "seconds") / seconds * (size if weak else 1)  # in images/s
+    computing = medians.of(name, "computing") if medians.results[name][0]["computing"] else None
+    communicating = medians.of(name, "communicating") if size > 1 else 0.0
+    all_seconds = medians.values(name, "seconds")
+    extras = {
+        "ranks": size,
+        "batch": case["batch"],
+        "zero": case["zero"] if case["engine"] == "deepspeed" else None,
+        "ours_range": [min(all_seconds), max(all_seconds)],
+        "efficiency": ratio / size,
+        "sent_bytes": medians.of(name, "sent"),
+        "modelled_bytes": _modelled_bytes(case, medians.results[name][0]["parameters"]),
+        "computing": computing,
+        "communicating": communicating,
+        "in_collectives": medians.of(name, "in_collectives"),
+        "overlapped": _overlapped(seconds, computing, communicating),
+        "cores": os.cpu_count(),
+        "threads": 1,
+    }
+    return Row(name, ours=seconds, ratio=ratio, unit="s", counted_ratio=size, extras=extras, **facts)
+
+
+def _modelled_bytes(case, parameters):
+    """What a rank sends in a cycle as bench/cluster.py has it."""
+    size = case["ranks"]
+    if size == 1:
+        return 0.0
+    pool = (NFE + 1) * -(-F_UPDATES * case["batch"] // NFE) * 3 * 32 * 32
+    modelled = sent_per_cycle(
+        *parameters, pool, size, case["zero"], F_UPDATES, rollout_calls=NFE, reduction="all_reduce"
+    )
+    return sum(modelled.values())
+
+
+def _overlapped(seconds, computing, communicating):
+    """The share of the collectives that does not add to a cycle; None where there are none, or it is not known."""
+    if not communicating or computing is None:
+        return None
+    return min(max(1 - (seconds - computing) / communicating, 0.0), 1.0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=3, json=None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=8, help="of a rank")
     parser.add_argument("--channels", type=int, default=32, help="of CIFAR-10's network; 128 is its own")
     parser.add_argument("--cycles", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write one JSON object a line")
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # a process of a case, which this script starts itself
     arguments = parser.parse_args()
     if arguments.rank:
@@ -314,10 +333,8 @@ def main():
         for name, case in found.items():
             results[name].append(run_case(case))
     rows = rows_of(found, results)
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    print_rows(rows, COLUMNS)
-    return 0
+    write_rows(arguments.json, rows)
+    return print_rows(rows, COLUMNS)
 
 
 if __name__ == "__main__":

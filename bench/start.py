@@ -1,61 +1,54 @@
 """How long a user waits before anything happens: import and the command's first answers, in new processes.
 
-python -m bench.start
+Four commands, `--rounds` times each, in some seconds:
+
+    python -m bench.start
 """
 
-import argparse
+import functools
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 
-from .measure import describe, synchronized_seconds, table, write_rows
+from bench.measure import Row, describe, print_rows, synchronized_seconds, write_rows
+from bench.options import command_line
+from bench.tables import Column
 
+ROOT = Path(__file__).resolve().parent.parent
 CASES = {  # what a user types -> what is run
     "import hsivi_fast": [sys.executable, "-c", "import hsivi_fast"],
     "from hsivi_fast import train": [sys.executable, "-c", "from hsivi_fast import train"],
     "hsivi --help": [sys.executable, "-m", "hsivi_fast.cli", "--help"],
     "hsivi train no_such_config": [sys.executable, "-m", "hsivi_fast.cli", "train", "no_such_config"],
 }
+COLUMNS = [
+    Column("case", "{case}"),
+    Column("s", "{ours:.2f}"),
+    Column("range", "{ours_range[0]:.2f} to {ours_range[1]:.2f}"),
+]
+
+
+def measure(case, rounds, facts):
+    """The row of one case."""
+    run = functools.partial(subprocess.run, CASES[case], cwd=ROOT, capture_output=True)
+    run()  # once, so that the files are in memory
+    seconds = [synchronized_seconds(run, torch.device("cpu")) for _ in range(rounds)]
+    extras = {"ours_range": [min(seconds), max(seconds)]}
+    return Row(case, ours=statistics.median(seconds), unit="s", extras=extras, **facts)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write one JSON object a line")
-    arguments = parser.parse_args()
-    rows, facts = [], describe(torch.device("cpu"))
-    for case, command in CASES.items():
-        run = lambda: subprocess.run(command, capture_output=True)
-        run()  # once, so that the files are in memory
-        seconds = [synchronized_seconds(run, torch.device("cpu")) for _ in range(arguments.rounds)]
-        rows.append(
-            {
-                "case": case,
-                "ours": statistics.median(seconds),
-                "published": None,
-                "ratio": None,
-                "counted_ratio": None,
-                "unit": "s",
-                "ours_range": [min(seconds), max(seconds)],
-                **facts,
-            }
-        )
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    print(
-        table(
-            rows,
-            {
-                "case": lambda r: r["case"],
-                "s": lambda r: f"{r['ours']:.2f}",
-                "range": lambda r: f"{r['ours_range'][0]:.2f} to {r['ours_range'][1]:.2f}",
-            },
-        )
-    )
-    return 0
+    arguments = command_line(__doc__, rounds=5, json=None).parse_args()
+    facts = describe(torch.device("cpu"))
+    rows = [measure(case, arguments.rounds, facts) for case in CASES]
+    write_rows(arguments.json, rows)
+    return print_rows(rows, COLUMNS)
 
 
 if __name__ == "__main__":

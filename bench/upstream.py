@@ -1,13 +1,23 @@
-"""The published code itself as the baseline: a clone of github.com/longinYu/HSIVI, driven on the networks of this project in the place of `bench.published`.
+"""The published code itself as the baseline: a clone of github.com/longinYu/HSIVI, driven on this project's networks.
 
-Theirs, imported and called: `SpeedDDPM` around the three networks (layer, log_gamma); the loss functions with draws, rollout and gather; `step_fn_speedup`, a whole
-iteration; Adam, its rates and the clipping; the average of the weights; the sampler. An update of the score network and a cycle are `step_fn_speedup` from its first line to
-its last. It has no call for the student alone, so the body of `update_student` is ours: which network learns, backward, and the calls of their clipping, optimizer and average.
-They empty the GPU's cache once an iteration, not once an update; here that belongs to the score network's.
+It takes the place of `bench.published`. Theirs, imported and called:
 
-Ours besides: the schedule's tables (theirs have float32's rounding, 2e-4 of the lowest variance), and no DistributedDataParallel, which they put around the networks even on one
-GPU: their `train` and `evaluate` need CUDA, NCCL and a process group. What is called here runs on a CPU, and with torch 2.14 under two FutureWarnings (`torch.jit.script`,
-`torch.cuda.amp.autocast`). Their modules import torchvision and matplotlib. Written for their commit 06e7831.
+* `SpeedDDPM` around the three networks (layer, log_gamma)
+* the loss functions with draws, rollout and gather
+* `step_fn_speedup`, a whole iteration
+* Adam, its rates and the clipping; the average of the weights
+* the sampler
+
+An update of the score network and a cycle are `step_fn_speedup` from its first line to its last. It has no call for the
+student alone. So the body of `update_student` is ours: which network learns, backward, and the calls of their clipping,
+optimizer and average. They empty the GPU's cache once an iteration, not once an update; here that belongs to the score
+network's.
+
+Ours besides: the schedule's tables (theirs have float32's rounding, 2e-4 of the lowest variance), and no
+DistributedDataParallel. They put it around the networks even on one GPU: their `train` and `evaluate` need CUDA, NCCL
+and a process group. What is called here runs on a CPU, and with torch 2.14 under two FutureWarnings
+(`torch.jit.script`, `torch.cuda.amp.autocast`). Their modules import torchvision and matplotlib. Written for their
+commit 06e7831.
 """
 
 import contextlib
@@ -20,7 +30,7 @@ from unittest import mock
 
 import torch
 
-from .published import PublishedTraining
+from bench.published import PublishedTraining
 
 USED = {  # module -> names
     "models.ddpm_cifar": ("SpeedDDPM", "UNet"),
@@ -34,17 +44,17 @@ USED = {  # module -> names
 class UpstreamTraining:
     """The two updates of one training iteration, by the code in the clone at `path`; otherwise as `PublishedTraining`.
 
-    rates: (student_lr, score_net_lr) as functions of the step = 1, 2, ... Raises ValueError where `path` is no such clone, and for events other than [channels, size, size].
+    rates: (student_lr, score_net_lr) as functions of the step = 1, 2, ...
+    Raises ValueError where `path` is no such clone, and for events other than [channels, size, size].
     """
 
     def __init__(
         self, path, student, score_net, teacher, schedule, eta, per_step, per_pixel, rates, clip=1.0, ema=0.999
     ):
         self.modules = modules = _import_clone(path)
-        if len(student.event_shape) != 3 or student.event_shape[1] != student.event_shape[2]:
-            raise ValueError(
-                f"upstream: the published code takes images [channels, size, size], not {list(student.event_shape)}"
-            )
+        event = list(student.event_shape)
+        if len(event) != 3 or event[1] != event[2]:
+            raise ValueError(f"upstream: the published code takes images [channels, size, size], not {event}")
         self.student, self.score_net, self.teacher, self.nfe = student, score_net, teacher, schedule.nfe
         device = next(teacher.parameters()).device
         use = {True: "use", False: "dis"}
@@ -53,8 +63,8 @@ class UpstreamTraining:
             eta=eta,
             independent_log_gamma=use[per_step],
             image_gamma=use[per_pixel],
-            image_channels=student.event_shape[0],
-            image_size=student.event_shape[1],
+            image_channels=event[0],
+            image_size=event[1],
             device=device,
             f_learning_times=1,
             grad_clip=clip,
@@ -66,9 +76,8 @@ class UpstreamTraining:
             cosine_lr_decay="dis",
             autocast_train=False,
         )
-        with mock.patch.object(
-            modules.ddpm_cifar, "UNet", iter((teacher, student, score_net)).__next__
-        ):  # it builds its networks in this order
+        in_their_order = iter((teacher, student, score_net))  # in which it builds its networks
+        with mock.patch.object(modules.ddpm_cifar, "UNet", in_their_order.__next__):
             model = modules.ddpm_cifar.SpeedDDPM(config).to(device)
         self.log_gamma = student.log_scaled_gamma
         self.diffusion = SimpleNamespace(
@@ -81,13 +90,13 @@ class UpstreamTraining:
             parameters = list(network.requires_grad_(True).parameters())
             self.state[f"optimizer_{name}"] = modules.utils.get_optimizer_speedup(config, parameters)
             self.state[f"ema_{name}"] = modules.ema.ExponentialMovingAverage(parameters, decay=ema)
-        optimize = [
-            _at_rate(modules.utils.optimization_manager_speedup(config, phi_net=phi_net), rate)
-            for phi_net, rate in zip((True, False), rates)
-        ]
-        self.optimize_student = optimize[0]
+        manager = modules.utils.optimization_manager_speedup
+        self.optimize_student = _at_rate(manager(config, phi_net=True), rates[0])
+        optimize_score_net = _at_rate(manager(config, phi_net=False), rates[1])
         self.loss = modules.losses.get_loss_fn_speedup(self.diffusion, config)
-        self.iterate = modules.losses.get_step_fn_speedup(True, *optimize, self.diffusion, config)
+        self.iterate = modules.losses.get_step_fn_speedup(
+            True, self.optimize_student, optimize_score_net, self.diffusion, config
+        )
         self.samplers = {}
 
     draw = PublishedTraining.draw
@@ -95,8 +104,10 @@ class UpstreamTraining:
     def update_student(self, step, k, x_top, noise, rollout_noise=None):
         """One update of the student; the loss.
 
-        k [B] in antithetic pairs, x_top = x_K and noise [B, *event], rollout_noise [rolled layers, B, *event]. Without rollout_noise nothing in their code is
-        replaced: it draws all four itself, as in a run, and only the batch size is taken from k. Raises ValueError for a k without pairs, or noise for another number of layers.
+        k: [B] in antithetic pairs; x_top: x_K [B, *event]; noise: [B, *event].
+        rollout_noise: [rolled layers, B, *event]. Without it nothing in their code is replaced: it draws all four
+        itself, as in a run, and only the batch size is taken from k.
+        Raises ValueError for a k without pairs, or noise for another number of layers.
         """
         with self._given(k, x_top, noise, rollout_noise):
             self.student.requires_grad_(True)
@@ -109,14 +120,20 @@ class UpstreamTraining:
         return loss.item()
 
     def update_score_net(self, step, k, x_top, noise, rollout_noise=None):
-        """One update of the score network: their iteration in a step that is not the student's. Arguments, result and errors as for `update_student`."""
+        """One update of the score network: their iteration in a step that is not the student's.
+
+        Arguments, result and errors are those of `update_student`.
+        """
         self.config.f_learning_times = math.inf  # no step is a multiple of it
         self.state["step"] = step
         with self._given(k, x_top, noise, rollout_noise):
             return self.iterate(self.state, self._shape(len(k)))[1].item()
 
     def cycle(self, step, batch, f_updates):
-        """`f_updates` of their iterations, the first of which has number `step`; one of them, whose number is a multiple of `f_updates`, updates the student first."""
+        """`f_updates` of their iterations, the first of which has number `step`.
+
+        One of them, whose number is a multiple of `f_updates`, updates the student first.
+        """
         self.config.f_learning_times = f_updates
         self.state["step"] = step
         for _ in range(f_updates):
@@ -138,7 +155,10 @@ class UpstreamTraining:
 
 
 def upstream_sample(training, batch, x=None, noise=None):
-    """Images by the sampler of the clone, [batch, *event], float32; the last layer without noise. x = x_K and noise [K - 1, B, *event] replace their draws: both or none."""
+    """Images by the sampler of the clone, [batch, *event], float32; the last layer without noise.
+
+    x = x_K and noise [K - 1, B, *event] replace their draws: both or none.
+    """
     if (x is None) != (noise is None) or noise is not None and len(noise) != training.nfe - 1:
         raise ValueError("upstream: x and the noise of K - 1 layers are given together or not at all")
     if batch not in training.samplers:  # made once, as in a run: making it collects garbage
@@ -158,7 +178,7 @@ class _Undistributed(SimpleNamespace):
 
 
 def _at_rate(optimize, rate):
-    """Their clip-and-step function with the rate of ours: without a warm-up, it leaves the rate of its step 1 as it is."""
+    """Their clip-and-step function with the rate of ours: without a warm-up it leaves the rate of step 1 as it is."""
     return lambda optimizer, parameters, step: optimize(optimizer, parameters, step=1, lr=rate(step))
 
 
@@ -168,26 +188,37 @@ def _handed_out(**tensors):
 
 
 def _import_clone(path):
-    """The modules in USED of the clone at `path`, by their last names. sys.path and sys.modules stay as they were: `models` may mean something else to others."""
-    refuse = lambda what: ValueError(
-        f"upstream: {path} is no clone of github.com/longinYu/HSIVI that can be used: {what}"
-    )
+    """The modules in USED of the clone at `path`, by their last names.
+
+    sys.path and sys.modules stay as they were: `models` may mean something else to others.
+    """
     for name in USED:
-        if not (file := Path(path, *name.split(".")).with_suffix(".py")).is_file():
-            raise refuse(f"it has no {file.relative_to(path)}")
-    taken = lambda: [name for name in sys.modules if name.partition(".")[0] in ("models", "torch_utils")]
-    others = {name: sys.modules.pop(name) for name in taken()}
-    sys.path.insert(0, folder := str(Path(path).resolve()))
+        file = Path(path, *name.split(".")).with_suffix(".py")
+        if not file.is_file():
+            raise _unusable(path, f"it has no {file.relative_to(path)}")
+    others = _take_out_their_names()
+    folder = str(Path(path).resolve())
+    sys.path.insert(0, folder)
     try:
         modules = {name: importlib.import_module(name) for name in USED}
     except Exception as error:  # whatever is wrong in the clone, one line says where
-        raise refuse(f"{type(error).__name__}: {error}") from error
+        raise _unusable(path, f"{type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
-        for name in taken():
-            del sys.modules[name]
+        _take_out_their_names()
         sys.modules.update(others)
     for name, needed in USED.items():
-        if missing := [each for each in needed if not hasattr(modules[name], each)]:
-            raise refuse(f"{name} has no {', '.join(missing)}")
+        missing = [each for each in needed if not hasattr(modules[name], each)]
+        if missing:
+            raise _unusable(path, f"{name} has no {', '.join(missing)}")
     return SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()})
+
+
+def _unusable(path, what):
+    return ValueError(f"upstream: {path} is no clone of github.com/longinYu/HSIVI that can be used: {what}")
+
+
+def _take_out_their_names():
+    """{name: module}: what sys.modules has under the clone's names, which it has no longer."""
+    names = [name for name in sys.modules if name.partition(".")[0] in ("models", "torch_utils")]
+    return {name: sys.modules.pop(name) for name in names}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .checkpoints.run_folder import RunFolder
+from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config
 from .execution import Execution
@@ -63,10 +63,11 @@ def choose_device(name):
     """The torch device of "auto", "cpu" or "cuda:N"; ValueError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+    kind, _, number = name.partition(":")
+    # Before torch reads it: a number that does not fit into a byte is another error there.
+    if kind == "cuda" and not (torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()):
         raise ValueError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return torch.device(name)
 
 
 def _set_float32_mode(precision, device):
@@ -169,18 +170,48 @@ def _initialised(network, config, stem):
     """
     if config.init is None:
         return network
-    folder = Path(config.init)
-    if (folder / "config.yaml").is_file():
-        run = RunFolder(folder)
-        if not run.checkpoints():
-            raise ValueError(f"init: the run {config.init!r} has no checkpoint yet")
-        folder = run.checkpoint_path(run.checkpoints()[-1])
+    folder, _ = checkpoint_to_start_from(config)
     file = folder / f"{stem}.safetensors"
     if not file.is_file():
         problem = f"init: {config.init!r} is neither a trained run nor a folder with {stem}.safetensors"
         raise ValueError(f"{problem}; train the run first, or say where it is with init=FOLDER")
+    try:
+        check_sum(file)
+    except ValueError as error:
+        raise ValueError(f"init: {file}: damaged ({error}); start from another checkpoint") from None
     load_weights(network, read_weights(file), file)
     return network
+
+
+def checkpoint_to_start_from(config):
+    """(folder, words): the weights that `init` and `init_step` name, and what they are called in the log.
+
+    Raises ValueError where the run has no such checkpoint.
+    """
+    folder, wanted = Path(config.init), config.init_step
+    if not (folder / "config.yaml").is_file():
+        if wanted != "newest":
+            problem = f"{wanted!r} is a checkpoint of a run, and init={config.init!r} is no run's folder"
+            raise ValueError(f"init_step: {problem}; leave it out")
+        return folder, str(folder)
+    run = RunFolder(folder)
+    steps = run.checkpoints()
+    if not steps:
+        raise ValueError(f"init: the run {config.init!r} has no checkpoint yet")
+    step, remark = (steps[-1], "the newest") if wanted == "newest" else (wanted, "by init_step")
+    if wanted == "best":
+        best = run.best_checkpoint()
+        if best is None:
+            problem = f"'best', and no checkpoint of {config.init!r} was measured"
+            raise ValueError(f"init_step: {problem}; choose newest or one of {_listed(steps)}")
+        step, remark = best[0], f"its best, distance {best[1]:.4g}"
+    if step not in steps:
+        raise ValueError(f"init_step: {config.init!r} has no checkpoint of step {step}; it has {_listed(steps)}")
+    return run.checkpoint_path(step), f"step {step} of {folder} ({remark})"
+
+
+def _listed(numbers):
+    return ", ".join(map(str, numbers))
 
 
 def _mixture_teacher(config):

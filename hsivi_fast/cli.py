@@ -5,16 +5,22 @@ answered at once.
 """
 
 import contextlib
+import logging
 import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
 
+from .checkpoints.files import as_written
 from .parallel.interrupt import Interrupted
+from .parallel.out_of_memory import is_out_of_memory
+from .parallel.seeds import Seeds
 
+MOST_SEEDS = 1_000_000_000
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LEGEND = """\
@@ -95,7 +101,7 @@ def hsivi():
 )
 @click.option(
     "--processes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1_000_000),
     help="With --dry-run: for so many processes (those of the launcher by default).",
 )
 def train(config, overrides, outdir, fresh, dry_run, processes):
@@ -148,27 +154,48 @@ def sample(run, seeds, outdir, batch, weights, **changes):
     A seed always gives the same image.
     """
     import numpy as np
+    import torch
     from tqdm import tqdm
 
+    from .checkpoints.files import write_arrays, write_atomically
     from .checkpoints.run_folder import RunFolder
     from .metrics.image_files import write_pictures
+    from .parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_memory
     from .report.figures import image_grid
-    from .sampling.sampler import sample
+    from .sampling.sampler import sample_in_batches
 
     numbers = parse_seeds(seeds)
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
+    kept = []  # points, or the images of the grid
+
+    def check_room(event_shape):
+        if not _is_main():
+            return
+        what, advice = f"seeds: {len(numbers)}", "ask for fewer, or choose another --outdir"
+        if len(event_shape) == 3:
+            refuse_beyond_disk(what, len(numbers) * picture_size(event_shape), target, advice, files=len(numbers))
+        else:
+            refuse_beyond_memory(what, 32 * len(numbers), torch.device("cpu"), "ask for fewer")  # and in the npz
+
+    def take(chunk, samples):
+        target.mkdir(parents=True, exist_ok=True)
+        if samples.ndim == 4:
+            write_pictures(target, chunk, samples.numpy().transpose(0, 2, 3, 1))
+            samples = samples[: max(256 - sum(map(len, kept)), 0)]
+        kept.append(samples)
+
     with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _is_main(), dynamic_ncols=True) as bar:
-        images = sample(folder, numbers, weights, batch, on_batch=bar.update, **changes).numpy()
+        sample_in_batches(folder, numbers, take, weights, batch, bar.update, check_room, **changes)
     if not _is_main():
         return
-    if images.ndim == 2:
-        np.savez(target / "points.npz", points=images, seeds=np.array(numbers))
-        click.echo(f"{len(images)} points: {target / 'points.npz'}")
+    samples = torch.cat(kept).numpy()
+    if samples.ndim == 2:
+        write_arrays(target / "points.npz", points=samples, seeds=np.array(numbers))
+        click.echo(f"{len(samples)} points: {target / 'points.npz'}")
         return
-    write_pictures(target, numbers, images.transpose(0, 2, 3, 1))
-    (target / "grid.png").write_bytes(image_grid(images[:256]))
-    click.echo(f"{len(images)} images and grid.png: {target}")
+    write_atomically(target / "grid.png", image_grid(samples))
+    click.echo(f"{len(numbers)} images and grid.png: {target}")
 
 
 @hsivi.command(
@@ -200,11 +227,10 @@ def evaluate(run, num_samples, ref, weights, **options):
     """Measure the Frechet distance of a run's sampler: FID where the run's features are Inception's."""
     from tqdm import tqdm
 
-    from .metrics.evaluation import evaluate
+    from .metrics.evaluation import check_num_samples, evaluate
     from .metrics.table import format_table
 
-    if num_samples < 2:  # before a bar of such a length is drawn
-        raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
+    check_num_samples(num_samples)  # before a bar of such a length is drawn
     with tqdm(total=num_samples, unit="image", desc="eval", disable=not _is_main(), dynamic_ncols=True) as bar:
         row = evaluate(run, num_samples, ref, weights, on_batch=bar.update, **options)
     if _is_main():
@@ -312,26 +338,29 @@ def report(runs, out, backend):
 
 
 def parse_seeds(text):
-    """Seeds as a list of ints, from "0-63" or "1,5,9-12"; ValueError for anything else."""
-    seeds = []
+    """The seeds of "0-63" or "1,5,9-12", a `Seeds` of ranges; ValueError for anything else."""
+    ranges = []
     for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+        match = re.fullmatch(r"(\d{1,40})(?:-(\d{1,40}))?", item.strip())
         if not match:
-            raise ValueError(f"seeds: {text!r} is not understood; write 0-63 or 1,5,9-12")
+            shown = repr(text) if len(text) <= 80 else f"{text[:60]!r} ..."
+            raise ValueError(f"seeds: {shown} is not understood; write 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"seeds: {item.strip()!r} runs backwards; write {last}-{first}")
         if last >= 2**63:
             raise ValueError(f"seeds: {last} is too large; a seed is below 2^63")
-        seeds += range(first, last + 1)
-    return seeds
+        if last - first >= MOST_SEEDS:
+            raise ValueError(f"seeds: {item.strip()!r} are too many; ask for at most {MOST_SEEDS} at a time")
+        ranges.append(range(first, last + 1))
+    return Seeds(*ranges)
 
 
 def _output_folder(path):
-    path = Path(path)
+    """Where a command will write; it is made when there is something to write."""
+    path = as_written(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -351,17 +380,34 @@ def main(arguments=None):
 
     Exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption.
     arguments: those of the command line by default. Of several processes that a launcher has started, rank 0 speaks.
+    A reader of the output that has gone (`hsivi ... | head`) ends the command with 141, as SIGPIPE ends others.
     """
+    _open_closed_streams()
+    _only_ours()
+    stderr, sys.stderr = sys.stderr, _Forgiving(sys.stderr)
     try:
         hsivi.main(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         _fail("interrupted; a run that was training goes on from its newest checkpoint with the same command", 130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (ValueError, OSError, FloatingPointError) as error:
-        _fail(" ".join(str(error).split()), 2)
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+        sys.exit(141)
     except Interrupted as error:
         _fail(str(error), 128 + error.signal_number)
+    except Exception as error:
+        if isinstance(error, OSError) and _cannot_write(sys.stdout):
+            _to_nowhere(sys.stdout)
+            _fail(f"cannot write the output: {error.strerror or error}", 2)
+        if is_out_of_memory(error):
+            _fail(_out_of_memory(error), 2)
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
+        _fail(" ".join(str(error).split()), 2)
+    finally:
+        sys.stderr = stderr
 
 
 def launched(command):
@@ -373,6 +419,107 @@ def launched(command):
     from .parallel.world import disconnect
 
     disconnect()
+
+
+class _Forgiving:
+    """stderr, where what cannot be written is left out: a full disk, a closed pipe or a terminal that has gone must not
+    end a training.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        """As of a stream; never raises for want of a reader or of room."""
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            _to_nowhere(self.stream)
+            return len(text)
+
+    def flush(self):
+        """As of a stream; never raises for want of a reader or of room."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            _to_nowhere(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _to_nowhere(stream):
+    """Let go to /dev/null what a stream still holds and what comes, so that the exit code is ours."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+
+
+def _cannot_write(stream):
+    """Whether a stream holds what it cannot write."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _open_closed_streams():
+    """Put /dev/null where stdin, stdout or stderr are closed: otherwise the next file that is opened would be taken for
+    them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
+def _only_ours():
+    """Show our warnings as a line, and leave those of libraries to logging, where nobody listens by default.
+
+    With `python -W` or PYTHONWARNINGS all are shown. torch's C++ code says what it logs by TORCH_CPP_LOG_LEVEL.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported
+    if sys.warnoptions:
+        return
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(logging.NullHandler())
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    if not _is_ours(message, category):
+        logging.getLogger("py.warnings").warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
+    elif _is_main():
+        click.echo(f"hsivi: warning: {' '.join(str(message).split())}", err=True)
+
+
+def _is_ours(message, category):
+    """Whether a warning comes from a `warnings.warn` in this package, whatever line it is said to be about.
+
+    What torch's C++ code and numpy warn of stands in a frame of ours too; the first says where it was triggered, the
+    second has categories of its own.
+    """
+    if category is not UserWarning or "Triggered internally" in str(message):
+        return False
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == warnings.__file__:
+        frame = frame.f_back
+    return frame is not None and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def _out_of_memory(error):
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) and said.startswith("out of memory"):
+        return said
+    reason = f" ({said[:120]})" if said else ""
+    return f"out of memory{reason}; close other programs, raise `ulimit -v` if it is set, or ask for less at once"
 
 
 def _is_main():
@@ -387,8 +534,9 @@ def _fail(message, code):
         if connected() or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(code)
         message = f"rank {os.environ['RANK']}: {message}"  # on a machine of its own, before the ranks have met
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         click.echo(f"hsivi: {message}", err=True)
+    sys.stderr.flush()
     sys.exit(code)
 
 

@@ -7,11 +7,13 @@ dataclass. What is wrong with the input is a ValueError of one line that names t
 import dataclasses
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -40,16 +42,56 @@ settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 
 def _finite(value):
-    if value != value or value in (float("inf"), float("-inf")):
+    if value != value or value in (float("inf"), float("-inf")) or abs(value) > 1e300:
         raise ValueError("must be a finite number")
     return float(value)
 
 
+def _file_name(value):
+    """A name that becomes a folder under runs/."""
+    if value in ("", ".", "..") or "/" in value or not value.isprintable() or len(value.encode()) > 200:
+        raise ValueError("must be a plain file name, without '/' and at most 200 bytes")
+    return value
+
+
+def _device(value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _step_to_start_from(value):
+    if value not in ("newest", "best") and (not isinstance(value, int) or not 0 < value <= 1_000_000_000):
+        raise ValueError("must be newest, best, or the step of a checkpoint")
+    return value
+
+
+def _no_bool(value):
+    """True equals 1, so it would pass where numbers are listed."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _count(most, least=1):
+    """An integer from `least` to `most`."""
+    return Annotated[StrictInt, Field(ge=least, le=most)]
+
+
+# The upper bounds are far above every real run. They keep numbers within what can be multiplied, counted and estimated;
+# what a machine can hold is asked at the start (training/estimate.py).
+MOST_IMAGES = 10_000_000  # of one measurement
+
 Number = Annotated[StrictInt | StrictFloat, AfterValidator(_finite)]
 Positive = Annotated[Number, Field(gt=0)]
-Count = Annotated[StrictInt, Field(ge=1)]
-Natural = Annotated[StrictInt, Field(ge=0)]
+Rate = Annotated[Number, Field(gt=0, le=1000)]  # of learning
+Seconds = Annotated[Number, Field(gt=0, le=1_000_000)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Count = _count(1_000_000_000)
+Natural = _count(1_000_000_000, least=0)
+BatchSize = _count(1_000_000)
+Evaluations = _count(10_000)
+Channels = _count(65_536)
 
 
 @settings
@@ -58,19 +100,20 @@ class NetworkConfig:
 
     name: StrictStr | None = None
     family: Literal["ddpm", "adm", "mlp"] | None = None
-    image_channels: Count | None = None
-    image_size: Count | None = None
-    channels: Count | None = None
-    multipliers: tuple[Count, ...] | None = None
-    res_blocks: Natural | None = None
-    attention: tuple[StrictBool | Count, ...] | None = None  # ddpm: true or false a level; adm: downsampling factors
+    image_channels: _count(1024) | None = None
+    image_size: _count(4096) | None = None
+    channels: Channels | None = None
+    multipliers: Annotated[tuple[_count(64), ...], Field(min_length=1, max_length=10)] | None = None
+    res_blocks: _count(16, least=0) | None = None
+    # ddpm: true or false a level; adm: downsampling factors
+    attention: Annotated[tuple[StrictBool | _count(4096), ...], Field(max_length=10)] | None = None
     middle: StrictBool | None = None  # ddpm
-    heads: Count | None = None  # adm
-    out_channels: Count | None = None  # adm
-    norm_groups: Count | None = None
-    norm_eps: Positive | None = None
-    layers: Count | None = None  # mlp
-    time_channels: Count | None = None  # mlp
+    heads: _count(1024) | None = None  # adm
+    out_channels: _count(2048) | None = None  # adm
+    norm_groups: Channels | None = None
+    norm_eps: Annotated[Number, Field(gt=0, le=1)] | None = None
+    layers: _count(256) | None = None  # mlp
+    time_channels: Channels | None = None  # mlp
 
 
 @settings
@@ -80,7 +123,7 @@ class TeacherConfig:
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
     betas: Literal["linear", "cosine"] = "linear"
-    steps: Annotated[StrictInt, Field(ge=2)] = 1000
+    steps: _count(1_000_000, least=2) = 1000
 
 
 @settings
@@ -96,7 +139,7 @@ class RolloutConfig:
     """How training states are made: `fresh` for every update, or `pooled`, one rollout for all updates of a cycle."""
 
     mode: Literal["pooled", "fresh"] = "pooled"
-    redraw: Count = 1  # pooled only: how often each stored mean is used, each time with new noise
+    redraw: _count(1000) = 1  # pooled only: how often each stored mean is used, each time with new noise
     chunk: Count = 4096  # the largest batch of one rollout call, for memory
 
 
@@ -105,10 +148,10 @@ class TrainConfig:
     """The distillation; `steps` counts updates of the score network."""
 
     steps: Count = 200000
-    batch_size: Count = 128  # over all processes
-    f_learning_times: Count = 20  # every so many steps the student is updated too
-    student_lr: Positive = 1.6e-5
-    score_net_lr: Positive = 8.0e-5
+    batch_size: BatchSize = 128  # over all processes
+    f_learning_times: _count(1_000_000) = 20  # every so many steps the student is updated too
+    student_lr: Rate = 1.6e-5
+    score_net_lr: Rate = 8.0e-5
     warmup: Natural = 2500
     lr_rule: Literal["decay", "cosine", "linear", "constant"] = "decay"
     clip: Positive = 1.0
@@ -120,8 +163,8 @@ class EvalConfig:
     """What is measured: each `every` steps (0: at the end alone), on `seeds` sets of `num_samples` images (0: none)."""
 
     every: Natural = 0
-    num_samples: Natural = 500
-    seeds: Count = 3
+    num_samples: _count(MOST_IMAGES, least=0) = 500
+    seeds: _count(1000) = 3
     # The feature network; by default the data set's own, and Inception where it has none.
     metric: Literal["digits", "mnist", "inception"] | None = None
     # An npz file of reference statistics (mu, sigma) in the place of the data.
@@ -133,7 +176,7 @@ class EvalConfig:
     prc: StrictBool = False
     # Other samplers of the teacher in the table, and the evaluations that each is given. diffusers has the last two.
     baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)
-    ddim_nfe: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10, 20, 50)
+    ddim_nfe: Annotated[tuple[Evaluations, ...], Field(min_length=1, max_length=100)] = (5, 10, 20, 50)
 
 
 @settings
@@ -142,11 +185,11 @@ class DistributedConfig:
 
     # plain: one process without DeepSpeed; auto: DeepSpeed where there are several.
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
-    zero: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO stage
-    accumulation: Count = 1  # micro-batches that a process takes its share of a batch in, for memory
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = 1  # DeepSpeed's ZeRO stage
+    accumulation: BatchSize = 1  # micro-batches that a process takes its share of a batch in, for memory
     deepspeed: StrictStr | None = None  # a JSON file with more of DeepSpeed's settings (bucket sizes, overlap)
-    connect_timeout: Positive = 300  # seconds until all processes have to have met
-    timeout: Positive = 600  # seconds without progress after which a process counts as hanging, and of one collective
+    connect_timeout: Seconds = 300  # seconds until all processes have to have met
+    timeout: Seconds = 600  # seconds without progress after which a process counts as hanging, and of one collective
 
 
 @settings
@@ -163,8 +206,8 @@ class TeacherTrainConfig:
     """`hsivi teacher`: the DDPM loss on `data`."""
 
     steps: Count = 6000
-    batch_size: Count = 128
-    lr: Positive = 1.0e-3
+    batch_size: BatchSize = 128
+    lr: Rate = 1.0e-3
     warmup: Natural = 200
     ema: Fraction = 0.999
 
@@ -175,13 +218,15 @@ class Config:
 
     network: NetworkConfig
     teacher: TeacherConfig
-    nfe: Count
+    nfe: Evaluations
     # Reference images for the metric, and the teacher's training data.
     data: Literal["digits", "mnist", "images"] | None = None
     # mnist: a folder of idx files; images: a folder of pictures or an npz file.
     data_path: StrictStr | None = None
     # A trained run, whose student and score network this one starts from instead of the teacher.
     init: StrictStr | None = None
+    # Which of that run's checkpoints: the newest, the best by its own distance, or the one of a step.
+    init_step: Annotated[StrictStr | StrictInt, AfterValidator(_step_to_start_from)] = "newest"
     spacing: Literal["quad", "uniform"] = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
@@ -191,7 +236,7 @@ class Config:
     channels_last: StrictBool = False  # the memory layout inside the UNets
     compile: StrictBool = False  # the networks by torch.compile
     cuda_graphs: StrictBool = False  # rollout, both updates and the sampler from CUDA graphs
-    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[StrictStr, AfterValidator(_device)] = "auto"
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -200,7 +245,7 @@ class Config:
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     log_every: Count = 100
     save_every: Count = 5000
-    name: StrictStr = "run"
+    name: Annotated[StrictStr, AfterValidator(_file_name)] = "run"
 
 
 def load_config(config, overrides=()):
@@ -222,8 +267,11 @@ def load_config(config, overrides=()):
 
 
 def resolved_dict(config):
-    """The configuration as plain nested dicts, lists and scalars, as config.yaml in a run's folder holds it."""
-    return _listed(dataclasses.asdict(config))
+    """The configuration as plain nested dicts, lists and scalars, as config.yaml in a run's folder holds it.
+
+    A file that ships with the package stands there by its name, so that it is the same in every checkout.
+    """
+    return _with_files(_listed(dataclasses.asdict(config)), _shipped_name)
 
 
 def resolved_yaml(config):
@@ -241,7 +289,7 @@ def read_resolved(file):
 
 def config_from_dict(values):
     """The inverse of `resolved_dict`; raises ValueError like `load_config`."""
-    return _validated(values)
+    return _validated(_with_files(values, _shipped_file))
 
 
 def change_config(config, changes):
@@ -299,7 +347,7 @@ def _read(path, above=()):
         raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not _omegaconf().is_dict(values):
         raise ValueError(f"config {path}: expected keys and values, got a {type(values).__name__}")
-    values = _plain(values, f"config {path}")
+    values = _plain(values, f"config {path}: ")
     if isinstance(values.get("network"), str):
         # "cifar10" is short for {name: cifar10}, so that overrides can go inside.
         values["network"] = {"name": values["network"]}
@@ -311,7 +359,10 @@ def _read(path, above=()):
     candidates = (path.parent / f"{base}.yaml", path.parent / str(base))
     beside = [file for file in candidates if file.is_file() and file.resolve() != path.resolve()]
     below = _read(beside[0] if beside else _find(base), (*above, path.resolve()))
-    return _plain(_omegaconf().merge(_omegaconf().create(below), _omegaconf().create(values)), f"config {path}")
+    empty = [key for key, value in values.items() if value == {}]
+    if empty:
+        raise ValueError(f"config {path}: {empty[0]}: {{}} changes nothing of {base}; leave it out, or say a key of it")
+    return _merged(below, _omegaconf().create(values), f"config {path}: ")
 
 
 def _find(config):
@@ -332,31 +383,62 @@ def _omegaconf():
 
 
 def _plain(values, where):
+    """Plain values of OmegaConf's; `where` stands before what is wrong with them."""
+    missing = sorted(_omegaconf().missing_keys(values))
+    if missing:  # OmegaConf's mark of a value that somebody else gives: merged, it would change nothing
+        raise ValueError(f"{where}{missing[0]}: '???' is no value; give one, or leave the key out")
     try:
         return _omegaconf().to_container(values, resolve=True)
     except Exception as error:  # an interpolation that leads nowhere
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where}{' '.join(str(error).split())}") from None
+
+
+def _merged(below, change, where):
+    """`change`, of OmegaConf's, over the plain values `below`; `where` as of `_plain`."""
+    _refuse_other_containers(below, change, where)
+    try:
+        merged = _omegaconf().merge(_omegaconf().create(below), change)
+    except Exception as error:  # what else OmegaConf does not merge
+        raise ValueError(f"{where}{' '.join(str(error).split())}") from None
+    return _plain(merged, where)
+
+
+def _refuse_other_containers(below, change, where, prefix=""):
+    """ValueError for the first key of `change` that is a list over keys and values, or these over a list."""
+    for key in _omegaconf().to_container(change):
+        old, new = below.get(key), _omegaconf().select(change, str(key), throw_on_resolution_failure=False)
+        for kind, is_kind, others in (
+            (dict, _omegaconf().is_list, "keys and values"),
+            (list, _omegaconf().is_dict, "a list"),
+        ):
+            if isinstance(old, kind) and is_kind(new):
+                got = _shortened(_omegaconf().to_container(new))
+                raise ValueError(f"{where}{prefix}{key}: expected {others}, got {got}")
+        if isinstance(old, dict) and _omegaconf().is_dict(new):
+            _refuse_other_containers(old, new, where, f"{prefix}{key}.")
 
 
 def _override(values, override):
     """Merge one "a.b=value" into the nested dict."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"override {override!r}: expected key=value, as in train.steps=400")
+        raise ValueError(f"override {_shortened(override)}: expected key=value, as in train.steps=400")
     _check_known(key.strip())
     if key.strip() == "network":
         return {**values, "network": {"name": text.strip()}}
+    if text.strip() == "???":
+        raise ValueError(f"{key.strip()}: '???' is no value; give one, or leave the key out")
     try:
         change = _omegaconf().from_dotlist([override])
-        return _plain(_omegaconf().merge(_omegaconf().create(values), change), f"override {override!r}")
-    except ValueError:
-        raise
     except Exception as error:  # the YAML of the value
-        raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"override {_shortened(override)}: {' '.join(str(error).split())}") from None
+    if _omegaconf().select(change, key.strip()) == {}:
+        raise ValueError(f"{key.strip()}: {{}} changes nothing; say a key of it, as in train.steps=400")
+    return _merged(values, change, f"override {_shortened(override)}: ")
 
 
 # (section, key) of the settings that name a file or folder.
-_FILES = (
+FILES = (
     (None, "data_path"),
     (None, "init"),
     ("teacher", "checkpoint"),
@@ -370,17 +452,47 @@ def _with_absolute_paths(values, folder):
 
     A file is looked for in `folder`, in the working directory and among the package's assets.
     """
-    for name, key in _FILES:
+
+    def absolute(key, file):
+        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
+        if os.path.isabs(file) or is_known_name:
+            return file
+        found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
+        return str(found[0].resolve()) if found else file
+
+    return _with_files(values, absolute)
+
+
+def _with_files(values, change):
+    """The values with change(key, text) in the place of every file or folder that they name."""
+    if not isinstance(values, dict):
+        return values  # which has a message of its own
+    for name, key in FILES:
         section = values.get(name) if name else values
         file = section.get(key) if isinstance(section, dict) else None
-        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
-        if not isinstance(file, str) or os.path.isabs(file) or is_known_name:
-            continue
-        found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
-        if found:
-            section = {**section, key: str(found[0].resolve())}
+        changed = change(key, file) if isinstance(file, str) else file
+        if changed != file:
+            section = {**section, key: changed}
             values = {**values, name: section} if name else section
     return values
+
+
+def _shipped_name(key, file):
+    """The name of a file among the package's assets; any other text as it is."""
+    path = Path(file)
+    return path.name if path.parent in (ASSETS, ASSETS.resolve()) and (ASSETS / path.name).is_file() else file
+
+
+def _shipped_file(key, file):
+    """The path of a file of the package's assets: of a name, or of a path in another checkout that is not there now.
+
+    Any other text as it is.
+    """
+    path = Path(file)
+    named = file == path.name and file not in PUBLISHED_TEACHERS
+    elsewhere = path.parts[-3:-1] == ("hsivi_fast", "assets") and not path.exists()
+    shipped = ASSETS / path.name
+    return str(shipped.resolve()) if (named or elsewhere) and shipped.is_file() else file
 
 
 def _validated(values):
@@ -409,7 +521,16 @@ def _first_problem(error):
 def _message(problem):
     """What pydantic says of a value, and the value."""
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{message[0].lower() + message[1:]}, got {problem['input']!r}"
+    return f"{message[0].lower() + message[1:]}, got {_shortened(problem['input'])}"
+
+
+def _shortened(value):
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def known_keys(cls=Config, prefix=""):

@@ -112,7 +112,7 @@ class Execution:
         self.device = torch.device(device)
         if cuda_graphs and recording is CudaRecording and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: true needs a CUDA device, the device is {self.device}; leave it false")
-        if compile and self.device.type == "cpu" and not _has_compiler():
+        if compile and self.device.type == "cpu" and not has_compiler():
             missing = "neither g++ nor clang++ nor $CXX is there"
             raise ValueError(
                 f"compile: true needs a C++ compiler on a CPU, and {missing}; install one or leave it false"
@@ -152,8 +152,9 @@ class Execution:
         return self._record_seconds + compiling
 
 
-def _has_compiler():
-    return bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
+def has_compiler():
+    """Whether a C++ compiler is there, which Inductor needs on a CPU: $CXX, g++ or clang++."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
 def _compile_seconds():

@@ -52,7 +52,7 @@ def _only_line(done):
         (["trian", "digits"], "No such command 'trian'"),
         (["sample", "RUN", "--seeds", "5-2"], "seeds: '5-2' runs backwards; write 2-5"),
         (["sample", "RUN", "--seeds", "a"], "seeds: 'a' is not understood"),
-        (["sample", "RUN", "--seeds", "0-3", "--weights", "best"], "weights: 'best' is unknown"),
+        (["sample", "RUN", "--seeds", "0-3", "--weights", "best"], "'best' is not one of 'ema', 'raw'"),
         (["sample", "RUN", "--seeds", "0-3", "--batch", "0"], "batch: 0 must be at least 1"),
         (["sample", "RUN", "--seeds", "0-3", "--outdir", "FILE"], "is a file; give a folder"),
         (["sample", "nowhere", "--seeds", "0-3"], "run 'nowhere': no config.yaml there"),

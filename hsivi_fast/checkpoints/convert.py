@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from ..nets import build_unet
 from .download import locate_checkpoint
-from .files import written_beside
+from .files import as_written, make_folder, write_atomically, write_tensors, written_beside
 from .formats import read_checkpoint
 from .published_format import LOG_GAMMA, publishable_network, published_content
 from .run_folder import RunFolder
@@ -32,7 +31,7 @@ def convert_checkpoint(source, to, step=None):
     What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, `to` is
     taken or of the other kind, or the published code's networks cannot be the run's.
     """
-    to = Path(to).absolute()
+    to = as_written(to).absolute()
     if (Path(source) / "config.yaml").is_file():
         return [_run_as_published(RunFolder(source), to, step)]
     if step is not None:
@@ -52,13 +51,12 @@ def _as_ours(checkpoint, to):
         )
     if to.is_dir() and any(to.iterdir()):
         raise ValueError(f"to {str(to)!r}: is not empty; choose another folder")
-    to.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(to.parent)
     with written_beside(to) as folder:
         folder.mkdir()
         for role in checkpoint.tensors:
-            weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights(role).items()}
-            save_file(weights, folder / f"{role}.safetensors", checkpoint.metadata())
-        (folder / "network.yaml").write_text(_network_yaml(checkpoint))
+            write_tensors(folder / f"{role}.safetensors", checkpoint.weights(role), checkpoint.metadata())
+        write_atomically(folder / "network.yaml", _network_yaml(checkpoint).encode())
     return [*(to / f"{role}.safetensors" for role in checkpoint.tensors), to / "network.yaml"]
 
 
@@ -118,7 +116,7 @@ def _run_as_published(run, to, step):
             "shadow_params": list(_in_order(run, step, f"{role}_ema", names[role]).values()),
         }
     content = published_content(config, step, network, tensors, averages)
-    to.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(to.parent)
     with written_beside(to) as unfinished, open(unfinished, "wb") as file:
         torch.save(content, file)
     return to

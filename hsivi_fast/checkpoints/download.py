@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import PUBLISHED_TEACHERS
+from .files import file_sha256, write_atomically
 
 CACHE_VARIABLE = "HSIVI_CACHE"
 _BYTES_AT_ONCE = 1 << 20
@@ -123,18 +124,12 @@ def _sum_file(file):
 
 
 def _record_sum(file, found):
-    _sum_file(file).write_text(f"{found}  {file.name}\n")
+    write_atomically(_sum_file(file), f"{found}  {file.name}\n".encode())
 
 
 def _recorded_sum(file):
     words = _sum_file(file).read_text().split() if _sum_file(file).is_file() else []
     return words[0] if words else None
-
-
-def file_sha256(file):
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(address, file, expected, progress):

@@ -4,6 +4,7 @@ config.yaml, environment.json, results.json, report.html, tensorboard/
 samples/               pictures; step_XXXXXXX.png are those of the training
 metrics.jsonl          one record per log step
 saves.jsonl            what each checkpoint took: seconds, bytes
+inputs.json            sums of the files that the configuration names, as they were when the run began
 wandb.json             the run's id at Weights & Biases, where log.wandb is set
 checkpoints/step_N/    state.json and safetensors files; the last two checkpoints and the best are kept
 """
@@ -16,12 +17,27 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..config import config_difference, config_from_dict, read_resolved, resolved_dict, resolved_yaml
-from .files import sync, write_atomically, written_beside
+from . import records
+from .files import (
+    WriteError,
+    append_line,
+    as_written,
+    file_sha256,
+    make_folder,
+    remove_unfinished,
+    sync,
+    write_atomically,
+    write_json,
+    write_tensors,
+    written_beside,
+)
+from .inputs import input_sums, with_same_content
 
 CHECKPOINTS_KEPT = 2  # besides the best
+LOCK = ".lock"
 
 
 class RunFolder(os.PathLike):
@@ -51,45 +67,79 @@ class RunFolder(os.PathLike):
 
     @classmethod
     def start(cls, path, config, fresh=False):
-        """Create the folder, or take it up again if it holds a run of the same configuration.
+        """Create the folder, or take it up again if it holds a run of the same configuration; see `taken`."""
+        with cls.taken(path, config, fresh) as folder:
+            folder.take_up()
+            return folder
+
+    @classmethod
+    @contextlib.contextmanager
+    def taken(cls, path, config, fresh=False):
+        """The folder, created or taken up again, and held for one training process within the block.
 
         In a run that goes on, train.steps may have grown, and `distributed`, `log` and teacher_train.steps may differ.
-        Raises ValueError where the path is a file, the folder holds something else, the configuration differs, or
-        `fresh` was asked for and a run is there.
+        A file that the configuration names may stand elsewhere now, if its content is the same.
+        config.yaml of a run that goes on stays as it is until `take_up`, which is called when its checkpoint was read.
+        Raises ValueError, and has written nothing, where the path is a file, the folder holds something else, the
+        configuration differs, `fresh` was asked for and a run is there, or another process trains there.
         """
         path = Path(path)
+        cls.check(path, config, fresh)  # before anything is made
+        make_folder(path)
+        with _held(path):
+            before = cls.check(path, config, fresh)  # again, now that nobody else can change it
+            if before is None:
+                for name in ("checkpoints", "samples"):
+                    make_folder(path / name)
+                _write_config(path, config, input_sums(config))
+            folder = cls(path)
+            folder._config = config
+            folder.steps_before = before["train"]["steps"] if before else None
+            yield folder
+
+    def take_up(self):
+        """Make the folder that of the configuration that it was `taken` for, without what killed processes left.
+
+        Raises ValueError, and has written nothing, where one of its small files is damaged.
+        """
+        sums = self.read_json("inputs.json", {})
+        self.metrics(), self.read_lines("saves.jsonl"), self.read_json("results.json"), self.read_json("wandb.json")
+        for folder in (self.path, self.path / "checkpoints", self.path / "samples"):
+            make_folder(folder)
+            remove_unfinished(folder)
+        _write_config(self.path, self._config, {**input_sums(self._config), **sums})
+
+    @classmethod
+    def check(cls, path, config, fresh=False):
+        """The resolved configuration of the run that stands at `path` and may go on with this one; None for no run.
+
+        Raises ValueError as `taken` does; writes nothing.
+        """
+        path = as_written(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"outdir {str(path)!r}: is a file; give a folder")
-        holds_run, steps_before = (path / "config.yaml").is_file(), None
-        if fresh and holds_run:
+        if not (path / "config.yaml").is_file():
+            if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+                raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
+            return None
+        if fresh:
             raise ValueError(f"outdir {str(path)!r}: holds a run already and --fresh was given; choose another folder")
-        if holds_run:
-            before = resolved_dict(cls(path).config())  # keys that are newer than the run have their defaults
-            now, steps_before = resolved_dict(config), before["train"]["steps"]
-            difference = config_difference(_may_go_on(before, now), now)
-            if difference:
-                raise ValueError(
-                    f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, "
-                    "distributed.*, log.* and teacher_train.steps change"
-                )
-        elif path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"outdir {str(path)!r}: is not empty and holds no run; choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.yaml", resolved_yaml(config).encode())
-        (path / "checkpoints").mkdir(exist_ok=True)
-        (path / "samples").mkdir(exist_ok=True)
         folder = cls(path)
-        folder.steps_before = steps_before
-        return folder
+        config_before = folder.config()  # keys that are newer than the run have their defaults
+        now = resolved_dict(config)
+        before = with_same_content(config_before, config, folder.read_json("inputs.json", {}))
+        difference = config_difference(_may_go_on(before, now), now)
+        if difference:
+            raise ValueError(
+                f"outdir {str(path)!r}: its run has {difference}; when a run goes on, only train.steps may grow, "
+                "distributed.*, log.* and teacher_train.steps change"
+            )
+        return before
 
     @contextlib.contextmanager
     def locked(self):
         """Hold the folder for one training process; ValueError where another one has it."""
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"outdir {str(self.path)!r}: another process is training there") from None
+        with _held(self.path):
             yield
 
     def config_dict(self):
@@ -111,39 +161,48 @@ class RunFolder(os.PathLike):
 
     def write_json(self, name, value):
         """Write results.json and the like, atomically."""
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+        write_json(self.path / name, value)
 
     def read_json(self, name, default=None):
-        """The value of a JSON file of the folder, `default` where there is none; ValueError where it is damaged."""
-        file = self.path / name
-        if not file.is_file():
-            return default
-        try:
-            return json.loads(file.read_text())
-        except ValueError:
-            raise ValueError(f"{file}: not readable as JSON; delete it and run the command again") from None
+        """The value of a JSON file of the folder, `default` where there is none.
+
+        Raises ValueError where it is damaged or of another shape (see records.py).
+        """
+        return self._read(name, records.parse, default, "delete it and run the command again")
 
     def append(self, name, record):
         """Add one record to metrics.jsonl or saves.jsonl. Raises OSError that names the file it cannot write."""
-        try:
-            with open(self.path / name, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise OSError(f"cannot write {self.path / name}: {error.strerror or error}") from None
+        append_line(self.path / name, json.dumps(record))
 
     def metrics(self):
-        """All records of metrics.jsonl; a last line that a killed process left half written is skipped."""
-        file = self.path / "metrics.jsonl"
-        records = []
-        for line in file.read_text().splitlines() if file.is_file() else []:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return records
+        """All records of metrics.jsonl; see `read_lines`."""
+        return self.read_lines("metrics.jsonl")
+
+    def read_lines(self, name):
+        """All records of metrics.jsonl or saves.jsonl; a last line that a killed process left half written is skipped.
+
+        Raises ValueError that names the first other line that is no such record.
+        """
+        return self._read(name, records.parse_lines, [], "delete that line and run the command again")
+
+    def forget_after(self, name, step):
+        """Drop the records of steps that will be trained again, from metrics.jsonl or saves.jsonl."""
+        if (self.path / name).is_file():
+            kept = [record for record in self.read_lines(name) if record["step"] <= step]
+            self.write(name, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def forget_metrics_after(self, step):
-        """Drop the records of steps that will be trained again."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
-        self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+        """Drop the records of metrics.jsonl of steps that will be trained again."""
+        self.forget_after("metrics.jsonl", step)
+
+    def _read(self, name, parse, default, advice):
+        file = self.path / name
+        try:
+            return parse(name, records.read_bytes(file))
+        except FileNotFoundError:
+            return default
+        except records.Damaged as damage:
+            raise ValueError(f"{file}: {damage.told(advice)}") from None
 
     # Checkpoints
 
@@ -171,68 +230,131 @@ class RunFolder(os.PathLike):
             with written_beside(final, replace=True) as folder:
                 folder.mkdir()
                 for stem, values in tensors.items():
-                    on_cpu = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-                    save_file(on_cpu, folder / f"{stem}.safetensors")
-                (folder / "state.json").write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+                    write_tensors(folder / f"{stem}.safetensors", values)
+                sums = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+                write_json(folder / "state.json", {**state, "step": step, "sha256": sums})
                 size = sum(file.stat().st_size for file in folder.iterdir())
             sync(final.parent)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             older = self.checkpoints()
             kept = f"the checkpoint of step {older[-1]} is whole" if older else "no checkpoint was there before"
-            raise OSError(f"cannot write the checkpoint of step {step} to {final.parent}: {error}; {kept}") from None
+            reason = error.reason if isinstance(error, WriteError) else error.strerror or error
+            raise OSError(f"cannot write the checkpoint of step {step} to {final.parent}: {reason}; {kept}") from None
         return size
 
-    def newest_state(self):
-        """(step, state.json) of the newest checkpoint; (0, None) where there is none."""
+    def newest_state(self, needed=()):
+        """(step, state.json) of the newest checkpoint; (0, None) where there is none. `needed` as of `load_state`."""
         steps = self.checkpoints()
-        return (steps[-1], self.load_state(steps[-1])) if steps else (0, None)
+        return (steps[-1], self.load_state(steps[-1], needed)) if steps else (0, None)
 
-    def load_state(self, step):
-        """state.json of a checkpoint; ValueError in one line where it is missing or damaged."""
-        return self._readable(self.checkpoint_path(step) / "state.json", lambda file: json.loads(file.read_text()))
+    def load_state(self, step, needed=()):
+        """state.json of a checkpoint, with the counters `needed`.
+
+        Raises ValueError in one line where it is missing, damaged or of another shape.
+        """
+
+        def read(file):
+            state = records.parse("state.json", records.read_bytes(file))
+            if state["step"] != step:
+                raise records.Damaged(f"step is {state['step']}, not {step} as the folder's name says")
+            missing = [name for name in needed if state.get(name) is None]
+            if missing:
+                raise records.Damaged(f"{missing[0]} is missing")
+            return state
+
+        return self._readable(self.checkpoint_path(step) / "state.json", read)
 
     def load_tensors(self, step, stem):
-        """{name: tensor} of one file of a checkpoint, on the CPU.
+        """{name: tensor} of one file of a checkpoint, on the CPU, compared with its sum where the checkpoint has one.
 
         Raises ValueError in one line where it is missing or damaged.
         """
-        return self._readable(self.checkpoint_path(step) / f"{stem}.safetensors", load_file)
+
+        def read(file):
+            records.check_regular(file)
+            with open(file, "rb"):  # safetensors calls a file that may not be read a missing one
+                pass
+            check_sum(file)
+            return load_file(file)
+
+        return self._readable(self.checkpoint_path(step) / f"{stem}.safetensors", read)
 
     def best_checkpoint(self):
         """(step, metric) of the checkpoint with the lowest metric, or None where none was measured."""
         best = None
         for step in self.checkpoints():
-            metric = self._metric(step)
+            metric = records.finite(self._known(step).get("metric"))
             if metric is not None and (best is None or metric < best[1]):
                 best = step, metric
         return best
 
-    def _metric(self, step):
+    def _known(self, step):
+        """state.json of a checkpoint, empty where it is not readable."""
         try:
-            return self.load_state(step).get("metric")
+            return self.load_state(step)
         except ValueError:
-            return None
+            return {}
 
     def _readable(self, file, read):
+        advice = f"delete {file.parent} to go on from an older one"
         try:
             return read(file)
         except FileNotFoundError:
-            raise ValueError(f"checkpoint {file}: missing; delete {file.parent} to go on from an older one") from None
+            raise ValueError(f"checkpoint {file}: missing; {advice}") from None
+        except records.Damaged as damage:
+            raise ValueError(f"checkpoint {file}: {damage.told(advice)}") from None
+        except OSError as error:
+            told = records.Unreadable(error.strerror or error).told(advice)
+            raise ValueError(f"checkpoint {file}: {told}") from None
         except (ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"checkpoint {file}: damaged ({reason}); delete {file.parent} to go on from an older one"
-            ) from None
+            raise ValueError(f"checkpoint {file}: damaged ({reason}); {advice}") from None
 
     def drop_old_checkpoints(self):
-        """Delete all but the last two checkpoints and the best."""
-        best = self.best_checkpoint()
-        kept = set(self.checkpoints()[-CHECKPOINTS_KEPT:])
+        """Delete all but the last two checkpoints and the best.
+
+        One that was written because the run was stopped does not count among these, and stays while it is the newest:
+        the run that went on keeps what it would have kept without the stop.
+        """
+        steps, best = self.checkpoints(), self.best_checkpoint()
+        scheduled = [step for step in steps if not self._known(step).get("stopped")]
+        kept = {*scheduled[-CHECKPOINTS_KEPT:], *steps[-1:]}
         if best is not None:
             kept.add(best[0])
-        for step in self.checkpoints():
+        for step in steps:
             if step not in kept:
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+
+
+def _write_config(path, config, sums):
+    write_json(path / "inputs.json", sums)
+    write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+
+
+def check_sum(file):
+    """Raise `Damaged` where a file of a checkpoint has not the sum that state.json beside it has, if that has one."""
+    file = Path(file)
+    with contextlib.suppress(FileNotFoundError):
+        state = records.parse("state.json", records.read_bytes(file.with_name("state.json")))
+        wanted = (state.get("sha256") or {}).get(file.name)
+        if wanted is not None and wanted != file_sha256(file):
+            raise records.Damaged("its sha256 is not the one that state.json has")
+
+
+@contextlib.contextmanager
+def _held(path):
+    """Hold a folder for one training process; ValueError where another one has it."""
+    try:
+        # Not blocking: a pipe of that name would wait for ever.
+        file = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", buffering=0)
+    except OSError as error:
+        raise OSError(f"cannot write {path / LOCK}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"outdir {str(path)!r}: another process is training there") from None
+        yield
 
 
 def _may_go_on(before, now):

@@ -1,12 +1,11 @@
 """The export as one package that AOTInductor compiles: it needs torch alone, and is run by use.py beside it."""
 
 import math
-import os
-import shutil
 
 import torch
 from torch import nn
 
+from ..execution import has_compiler
 from ..ops import reference
 from ..sampling.sampler import SMALLEST_CPU_BATCH
 from .check import CHECKED, as_samples, check_samples
@@ -92,8 +91,7 @@ def refuse_aoti(config):
             f"format: 'aoti' computes in float32 and the run's precision is {config.precision}; "
             "choose safetensors or diffusers"
         )
-    compiler = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in (compiler, "g++", "clang++") if name):
+    if not has_compiler():
         raise ValueError(
             "format: 'aoti' needs a C++ compiler, and neither g++ nor clang++ nor $CXX is there; "
             "install one or choose safetensors or diffusers"

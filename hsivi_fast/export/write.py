@@ -3,9 +3,8 @@
 Every export is compared with the run's own sampler before it is there: it is written beside, checked, then renamed.
 """
 
-from pathlib import Path
 
-from ..checkpoints.files import written_beside
+from ..checkpoints.files import as_written, make_folder, written_beside
 from ..checkpoints.run_folder import RunFolder
 from ..parallel.world import ALONE
 from ..sampling.sampler import load_sampler
@@ -47,7 +46,7 @@ def export_run(run, format, outdir, weights="ema", step=None):
     sampler, context, step = load_sampler(folder, ALONE, weights, step, changes)
     description = describe(context.config, sampler, step, weights)
 
-    outdir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(outdir.parent)
     with written_beside(outdir) as unfinished:
         unfinished.mkdir()
         description = WRITERS[format](sampler, context.config, description, unfinished)
@@ -57,7 +56,7 @@ def export_run(run, format, outdir, weights="ema", step=None):
 
 def _free(outdir):
     """The absolute path of a folder that is not there yet, or is empty."""
-    path = Path(outdir).absolute()
+    path = as_written(outdir).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f"outdir {str(outdir)!r}: is a file; give a folder")
     if path.is_dir() and any(path.iterdir()):

@@ -12,7 +12,11 @@ from .. import ops
 
 
 class Layers(nn.Module):
-    """All K layers of one sampler: the tables A, B, c1, sigma and tau, indexed by k, as buffers.
+    """All K layers of one sampler, as tables [K + 1] that are indexed by k.
+
+    a, b, c1: A_k, B_k and DDIM's sigma; tau: the knots, int64.
+    weight: sigma_{k-1}^2, of the losses; scale: sigma_{k-1} / c1_k, so that z / gamma = z scale exp(-log_gamma).
+    one: ones, for a step from a stored mean.
 
     schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0).
     per_step, per_pixel: the shape of log_gamma.

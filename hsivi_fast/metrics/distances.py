@@ -4,11 +4,12 @@ Frechet distance, kernel distance, precision and recall are torch-fidelity's fun
 distances of 2-D samples are our own.
 """
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from ..checkpoints.files import make_folder, write_arrays
 
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
 FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
@@ -176,13 +177,5 @@ def save_statistics(path, statistics):
     statistics: {"mu", "sigma", "features" (what made them, see `describe_features`)}.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: several processes may be at it.
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".unfinished")
-    try:
-        with open(descriptor, "wb") as file:
-            np.savez(file, **statistics)
-        Path(beside).replace(path)
-    except OSError as error:
-        Path(beside).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    make_folder(path.parent)
+    write_arrays(path, shared=True, **statistics)  # several processes may be at it

@@ -1,6 +1,7 @@
 """Measuring samplers: the metric of a run, the rows that it gives, and the table that a run ends with."""
 
 import hashlib
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from tqdm import tqdm
 
 from ..checkpoints.download import cache_folder
 from ..checkpoints.run_folder import RunFolder
-from ..config import change_config
+from ..config import MOST_IMAGES, change_config
 from ..data import has_data, load_data, to_uint8
+from ..parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_memory
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 from ..sampling.sampler import ddim_sampler, load_sampler
 from ..sampling.solvers import NAMES, baseline_sampler
@@ -322,8 +325,7 @@ def evaluate(
     Started once per process by a launcher, each rank draws its share, statistics are summed, and all have the row.
     Raises ValueError for less than 2 samples, statistics of another feature size, or a folder that holds no run.
     """
-    if num_samples < 2:
-        raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
+    check_num_samples(num_samples)
     if metric is not None and metric not in SIZES:
         raise ValueError(f"metric: {metric!r} is unknown; choose {', '.join(SIZES)}")
     reference = load_statistics(ref) if ref is not None else None
@@ -340,11 +342,33 @@ def evaluate(
             config = replace(config, eval=replace(config.eval, metric=metric, reference=None))
         config = change_config(config, {"eval.inception": inception and str(inception)})
         measure = build_metric(replace(context, config=config), reference, sampler.network)
+        if save_images is not None:
+            world.from_main(lambda: _check_room(num_samples, sampler.network.event_shape, save_images))
         files = ImageFiles(save_images, world) if save_images is not None else None
-        row = measure_row(f"hsivi_{weights}", sampler, measure, num_samples, 1, world, on_batch, files=files)
+        with memory_advice(f"batch: {measure.batch_size} images at once, and num-samples: {num_samples}; lower it"):
+            row = measure_row(f"hsivi_{weights}", sampler, measure, num_samples, 1, world, on_batch, files=files)
         if files:
             files.finish(num_samples)
         return {**row, "step": step}
+
+
+def check_num_samples(num_samples):
+    """ValueError for too few samples to have a covariance, or too many for any run."""
+    if num_samples < 2:
+        raise ValueError(f"num-samples: {num_samples} is too few; use at least 2")
+    if num_samples > MOST_IMAGES:
+        raise ValueError(f"num-samples: {num_samples} is too many; use at most {MOST_IMAGES}")
+
+
+def _check_room(num_samples, event_shape, path):
+    """ValueError where images cannot be kept: in memory for one file, or on the disk."""
+    what, advice = f"num-samples: {num_samples} with --save-images", "lower it, or choose another disk"
+    size = math.prod(event_shape)
+    if str(path).lower().endswith(".npz"):
+        refuse_beyond_memory(what, 2 * num_samples * size, torch.device("cpu"), "lower it, or give a folder")
+        refuse_beyond_disk(what, num_samples * size, path, advice)
+    else:
+        refuse_beyond_disk(what, num_samples * picture_size(event_shape), path, advice, files=num_samples)
 
 
 def _refuse_in_the_plane(**options):

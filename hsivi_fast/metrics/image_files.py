@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..checkpoints.files import written_beside
+from ..checkpoints.files import as_written, make_folder, write_arrays, written_beside
 
 
 def write_pictures(folder, seeds, pixels):
     """Write uint8 pixels [N, H, W, C], C = 1 or 3, into a folder as PNGs.
 
-    They are called by their seeds [N], six digits.
+    They are called by their seeds [N], six digits. Each is there as a whole or not at all.
+    Raises OSError that names the picture that cannot be written.
     """
     for seed, image in zip(seeds, pixels, strict=True):
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(Path(folder) / f"{seed:06d}.png")
+        with written_beside(Path(folder) / f"{seed:06d}.png") as unfinished, open(unfinished, "wb") as file:
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(file, format="PNG")
 
 
 class ImageFiles:
@@ -32,12 +34,12 @@ class ImageFiles:
     """
 
     def __init__(self, path, world):
-        self.path, self.world = Path(path), world
+        self.path, self.world = as_written(path), world
         self.batches = []  # of an npz: arrays [B, H, W, C]
         self.one_file = self.path.suffix.lower() == ".npz"
         world.from_main(self._prepare)  # the others wait: what they write must not be found there
         if not self.one_file:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
 
     def _prepare(self):
         if self.one_file and self.path.is_dir():
@@ -46,7 +48,7 @@ class ImageFiles:
             raise ValueError(f"save-images {str(self.path)!r}: is a file; give a folder, or a name that ends in .npz")
         if not self.one_file and any(self.path.glob("*.png")):
             raise ValueError(f"save-images {str(self.path)!r}: holds pictures already; choose another folder")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
 
     def add(self, seeds, images):
         """Take in uint8 images [N, C, H, W] of the seeds [N]; ValueError where C is neither 1 nor 3."""
@@ -67,10 +69,5 @@ class ImageFiles:
             return
         share = torch.from_numpy(np.concatenate(self.batches)).to(self.world.device)
         images = self.world.gather_shares(share, count).cpu().numpy()
-        if not self.world.is_main:
-            return
-        try:
-            with written_beside(self.path) as unfinished, open(unfinished, "wb") as file:
-                np.savez(file, images)  # its name is arr_0
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
+        if self.world.is_main:
+            write_arrays(self.path, arr_0=images)

@@ -22,7 +22,7 @@ SAMPLERS = {
 
 def sampler_title(name):
     """What a sampler of results.json is called in tables and pictures."""
-    return SAMPLERS[name]
+    return SAMPLERS.get(name, name)
 
 
 def spread_key(column):
@@ -31,9 +31,12 @@ def spread_key(column):
 
 
 def table_lines(rows):
-    """Rows of results.json as lists of cells, the heading first."""
+    """Rows of results.json as lists of cells, the heading first: it says on how many samples a set was measured."""
     columns = [column for column in TITLES if column in rows[0]]
-    lines = [["sampler", "NFE", *[TITLES[column] for column in columns], "images/s"]]
+    counts = sorted({row["num_samples"] for row in rows})
+    counts = " and ".join(f"{count:,}" for count in counts)
+    heading = f"sampler, on {counts} {'points' if 'js_divergence' in columns else 'images'}"
+    lines = [[heading, "NFE", *[TITLES[column] for column in columns], "images/s"]]
     for row in rows:
         nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if "evaluations" in row else str(row["nfe"])
         cells = [_cell(row, column) for column in columns]
@@ -42,7 +45,7 @@ def table_lines(rows):
 
 
 def _cell(row, column):
-    spread, digits = row[spread_key(column)], 2 if column == "frechet_distance" else 4
+    spread, digits = row.get(spread_key(column)), 2 if column == "frechet_distance" else 4
     return f"{row[column]:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
 
 

@@ -21,7 +21,7 @@ import torch
 
 from . import library, reference
 from .noise import Noise
-from .philox import integers
+from .philox import integers, integers_below
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
@@ -37,6 +37,7 @@ __all__ = [
     "fisher_loss_and_grads",
     "group_norm_silu",
     "integers",
+    "integers_below",
     "triton_is_interpreted",
 ]
 

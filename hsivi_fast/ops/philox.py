@@ -64,6 +64,11 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
     return words[0] | (words[1] << 32)
 
 
+def integers_below(limit, run_seed, purpose, counter, n, device="cpu"):
+    """n integers in 0 .. limit - 1, int64 [n]: the low 32 bits of `integers`, scaled."""
+    return (integers(run_seed, purpose, counter, n, device) & MASK) * limit >> 32
+
+
 def _words(seeds, stream, groups, draw):
     """The Philox words of element groups 0 .. groups-1 of every sample: four of [B, groups]."""
     seeds = seeds.to(torch.int64)[:, None]  # [B, 1]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that a training loop reads, so that a run saves itself before it ends."""
+"""SIGINT, SIGTERM and SIGHUP as a wish that a training loop reads, so that a run saves itself before it ends."""
 
 import signal
 
@@ -23,7 +23,9 @@ class StopRequest:
         self._before = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run outlives its terminal
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: the signals belong to whoever called us there

@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 from .interrupt import Interrupted
 from .liveness import Liveness
+from .seeds import Seeds
 
+MOST_PROCESSES = 1_000_000
 LAUNCHER = "start the run with a launcher, as in `deepspeed launch/train.py`"  # advice in messages
 
 _world, _met = None, False  # of this process, once connected
@@ -46,15 +48,16 @@ class World:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def share(self, items):
-        """This rank's share of a sequence that need not be cut evenly.
+        """This rank's share of a sequence that need not be cut evenly, as a slice: a range stays one.
 
         Each rank has equally many items; where they run out, the last one is repeated.
         """
         if self.size == 1:
             return items
         size = -(-len(items) // self.size)
-        share = list(items[self.rank * size : (self.rank + 1) * size])
-        return share + [items[-1]] * (size - len(share))
+        share = items[self.rank * size : (self.rank + 1) * size]
+        missing = size - len(share)
+        return Seeds(share, [items[-1]] * missing) if missing else share
 
     def counted(self, count):
         """How many of this rank's `share` of `count` items are no repetitions."""
@@ -195,7 +198,7 @@ def samples_per_rank(what, count, size):
 
 def processes():
     """How many processes a launcher has started for this run: 1 without one."""
-    return _from_environment("WORLD_SIZE", 1)
+    return _from_environment("WORLD_SIZE", 1, least=1, most=MOST_PROCESSES)
 
 
 def connect(config):
@@ -210,7 +213,7 @@ def connect(config):
     size = processes()
     if size == 1:
         return ALONE
-    rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0)
+    rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK", 0, least=0, most=MOST_PROCESSES)
     if not 0 <= rank < size:
         raise ValueError(f"RANK: {rank} is not below WORLD_SIZE, {size}; {LAUNCHER}")
     address, store = _reach_master(rank, config.distributed.connect_timeout)
@@ -254,12 +257,15 @@ def disconnect():
         dist.destroy_process_group()
 
 
-def _from_environment(name, default=None):
+def _from_environment(name, default=None, least=None, most=None):
     text = os.environ.get(name, default)
     try:
-        return int(text)
+        number = int(text)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: {text!r} in the environment is not a number; {LAUNCHER}") from None
+    if least is not None and not least <= number <= most:
+        raise ValueError(f"{name}: {number} in the environment is not between {least} and {most}; {LAUNCHER}")
+    return number
 
 
 def _agreed_device(name, local_rank, rank, size, store):
@@ -311,7 +317,7 @@ def _device(name, local_rank):
 def _reach_master(rank, timeout):
     """(address, store): the key-value store that rank 0 serves at MASTER_ADDR and MASTER_PORT."""
     global _met
-    host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT")
+    host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT", least=1, most=65535)
     if not host:
         raise ValueError(f"MASTER_ADDR: not set; {LAUNCHER}")
     address = f"{host}:{port}"

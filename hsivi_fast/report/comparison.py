@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from ..checkpoints.files import as_written, make_folder, write_atomically
 from ..checkpoints.run_folder import RunFolder
 from ..config import Config, resolved_dict
 from ..metrics.table import table_lines
@@ -84,9 +85,9 @@ def compare_runs(folders, outfile, backend=None):
 
     labels = [run.label for run in runs]
     title = f"{len(runs)} runs" if len(runs) > 1 else labels[0]
-    outfile = Path(outfile)
-    outfile.parent.mkdir(parents=True, exist_ok=True)
-    outfile.write_bytes(page.html_page(f"hsivi_fast: {title}", ", ".join(labels), sections, contents=True))
+    outfile = as_written(outfile)
+    make_folder(outfile.parent)
+    write_atomically(outfile, page.html_page(f"hsivi_fast: {title}", ", ".join(labels), sections, contents=True))
     return outfile
 
 

@@ -1,5 +1,8 @@
 """The few-step sampler: K layers from noise to image, one seed an image. DDIM is the same code with the teacher."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from .. import ops
@@ -9,9 +12,13 @@ from ..checkpoints.weights import load_weights
 from ..config import change_config
 from ..data import to_uint8
 from ..execution import EAGER
+from ..nets import network_arguments
+from ..parallel.machine import refuse_beyond_memory
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 
 WEIGHTS = ("ema", "raw")
+MOST_AT_ONCE = 65_536  # samples of one network call
 
 # Below this batch the CPU's convolutions and matrix products take other kernels, which round otherwise, and a sampler
 # amplifies that 25-fold on its way down. Smaller batches are filled up, so that an image does not depend on its batch.
@@ -30,17 +37,15 @@ class Batches:
 
     def __call__(self, draw, seeds, device, batch_size, on_batch=None):
         """draw(seeds [B] int64) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
-        if len(seeds) == 0:
-            raise ValueError("seeds: none given; ask for at least one image")
-        if batch_size < 1:
-            raise ValueError(f"batch: {batch_size} must be at least 1")
-        seeds = torch.as_tensor(list(seeds), dtype=torch.int64, device=device)
+        check_request(seeds, batch_size)
+        seeds = sliceable(seeds)
         smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
         if self.execution.fixed_shapes:
             self.fixed_size = self.fixed_size or max(smallest, min(batch_size, len(seeds)))
             batch_size = smallest = self.fixed_size
         batches = []
-        for chunk in seeds.split(batch_size):
+        for start in range(0, len(seeds), batch_size):
+            chunk = _as_tensor(seeds[start : start + batch_size], device)
             wanted = len(chunk)
             if wanted < smallest:
                 chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
@@ -48,6 +53,30 @@ class Batches:
             if on_batch:
                 on_batch(wanted)
         return torch.cat(batches)
+
+
+def check_request(seeds, batch_size):
+    """ValueError for no seeds, or a batch of none or of too many."""
+    if len(seeds) == 0:
+        raise ValueError("seeds: none given; ask for at least one image")
+    if not 1 <= batch_size <= MOST_AT_ONCE:
+        bound = "at least 1" if batch_size < 1 else f"at most {MOST_AT_ONCE}"
+        raise ValueError(f"batch: {batch_size} must be {bound}")
+
+
+def sliceable(seeds):
+    """The seeds as they are where they can be cut, as a range can; otherwise as a list."""
+    return seeds if isinstance(seeds, Sequence) or hasattr(seeds, "shape") else list(seeds)
+
+
+def _as_tensor(seeds, device):
+    """Some seeds as int64 [B]."""
+    try:
+        return torch.as_tensor(seeds if torch.is_tensor(seeds) else list(seeds), dtype=torch.int64, device=device)
+    except (RuntimeError, OverflowError) as error:
+        if "verflow" not in str(error) and "too large" not in str(error):
+            raise
+        raise ValueError(f"seeds: {max(seeds)} is too large; a seed is below 2^63") from None
 
 
 class Sampler:
@@ -119,7 +148,14 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
     student = build_untrained_student(context)
     stem = "student_ema" if weights == "ema" else "student"
     tensors = world.tensors_from_main(lambda: folder.load_tensors(step, stem))
-    load_weights(student, tensors, folder.checkpoint_path(step) / f"{stem}.safetensors")
+    file = folder.checkpoint_path(step) / f"{stem}.safetensors"
+    load_weights(student, tensors, file)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"checkpoint {str(file)!r}: {name} is not finite, which no sample can come from; delete {file.parent} "
+                "for an older one, or train again with smaller learning rates"
+            )
     return Sampler(student, context.layers, student.log_scaled_gamma, context.execution), context, step
 
 
@@ -132,15 +168,56 @@ def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, **changes):
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
     image, whatever the batch. Started once per process by a launcher, each rank draws its share and all have the
-    result. Raises ValueError for a path that holds no run, and as `load_sampler`.
+    result. Raises ValueError for a path that holds no run, more images than the memory holds (`sample_in_batches`
+    streams them), and as `load_sampler`.
+    """
+    batches = []
+
+    def keep(_, images):
+        batches.append(images)
+
+    def check(event_shape):
+        advice = "ask for fewer, or let `hsivi sample` write them as they come"
+        size = math.prod(event_shape) * (1 if len(event_shape) == 3 else 4)
+        refuse_beyond_memory(f"seeds: {len(seeds)} at once", 2 * len(seeds) * size, torch.device("cpu"), advice)
+
+    sample_in_batches(run, seeds, keep, weights, batch_size, on_batch, check, on_all_ranks=True, **changes)
+    return torch.cat(batches)
+
+
+def sample_in_batches(
+    run, seeds, take, weights="ema", batch_size=250, on_batch=None, check=None, on_all_ranks=False, **changes
+):
+    """Draw images from a run and hand them on as they come, so that no more than a batch is held.
+
+    take(seeds, images): called with each batch, images as of `sample`, on rank 0 or on all ranks.
+    check(event_shape): called once before anything is drawn; what it raises is raised.
+    The rest is as of `sample`.
     """
     folder = RunFolder.of(run)
     config = folder.config()
+    seeds = sliceable(seeds)
+    check_request(seeds, batch_size)
     world = connect(config)
-    with world.watched(config.distributed.timeout):
-        sampler, _, _ = load_sampler(folder, world, weights, changes=changes)
-        if len(seeds) == 0:
-            raise ValueError("seeds: none given; ask for at least one image")
-        x = sampler(world.share(seeds), batch_size, world.counting(on_batch))
-        images = to_uint8(x) if x.ndim == 4 else x
-        return world.gather_shares(images, len(seeds)).cpu()
+    advice = f"batch: {min(batch_size, len(seeds))} images at once; use a smaller one"
+    with world.watched(config.distributed.timeout), memory_advice(advice):
+        sampler, context, _ = load_sampler(folder, world, weights, changes=changes)
+        event_shape = sampler.network.event_shape
+        is_image = len(event_shape) == 3
+        _check_batch(context, event_shape, min(batch_size, len(seeds)))
+        if check:
+            check(event_shape)
+        told = world.counting(on_batch)
+        for start in range(0, len(seeds), batch_size * world.size):
+            chunk = seeds[start : start + batch_size * world.size]
+            x = sampler(world.share(chunk), batch_size, told)
+            images = world.gather_shares(to_uint8(x) if is_image else x, len(chunk))
+            if world.is_main or on_all_ranks:
+                take(chunk, images.cpu())
+
+
+def _check_batch(context, event_shape, batch_size):
+    """ValueError where not even the first level of the network fits for a batch."""
+    channels = network_arguments(context.config.network).get("channels", 1)
+    needed = 4 * batch_size * channels * math.prod(event_shape[1:])
+    refuse_beyond_memory(f"batch: {batch_size}", needed, context.device, "use a smaller one")

@@ -1,6 +1,7 @@
 """What a run will need, before it is started: memory, and the work of its networks.
 
-Counted on the meta device, where tensors have shapes and no bytes.
+Counted on the meta device, where tensors have shapes and no bytes. `check_memory` and `check_disk` compare it with the
+machine, before anything is allocated or written.
 """
 
 import math
@@ -8,10 +9,15 @@ import math
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..build import in_form_of
 from ..nets import build_unet
+from ..parallel.machine import memory_of, refuse_beyond_disk, refuse_beyond_memory
 
 MIB = 2**20
+
+# Half of the estimated activations count when a run is refused: a compiler keeps fewer than autograd does, and an
+# estimate must not forbid what runs.
+SURELY_KEPT = 0.5
+CHECKPOINT_WEIGHTS = 10  # copies of the weights in a checkpoint: of two networks weights, averages, three moments
 
 
 def estimate_run(config, world_size=1):
@@ -23,9 +29,11 @@ def estimate_run(config, world_size=1):
     processes.
     evaluations_per_update: forward calls with the whole batch that one update of the score network costs on average. A
     backward counts 2, an input-only one 1.
+    event_size: numbers of one image or point.
     *_bytes: on each of `world_size` processes, and their sum. With several processes gradients and optimizer state are
     divided as `distributed.zero` says (0 without DeepSpeed). Activations are those that autograd keeps of one backward
-    with a process's micro-batch, without what a library's convolution takes for itself.
+    with a process's micro-batch in float32, without what a library's convolution takes for itself. noise_scale_bytes:
+    log_gamma with its gradient, moments and average.
 
     Raises ValueError as `build_unet`, and where the batch does not divide.
     """
@@ -34,18 +42,17 @@ def estimate_run(config, world_size=1):
     if settings.batch_size % micro_batches:
         cut = f"{micro_batches} parts ({world_size} processes, accumulation {accumulation})"
         raise ValueError(f"train.batch_size: {settings.batch_size} does not divide into {cut}")
-    with torch.device("meta"):
-        network = in_form_of(config, build_unet(config.network))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    flops, activation_bytes = _forward_of_one(network)
-    evaluations, pool_bytes = _cycle(config, math.prod(network.event_shape))
+    parameters, flops, activation_bytes, event_size = _network_needs(config)
+    evaluations, pool_bytes = _cycle(config, event_size)
     cycles = settings.steps / settings.f_learning_times
     memory = _memory(config, world_size, weight_bytes=4 * parameters)
+    memory["noise_scale_bytes"] = 6 * 4 * _noise_scale_size(config, event_size)
     memory["pool_bytes"] = pool_bytes
     # The student's update keeps most: its own graph, then f's and the teacher's.
     memory["activations_bytes"] = 3 * activation_bytes * settings.batch_size // micro_batches
     return {
         "parameters": parameters,
+        "event_size": event_size,
         "forward_flops": flops,
         "cycle_flops": evaluations * flops,
         "training_flops": round(evaluations * cycles * flops),
@@ -57,6 +64,89 @@ def estimate_run(config, world_size=1):
     }
 
 
+def _network_needs(config):
+    """(parameters, operations of a forward call with one image, bytes that it keeps, numbers of an image)."""
+    with torch.device("meta"):
+        network = build_unet(config.network)  # in float32: no autocast knows the meta device
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return parameters, *_forward_of_one(network), math.prod(network.event_shape)
+
+
+def _noise_scale_size(config, event_size):
+    return (config.nfe if config.gamma.per_step else 1) * (event_size if config.gamma.per_pixel else 1)
+
+
+def check_memory(config, world_size, device):
+    """ValueError, in one line, where a run needs more than all the memory of the device that a process trains on.
+
+    It names what takes most and what to lower.
+    """
+    if _is_small(config, config.train.batch_size, config.train.f_learning_times, device):
+        return
+    e = estimate_run(config, world_size)
+    needs = {key: e[key] for key in e if key.endswith("_bytes") and key != "memory_bytes"}
+    needs["activations_bytes"] = _surely_kept(config, e["activations_bytes"])
+    settings = config.train
+    largest = max(needs, key=needs.get)
+    what, advice = {
+        "activations_bytes": (
+            f"train.batch_size: {settings.batch_size}",
+            "lower it or the network's sizes, raise distributed.accumulation, or start more processes",
+        ),
+        "pool_bytes": (
+            f"train.f_learning_times: {settings.f_learning_times} with train.batch_size {settings.batch_size}",
+            "lower one of them, or choose rollout.mode=fresh",
+        ),
+        "noise_scale_bytes": (f"nfe: {config.nfe} with gamma.per_step", "lower it, or choose gamma.per_pixel=false"),
+    }.get(largest, (f"network: {e['parameters']} parameters", "lower network.channels or network.res_blocks"))
+    refuse_beyond_memory(what, sum(needs.values()), device, advice)
+
+
+def check_teacher_memory(config, device):
+    """`check_memory` of a teacher's training."""
+    if _is_small(config, config.teacher_train.batch_size, 1, device):
+        return
+    parameters, _, activation_bytes, _ = _network_needs(config)
+    batch_size = config.teacher_train.batch_size
+    weights, activations = 6 * 4 * parameters, _surely_kept(config, activation_bytes * batch_size)
+    what, advice = f"teacher_train.batch_size: {batch_size}", "lower it or the network's sizes"
+    if weights > activations:
+        what, advice = f"network: {parameters} parameters", "lower network.channels or network.res_blocks"
+    refuse_beyond_memory(what, weights + activations, device, advice)
+
+
+def _is_small(config, batch_size, updates, device):
+    """Whether a run fits in any case, by a bound that needs no forward call: the first one on the meta device takes
+    torch a second, which a small run need not wait for.
+    """
+    with torch.device("meta"):
+        network = build_unet(config.network)
+    modules = sum(1 for _ in network.modules())
+    event_size, pixels = math.prod(network.event_shape), math.prod(network.event_shape[1:])
+    widest = 2 * max(parameter.shape[0] for parameter in network.parameters())  # two are joined on the way up
+    heads = getattr(config.network, "heads", None) or 4
+    activations = 3 * batch_size * modules * max(widest * pixels, heads * pixels**2)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    pool = (updates * batch_size + config.nfe) * 2 * (event_size + 1) * (
+        1 + 1 / config.nfe
+    ) + config.nfe * event_size * 4
+    noise_scale = 6 * _noise_scale_size(config, event_size)
+    return 4 * (activations + 13 * parameters + pool + noise_scale) < memory_of(device)
+
+
+def _surely_kept(config, activation_bytes):
+    return round(activation_bytes * SURELY_KEPT * (0.5 if config.precision == "bf16" else 1))
+
+
+def check_disk(config, path):
+    """ValueError, in one line, where not even the first checkpoint of a run has room on the disk of `path`."""
+    with torch.device("meta"):
+        network = build_unet(config.network)
+    parameters, event_size = sum(p.numel() for p in network.parameters()), math.prod(network.event_shape)
+    size = 4 * (CHECKPOINT_WEIGHTS * parameters + CHECKPOINT_WEIGHTS // 2 * _noise_scale_size(config, event_size))
+    refuse_beyond_disk(f"outdir {str(path)!r}: one checkpoint", size, path, "make room, or choose another --outdir")
+
+
 def _cycle(config, event_size):
     """(forward calls with one image in one cycle, bytes of its pool)."""
     batch_size, updates, nfe = config.train.batch_size, config.train.f_learning_times, config.nfe
@@ -64,7 +154,8 @@ def _cycle(config, event_size):
         trajectories = -(-updates * batch_size // (nfe * config.rollout.redraw))
         rolled = trajectories * nfe
         kept = nfe + 1 + (nfe if config.rollout.redraw > 1 else 0)  # states, and means where they are used again
-        pool_bytes = trajectories * event_size * 4 * kept
+        transitions = trajectories * nfe * config.rollout.redraw
+        pool_bytes = trajectories * event_size * 4 * kept + 8 * transitions  # with the order that they are taken in
     else:  # at most: a rollout ends at the lowest layer that its batch needs
         rolled, pool_bytes = (updates + 1) * (nfe - 1) * batch_size + updates * batch_size, 0
     # f: forward and backward; the student likewise, and forward and input-only backward of f and the teacher.
@@ -122,6 +213,7 @@ def estimate_text(config, world_size=1):
         "gradients": "",
         "optimizer": "Adam with amsgrad" + (f", ZeRO {config.distributed.zero}" if world_size > 1 else ""),
         "averages": "",
+        "noise_scale": "log_gamma",
         "pool": "states of one rollout" + ("" if config.rollout.mode == "pooled" else ": none, each is used once"),
         "activations": "of the student's update",
     }

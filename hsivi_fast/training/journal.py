@@ -6,9 +6,11 @@ import sys
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .. import ops
+from ..build import checkpoint_to_start_from
 from ..config import resolved_dict
 from ..data import to_uint8
 from ..report.figures import image_grid, log_gamma_picture
@@ -51,16 +53,20 @@ class Journal:
     def __enter__(self):
         return self
 
-    def start(self, step):
-        """Take up the records at a step, and open the bar and the writers there."""
+    def start(self, step, state=None):
+        """Take up the records at a step, and open the bar and the writers there; state: that of its checkpoint."""
         self.logged_step, self.prepared, self.drawing = step, self.execution.seconds, 0.0
+        for name, (total, count) in ((state or {}).get("losses") or {}).items():
+            self.sums[name] = torch.tensor(total if self.world.is_main else 0.0, device=self.context.device)
+            self.counts[name] = count
         if not self.world.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and only a training writes there
         from tqdm import tqdm  # here: the other ranks draw no bar
 
         self.folder.forget_metrics_after(step)
-        self.seconds = max((record["seconds"] for record in self.folder.metrics()), default=0.0)
+        self._take_up_saves(step, stopped=(state or {}).get("stopped", False))
+        self.seconds = max((record.get("seconds", 0.0) for record in self.folder.metrics()), default=0.0)
         total = self.config.train.steps
         if self.progress:
             tqdm.write(self._opening(step), file=sys.stderr)
@@ -82,6 +88,13 @@ class Journal:
         self.gpu = GpuMonitor(self.context.device)
         self.logged_time = time.perf_counter()
 
+    def _take_up_saves(self, step, stopped):
+        """Make saves.jsonl that of a run which was neither stopped nor killed."""
+        self.folder.forget_after("saves.jsonl", step - 1 if stopped else step)
+        if step and not stopped and step not in [record["step"] for record in self.folder.read_lines("saves.jsonl")]:
+            size = sum(file.stat().st_size for file in self.folder.checkpoint_path(step).iterdir())
+            self.folder.append("saves.jsonl", {"step": step, "seconds": None, "bytes": size})
+
     def _opening(self, step):
         """The line above the bar: what runs where."""
         backend = self.context.backend
@@ -90,6 +103,8 @@ class Journal:
         going_on = f", going on from step {step} of {total}" if step else ""
         if step == total:
             going_on = f", trained already to step {step}"
+        elif not step and self.config.init is not None:
+            going_on = f", starting from {checkpoint_to_start_from(self.config)[1]}"
         place = f"device {self.context.device}, run folder {self.folder.path}"
         return f"backend {backend}{interpreted}, {place}{going_on}"
 
@@ -103,12 +118,16 @@ class Journal:
         """Add the mean of losses [B] to what the next log step reports."""
         mean = losses.detach().mean()
         self.sums[name] = self.sums[name] + mean if name in self.sums else mean
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self.counts[name] = self.counts.get(name, 0) + self.world.size
+
+    def losses(self):
+        """{name: (sum, how many)} since the last record, over all ranks: what a run that is stopped goes on with."""
+        sums = {name: float(self.world.sum(total.clone())) for name, total in self.sums.items()}
+        return {name: (total, self.counts[name]) for name, total in sums.items()}
 
     def log(self, step, student_lr, score_net_lr, metric):
         """Write one record; the host waits for the device here, and the ranks for each other."""
-        counts = {name: count * self.world.size for name, count in self.counts.items()}
-        means = {name: float(self.world.sum(total)) / counts[name] for name, total in self.sums.items()}
+        means = {name: float(self.world.sum(total)) / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
         if not self.world.is_main:
             return

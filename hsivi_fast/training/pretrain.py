@@ -3,24 +3,24 @@
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import ops
-from ..build import build_context, in_form_of
+from ..build import build_context, build_network, choose_device
+from ..checkpoints.files import as_written, make_folder, write_tensors
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
 from ..method.schedule import signal_levels
 from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
-from ..nets import build_unet
 from ..parallel.interrupt import Interrupted, StopRequest
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import ALONE, processes
 from .engine import PlainEngine
+from .estimate import check_teacher_memory
 
 # Purposes of the run seed's random numbers (see rollout.py for those of the distillation).
 IMAGES, TIMES, NOISE = range(101, 104)
@@ -34,7 +34,7 @@ def train_teacher(config, outdir, progress=False):
 
     Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued.
     Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
-    no data or is another run's, and `Interrupted` after SIGINT or SIGTERM, when it has been saved.
+    no data or is another run's, and `Interrupted` after SIGINT, SIGTERM or SIGHUP, when it has been saved.
     """
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
@@ -42,23 +42,35 @@ def train_teacher(config, outdir, progress=False):
         launched = f"{processes()} processes were launched"
         raise ValueError(f"WORLD_SIZE: {launched}; a teacher is trained in one, start it without a launcher")
     settings = config.teacher_train
+    check_teacher_memory(config, choose_device(config.device))
     context = build_context(dataclasses.replace(config, cuda_graphs=False), ALONE)
     device = context.device
     images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
     alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
-    network = _fresh_network(config).to(device)
-    in_form_of(config, network)
+    network = build_network(config, device)
     if images.shape[1:] != network.event_shape:
         found = f"the data {config.data!r} has {list(images.shape[1:])}"
         raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
-    folder = RunFolder.start(outdir, config)
-    with folder.locked(), StopRequest() as stop, _bar(settings.steps, f"teacher {config.name}", progress) as bar:
-        step, total, count = 0, torch.zeros((), device=device), 0
-        if folder.checkpoints():
-            step = folder.checkpoints()[-1]
-            engine.load("teacher", lambda stem: folder.load_tensors(step, stem), folder.load_state(step))
+    title, advice = (
+        f"teacher {config.name}",
+        memory_advice(f"teacher_train.batch_size: {settings.batch_size}; lower it"),
+    )
+    with (
+        RunFolder.taken(outdir, config) as folder,
+        StopRequest() as stop,
+        _bar(settings.steps, title, progress) as bar,
+        advice,
+    ):
+        step, state = folder.newest_state(["teacher_updates"])
+        total, count = torch.zeros((), device=device), 0
+        if state is not None:
+            engine.load("teacher", lambda stem: folder.load_tensors(step, stem), state)
+            before, count = (state.get("losses") or {}).get("loss", (0.0, 0))  # since the last record
+            total += before
+        folder.take_up()
+        folder.drop_old_checkpoints()
         folder.forget_metrics_after(step)
         bar.update(step)
         while step < settings.steps:
@@ -70,37 +82,34 @@ def train_teacher(config, outdir, progress=False):
             engine.step(_rate(settings, step))
             total, count = total + loss, count + 1
             stopping = stop.requested  # read once, as in trainer.py
-            save = step % config.save_every == 0 or step == settings.steps or stopping
-            if save or step % config.log_every == 0:
+            scheduled = step % config.save_every == 0 or step == settings.steps
+            if scheduled or stopping or step % config.log_every == 0:
                 mean = float(total) / count
-                total, count = torch.zeros_like(total), 0
                 if not math.isfinite(mean):
                     raise FloatingPointError(
                         f"the loss is not finite before step {step}; try a smaller teacher_train.lr"
                     )
-                folder.append("metrics.jsonl", {"step": step, "loss": mean, "lr": _rate(settings, step)})
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            if save:
+            if scheduled or step % config.log_every == 0:
+                folder.append("metrics.jsonl", {"step": step, "loss": mean, "lr": _rate(settings, step)})
+                total, count = torch.zeros_like(total), 0
+            if scheduled or stopping:
                 tensors, numbers = engine.state("teacher")
-                folder.save_checkpoint(step, tensors, {"metric": None, **numbers})
+                losses = {"loss": (float(total), count)}
+                stopped = {"stopped": not scheduled, "losses": losses}
+                folder.save_checkpoint(step, tensors, {"metric": None, **stopped, **numbers})
                 folder.drop_old_checkpoints()
             bar.update(1)
             if stopping:
                 where = f"stopped at step {step} of {settings.steps}; saved in {folder.path}"
                 raise Interrupted(f"{where}; the same command goes on from there", stopping)
     file = folder.path / "teacher.safetensors"
-    save_file({name: value.cpu().contiguous() for name, value in engine.averaged().items()}, file)
+    write_tensors(file, engine.averaged())
     return file
 
 
 def _bar(total, title, progress):
     return tqdm(total=total, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
-
-
-def _fresh_network(config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_unet(config.network)
 
 
 def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
@@ -109,18 +118,13 @@ def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
     Its images, times and noise are addressed by (run seed, step).
     """
     device = images.device
-    index = _uniform_below(len(images), run_seed, IMAGES, step, batch_size, device)
-    t = _uniform_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
+    index = ops.integers_below(len(images), run_seed, IMAGES, step, batch_size, device)
+    t = ops.integers_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
     noise = ops.draw_noise(ops.integers(run_seed, NOISE, step, batch_size, device), 0, images.shape[1:])
     level = alpha_bar[t].reshape(-1, *[1] * (images.ndim - 1))
     eps_hat = predict(level.sqrt() * images[index] + (1 - level).sqrt() * noise, t)
     difference = eps_hat.detach() - noise
     return difference.square().mean(), difference * (2 / difference.numel()), eps_hat
-
-
-def _uniform_below(limit, run_seed, purpose, step, n, device):
-    """n integers in 0 .. limit-1."""
-    return (ops.integers(run_seed, purpose, step, n, device) & 0xFFFFFFFF) * limit >> 32
 
 
 def _rate(settings, step):
@@ -146,10 +150,12 @@ def train_feature_network(config, outdir, progress=False):
     with torch.no_grad():
         for batch in images.split(250):
             moments.add(network.features(batch))
-    file = Path(outdir) / "features.safetensors"
-    save_file({name: value.detach().contiguous() for name, value in network.state_dict().items()}, file)
+    outdir = as_written(outdir)
+    make_folder(outdir)
+    file = outdir / "features.safetensors"
+    write_tensors(file, network.state_dict())
     statistics = {**moments.statistics(), "features": describe_features(config.data, file)}
-    save_statistics(Path(outdir) / "reference.npz", statistics)
+    save_statistics(outdir / "reference.npz", statistics)
     return file
 
 

@@ -55,8 +55,7 @@ def draw_layers(run_seed, purpose, step, batch_size, nfe, device="cpu"):
 
     B // 2 + 1 draws k, then nfe + 1 - k, cut to B.
     """
-    bits = ops.integers(run_seed, purpose, step, batch_size // 2 + 1, device) & 0xFFFFFFFF
-    k = 1 + (bits * nfe >> 32)
+    k = 1 + ops.integers_below(nfe, run_seed, purpose, step, batch_size // 2 + 1, device)
     return torch.cat([k, nfe + 1 - k])[:batch_size]
 
 
@@ -138,7 +137,7 @@ class PooledRollout:
         self.states = self._zeros(self.layers.nfe + 1)  # x_k at index k
         self.means = self._zeros(self.layers.nfe) if self.draws > 1 else None  # that of x_{k-1} at k - 1
         # What this rank rolls; of one process, the pool itself.
-        self.shared_states, self.shared_means = self._share_of(self.states), self._share_of(self.means)
+        self.rolled_states, self.rolled_means = self._share_of(self.states), self._share_of(self.means)
         self._roll = context.execution.graphed(self._roll_share)
 
     def _zeros(self, states):
@@ -156,9 +155,9 @@ class PooledRollout:
         self._roll(self.seeds[start : start + self.share])
         if self.world.size > 1:
             self.world.mark_detail("gathering the pool")
-            self.world.gather(self.shared_states[0], into=self.states)
+            self.world.gather(self.rolled_states[0], into=self.states)
             if self.means is not None:
-                self.world.gather(self.shared_means[0], into=self.means)
+                self.world.gather(self.rolled_means[0], into=self.means)
         # Every draw goes through all transitions in an order of its own: position -> transition.
         orders = []
         for draw in range(self.draws):
@@ -169,7 +168,7 @@ class PooledRollout:
     @torch.no_grad()
     def _roll_share(self, all_seeds):
         """Fill this rank's states and means with the trajectories of these seeds [share]."""
-        states, means = self.shared_states[0], None if self.means is None else self.shared_means[0]
+        states, means = self.rolled_states[0], None if self.means is None else self.rolled_means[0]
         for start in range(0, self.share, self.chunk):
             chunk = slice(start, start + self.chunk)
             seeds = all_seeds[chunk]
@@ -200,8 +199,8 @@ class PooledRollout:
         """States x_k from the pool, with antithetic layers and new noise."""
         device = self.layers.tau.device
         k = draw_layers(self.run_seed, STUDENT_LAYERS, step, self.batch_size, self.layers.nfe, device)[self.shard]
-        bits = ops.integers(self.run_seed, STUDENT_STATES, step, self.batch_size, device)[self.shard] & 0xFFFFFFFF
-        trajectory = bits * self.trajectories >> 32
+        places = (self.run_seed, STUDENT_STATES, step, self.batch_size, device)
+        trajectory = ops.integers_below(self.trajectories, *places)[self.shard]
         seeds = ops.integers(self.run_seed, STUDENT_SEEDS, step, self.batch_size, device)[self.shard]
         return Batch(self._at(self.states, k, trajectory), ops.Noise(seeds, k))
 

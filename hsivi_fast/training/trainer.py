@@ -9,15 +9,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..build import build_context, build_score_net, build_student
+from ..build import build_context, build_score_net, build_student, choose_device
+from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..metrics.evaluation import build_metric, final_table
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
+from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect, processes
 from ..report.run_report import write_report
 from ..sampling.solvers import check_baselines
 from .averaged import AveragedStudent
+from .estimate import check_disk, check_memory
 from .journal import Journal, check_journal, pictures_due
 from .optim import learning_rate
 from .rollout import build_rollout
@@ -34,18 +37,19 @@ def train(config, outdir=None, fresh=False, progress=False):
     Returns the `RunFolder`. Started once per process by a launcher, the processes train it together.
 
     Raises ValueError for a configuration or folder that does not fit, FloatingPointError where a loss stops being
-    finite, OSError where the disk is full, and `Interrupted` after SIGINT or SIGTERM, when the run has been saved.
+    finite, OSError where the disk is full, MemoryError where memory is not enough, and `Interrupted` after SIGINT,
+    SIGTERM or SIGHUP, when the run has been saved.
     """
     check_distribution(config, processes())  # before anybody waits for anybody
     check_journal(config)
     if config.eval.num_samples:
         check_baselines(config)
-    outdir = Path(outdir or Path("runs") / config.name)
+    outdir = as_written(outdir or Path("runs") / config.name)
     world = connect(config)
-    with world.watched(config.distributed.timeout):
+    with world.watched(config.distributed.timeout), memory_advice(_what_to_lower(config)):
         refuse_strangers(world, config)
         training = Training(config, world, outdir, fresh, progress=progress and world.is_main)
-        with training.locked():
+        with training.in_its_folder():
             with StopRequest() as stop, training.journal:
                 training.resume()
                 while training.step < config.train.steps:
@@ -55,14 +59,24 @@ def train(config, outdir=None, fresh=False, progress=False):
     return training.folder
 
 
+def _what_to_lower(config):
+    """What is said where memory is not enough after all."""
+    batch, accumulation, chunk = config.train.batch_size, config.distributed.accumulation, config.rollout.chunk
+    return (
+        f"train.batch_size: {batch} in distributed.accumulation: {accumulation} parts; lower the batch, raise "
+        f"accumulation, or lower rollout.chunk ({chunk})"
+    )
+
+
 @dataclass(frozen=True)
 class Due:
     """What is due at the end of a step, on every rank alike."""
 
     stopping: int  # the number of the signal that asks the run to end, 0 for none
     measure: bool
-    save: bool
     log: bool
+    save: bool
+    scheduled: bool  # the save, which a stop asks for at any step
     pictures: bool
 
 
@@ -74,12 +88,18 @@ class Training:
 
     def __init__(self, config, world, outdir, fresh, progress):
         self.config, self.world, self.progress = config, world, progress
-        self.step = 0
+        self.outdir, self.fresh, self.step = outdir, fresh, 0
+        check_memory(config, world.size, choose_device(config.device) if world.size == 1 else world.device)
+        # Told before anything is built. The folder is made and held in `in_its_folder`.
+        has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
         self.context = context = build_context(config, world, teacher=True)
         # A machine may have another file under that name.
         world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
         # A run that goes on has its own checkpoint: what it started from may be gone.
-        is_new = world.from_main(lambda: not any((outdir / "checkpoints").glob("step_*")))
+        is_new = world.from_main(lambda: not (has_run and RunFolder(outdir).checkpoints()))
+        self.is_new = is_new
+        if is_new:
+            world.from_main(lambda: check_disk(config, outdir))
         world.mark("preparing the student")
         self.student = build_engine(context, build_student(context, from_init=is_new))
         world.mark("preparing the score network")
@@ -89,20 +109,27 @@ class Training:
         self.guard = FiniteGuard(context)
         self.metric = build_metric(context) if config.eval.num_samples else None
         self.averaged = AveragedStudent(context, self.student)
-        self.folder = world.from_main(lambda: RunFolder.start(outdir, config, fresh))
-        self.journal = Journal(context, self.folder, progress)
 
-    def locked(self):
-        """Hold the run's folder for this training; rank 0 does it for all."""
-        return self.folder.locked() if self.world.is_main else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def in_its_folder(self):
+        """Hold the run's folder for this training, from before it is looked at to the end; rank 0 does it for all."""
+        with contextlib.ExitStack() as held:
+            self.folder = self.world.from_main(lambda: held.enter_context(self._taken()))
+            self.journal = Journal(self.context, self.folder, self.progress)
+            yield
+
+    def _taken(self):
+        return RunFolder.taken(self.outdir, self.config, self.fresh)
 
     def resume(self):
         """Take up the newest checkpoint, if there is one, and make ready for the step after it."""
         self.world.mark("loading")
-        self.step = self._load_newest()
+        state = self._load_newest()
         if self.world.is_main:
+            self.folder.take_up()
+            self.folder.drop_old_checkpoints()  # which a process that was killed may have left
             self.folder.write_json("environment.json", describe_environment(self.context))
-        self.journal.start(self.step)
+        self.journal.start(self.step, state)
         if self.step < self.config.train.steps:
             if self.world.is_main:
                 (self.folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
@@ -129,16 +156,17 @@ class Training:
         stop: a `StopRequest`. Raises `Interrupted` where it asks the run to end, after a save.
         """
         due = self._due(stop)
-        if due.save or due.log:
+        if due.save or due.log or due.pictures:
             self.guard.check(self.folder)
-            distance = self.averaged.distance(self.metric) if due.measure else None
+        distance = self.averaged.distance(self.metric) if due.measure else None
+        if due.log:
             self.journal.log(self.step, *self._learning_rates(), distance)
-            if due.save:
-                self._save(distance)
+        # Before the checkpoint: a process that is killed in between trains these steps again and draws them again.
         if due.pictures:
-            self.guard.check(self.folder)
             began = time.perf_counter()
             self.journal.show(self.step, *self.averaged.pictures(), began)
+        if due.save:
+            self._save(distance, stopped=not due.scheduled)
         self.journal.advance(self.step)
         if due.stopping:
             where = f"stopped at step {self.step} of {self.config.train.steps}; saved in {self.folder.path}"
@@ -162,8 +190,9 @@ class Training:
         meeting = self.world.size == 1 or step % config.train.f_learning_times == 0 or log
         stopping = self.world.greatest(stop.requested or 0) if meeting else 0
         measure = self.metric is not None and config.eval.every > 0 and step % config.eval.every == 0
-        save = measure or bool(stopping) or step % config.save_every == 0 or step == config.train.steps
-        return Due(stopping, measure, save, log, pictures=pictures_due(config, step, measure) and not stopping)
+        scheduled = measure or step % config.save_every == 0 or step == config.train.steps
+        pictures = pictures_due(config, step, measure)
+        return Due(stopping, measure, log or scheduled, bool(stopping) or scheduled, scheduled, pictures)
 
     def _note(self, name, losses, k):
         self.guard.watch(losses, k, self.step)
@@ -179,26 +208,34 @@ class Training:
         return {"student": self.student, "score_net": self.score_net}.items()
 
     def _load_newest(self):
-        """Restore both engines from the newest checkpoint and return its step; 0 where there is none."""
-        step, state = self.world.from_main(self.folder.newest_state)
-        if step:
+        """Restore both engines from the newest checkpoint and return its state, with its step; None where none is."""
+        needed = [f"{name}_updates" for name, _ in self._engines()]
+        self.step, state = self.world.from_main(lambda: self.folder.newest_state(needed))
+        if self.is_new != (state is None):
+            problem = "another process has trained there, or deleted what it had, while this one was starting"
+            raise ValueError(f"outdir {str(self.outdir)!r}: {problem}; start the command again")
+        if state is not None:
             for name, engine in self._engines():
-                engine.load(name, lambda stem: self._tensors(step, stem), state)
-        return step
+                engine.load(name, lambda stem: self._tensors(self.step, stem), state)
+        return state
 
     def _tensors(self, step, stem):
         return self.world.tensors_from_main(lambda: self.folder.load_tensors(step, stem))
 
-    def _save(self, distance):
-        """Write a checkpoint, and let old ones go when all ranks know that it is there."""
+    def _save(self, distance, stopped):
+        """Write a checkpoint, and let old ones go when all ranks know that it is there.
+
+        stopped: whether it is written because the run is asked to end, and not by itself.
+        """
         start = time.perf_counter()
         self.world.mark(f"saving step {self.step}")
-        tensors, state = {}, {"metric": distance}
+        tensors, state = {}, {"metric": distance, "stopped": stopped, "losses": self.journal.losses()}
         for name, engine in self._engines():
             files, numbers = engine.state(name)
             tensors.update(files)
             state.update(numbers)
         size = self.world.from_main(lambda: self.folder.save_checkpoint(self.step, tensors, state))
         if self.world.is_main:
+            self.folder.take_up()
             self.folder.drop_old_checkpoints()
         self.journal.saved(self.step, time.perf_counter() - start, size)

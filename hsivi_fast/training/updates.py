@@ -89,8 +89,10 @@ class FiniteGuard:
         saved = self.world.from_main(folder.checkpoints)
         where = f" on rank {rank}" if self.world.size > 1 else ""
         kept = "no checkpoint was saved before"
+        advice = "try smaller learning rates in a new --outdir"
         if saved:
             kept = f"the last good checkpoint is {folder.checkpoint_path(saved[-1])}"
-        raise FloatingPointError(
-            f"the loss is not finite at step {step}, layer {layer}{where}; {kept}; try smaller learning rates"
-        )
+            advice += f", from there with init={folder.path}"
+        elif step == 1:
+            advice += ", or another teacher if this one's weights are damaged"
+        raise FloatingPointError(f"the loss is not finite at step {step}, layer {layer}{where}; {kept}; {advice}")

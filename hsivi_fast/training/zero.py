@@ -1,4 +1,4 @@
-"""What trains one network on several processes: DeepSpeed, with ZeRO stage 0 to 3. The only file that knows DeepSpeed.
+"""What trains one network on several processes: DeepSpeed, with ZeRO stage 0 to 3. No other file calls DeepSpeed.
 
 `engine.py` says what both engines offer. With several processes each has its share of the batch, and gradients are
 averaged over them before they are clipped. `build_engine` chooses between the two.

@@ -1,4 +1,7 @@
-"""The adapter to a clone of the published code, on a stand-in that has its modules, names and ways of calling, and arithmetic that is easily checked."""
+"""The adapter to a clone of the published code, on a stand-in that has its modules, names and ways of calling.
+
+The stand-in's arithmetic is easily checked.
+"""
 
 import sys
 
@@ -49,9 +52,10 @@ import torch
 from torch_utils import utils
 def get_loss_fn_speedup(diffusion, config):
     def loss(model, training_shape, train_phiNet=False, train_FNet=False):
-        lowest = config.n_discrete_steps - torch.randint(low=1, high=config.n_discrete_steps, size=(training_shape[0] // 2 + 1,)).to(model.device)
+        steps, size = config.n_discrete_steps, (training_shape[0] // 2 + 1,)
+        lowest = steps - torch.randint(low=1, high=steps, size=size).to(model.device)
         x = torch.randn(*training_shape)
-        for _ in range(config.n_discrete_steps - int(torch.minimum(lowest, config.n_discrete_steps - lowest).min())):
+        for _ in range(steps - int(torch.minimum(lowest, steps - lowest).min())):
             x = model(x)
         return (model.module.phinet if train_phiNet else model.module.fnet)(x, diffusion.timesteps[lowest]).mean()
     return loss
@@ -121,33 +125,26 @@ def _training(path, per_step=False, per_pixel=True, network=Scaled):
     )
 
 
-K = torch.tensor(
-    [4, 2, 1, 1]
-)  # K = 4 layers, the fourth sample paired with the first; the lowest is 1, so three layers are rolled
-TOP, NOISE, ROLLED = torch.full((4, 1, 2, 2), 1.0), torch.full((4, 1, 2, 2), 1000.0), torch.full((3, 4, 1, 2, 2), 10.0)
+# K = 4 layers, the fourth sample paired with the first; the lowest is 1, so three layers are rolled.
+K = torch.tensor([4, 2, 1, 1])
+TOP, NOISE = torch.full((4, 1, 2, 2), 1.0), torch.full((4, 1, 2, 2), 1000.0)
+ROLLED = torch.full((3, 4, 1, 2, 2), 10.0)
 
 
 def test_updates_run_the_clone_on_given_networks_layers_and_noise(clone):
     training = _training(clone)
     assert training.update_student(2, K, TOP, NOISE, ROLLED) == pytest.approx(2 * 1031)
-    assert (
-        float(training.student.weight.detach()) == pytest.approx(2 - 0.02 * 1031)
-        and training.state["ema_phinet"].updates == 1
-    )
+    assert float(training.student.weight.detach()) == pytest.approx(2 - 0.02 * 1031)
+    assert training.state["ema_phinet"].updates == 1
     assert training.update_score_net(5, K, TOP, NOISE, ROLLED) == pytest.approx(3 * 1031)
-    assert (
-        float(training.score_net.weight.detach()) == pytest.approx(3 - 0.005 * 1031)
-        and training.state["ema_fnet"].updates == 1
-    )
+    assert float(training.score_net.weight.detach()) == pytest.approx(3 - 0.005 * 1031)
+    assert training.state["ema_fnet"].updates == 1
     assert training.state["seen"] == [(5, False)] and training.state["ema_phinet"].updates == 1
     assert float(training.teacher.weight) == 5 and not training.teacher.weight.requires_grad
-    assert training.nfe == 4 and training.tau.tolist() == make_schedule("linear", 1000, "quad", 4).timesteps.tolist()
-    torch.testing.assert_close(
-        1 - training.diffusion.one_minus_alpha_bars.double(),
-        torch.from_numpy(make_schedule("linear", 1000, "quad", 4).alpha_bar),
-        rtol=0,
-        atol=1e-7,
-    )
+    schedule = make_schedule("linear", 1000, "quad", 4)
+    assert training.nfe == 4 and training.tau.tolist() == schedule.timesteps.tolist()
+    alpha_bar = 1 - training.diffusion.one_minus_alpha_bars.double()
+    torch.testing.assert_close(alpha_bar, torch.from_numpy(schedule.alpha_bar), rtol=0, atol=1e-7)
 
 
 def test_without_given_noise_the_clone_draws_itself(clone):

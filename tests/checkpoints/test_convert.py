@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from checkpoint_files import rewrite
 from safetensors.torch import load_file, save_file
 from small_checkpoints import DDPM, random_weights, run_config, with_module_prefix
 
-from hsivi_fast.build import build_layer, load_teacher
+from hsivi_fast.build import build_layers, load_teacher
 from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.config import load_config, resolved_dict
@@ -70,7 +71,7 @@ def test_the_model_of_the_published_code_loads_the_file(tmp_path, run):
     convert_checkpoint(folder, tmp_path / "hsivi.pth")
     model = torch.nn.Module()
     model.target_model = build_unet(DDPM).requires_grad_(False)
-    model.phinet = attach_log_gamma(build_unet(DDPM), build_layer(folder.config(), "cpu"))
+    model.phinet = attach_log_gamma(build_unet(DDPM), build_layers(folder.config(), "cpu"))
     model.fnet = build_unet(DDPM)
     whole = torch.nn.Module()
     whole.module = model
@@ -102,12 +103,12 @@ def test_conversions_that_cannot_be_are_named(tmp_path, run):
     assert "its tensors are of none of our UNets (layers.0.weight, ...)" in message(
         tmp_path / "classifier.safetensors", tmp_path / "x"
     )
-    save_file(random_weights(DDPM), folder.checkpoint_path(20) / "student.safetensors")
+    rewrite(folder.checkpoint_path(20), "student", random_weights(DDPM))
     assert "of another network than the run's teacher, they differ in log_scaled_gamma" in message(
         folder, tmp_path / "x.pt"
     )
     (tmp_path / "teacher.pt").unlink()
-    assert message(folder, tmp_path / "x.pt").endswith("no such file")
+    assert message(folder, tmp_path / "x.pt").endswith("no such file; say where it is with teacher.checkpoint=FILE")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "x"))]
 
 

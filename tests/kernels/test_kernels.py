@@ -60,19 +60,19 @@ def _method_inputs(event, dtype, shape, channels_last=False, sliced=False, batch
 
     rows, columns = (K if shape[0] else 1), (size if shape[1] else 1)
     k = torch.tensor([1, 3, 2, 3, 1], device=KERNEL_DEVICE).repeat(-(-batch // 5))[:batch]
-    return dict(
-        x=randn(batch, *event).to(dtype),
-        e=tensor(),
-        dy=tensor(),
-        a=randn(K + 1),
-        b=randn(K + 1),
-        s=randn(K + 1).abs() + 0.1,
-        weight=randn(K + 1).abs(),
-        log_gamma=0.3 * randn(rows, columns),
-        noise=randn(batch, *event),
-        seeds=torch.arange(batch, device=KERNEL_DEVICE) - 2,
-        k=k,
-    )
+    return {
+        "x": randn(batch, *event).to(dtype),
+        "e": tensor(),
+        "dy": tensor(),
+        "a": randn(K + 1),
+        "b": randn(K + 1),
+        "s": randn(K + 1).abs() + 0.1,
+        "weight": randn(K + 1).abs(),
+        "log_gamma": 0.3 * randn(rows, columns),
+        "noise": randn(batch, *event),
+        "seeds": torch.arange(batch, device=KERNEL_DEVICE) - 2,
+        "k": k,
+    }
 
 
 def _exact(function, *tensors):

@@ -137,7 +137,7 @@ def test_gradients_of_a_sum_are_those_of_ones():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-# ---- the switch -------------------------------------------------------------------------------------------------------
+# ---- the switch ------------------------------------------------------------------------------------------------------
 
 
 def _without_interpreter(code, **variables):

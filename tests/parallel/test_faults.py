@@ -70,13 +70,14 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_all(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from checkpoint_files import rewrite
+    from safetensors.torch import load_file
 
     assert [code for code, _ in on_two_ranks(tmp_path, "train.steps=2")] == [0, 0]
-    file = tmp_path / "run" / "checkpoints" / "step_2" / "student.safetensors"
-    weights = load_file(file)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
+    weights = load_file(checkpoint / "student.safetensors")
     weights["in_conv.weight"] = weights["in_conv.weight"][:1]
-    save_file(weights, file)
+    rewrite(checkpoint, "student", weights)
     (code, output), (other_code, other_output) = on_two_ranks(tmp_path)
     assert (code, other_code) == (2, 2)
     assert said(output) == ["hsivi: checkpoint: student is of another network, first at in_conv.weight"]

@@ -1,7 +1,8 @@
-"""A stand-in for a CUDA graph that runs anywhere: the operators of a call are recorded and replayed with the tensors and numbers that they had.
+"""A stand-in for a CUDA graph that runs anywhere: a call's operators are recorded, and replayed on the same tensors.
 
-It is as strict as capture: what would make the host wait for a device (`.item()`, `nonzero`, a condition on a tensor) is an error, the function's Python runs once,
-numbers are frozen, and a result goes where it was when it was recorded. In one thing it differs: recording does the work as well, so it is undone for what was changed in place.
+It is as strict as capture. What would make the host wait for a device (`.item()`, `nonzero`, a condition on a tensor)
+is an error, the function's Python runs once, numbers are frozen, and a result goes where it was when it was recorded.
+In one thing it differs: recording does the work as well, so it is undone for what was changed in place.
 """
 
 import torch
@@ -61,9 +62,12 @@ class OperatorRecording(TorchDispatchMode):
                 for tensor in tree_leaves(given):
                     self.before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         results = operator(*arguments, **keywords)
-        # Detached aliases: what is recorded must not keep, or grow, a graph of gradients.
-        plain = lambda values: [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
         leaves, layout = tree_flatten((arguments, keywords))
-        frozen_arguments, frozen_keywords = tree_unflatten(plain(leaves), layout)
-        self.steps.append((operator, frozen_arguments, frozen_keywords, plain(tree_leaves(results))))
+        frozen_arguments, frozen_keywords = tree_unflatten(_detached(leaves), layout)
+        self.steps.append((operator, frozen_arguments, frozen_keywords, _detached(tree_leaves(results))))
         return results
+
+
+def _detached(values):
+    """Detached aliases of tensors: what is recorded must not keep, or grow, a graph of gradients."""
+    return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]

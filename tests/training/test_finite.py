@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoint_files import rewrite
+from safetensors.torch import load_file
 
 from hsivi_fast import load_config, train
 from hsivi_fast.parallel.world import ALONE
@@ -24,10 +25,10 @@ def test_a_loss_that_is_not_finite_names_step_layer_and_checkpoint(no_report, tm
 
 def _put_an_infinity_into(folder):
     """Into the score network of the newest checkpoint."""
-    file = folder.checkpoint_path(folder.checkpoints()[-1]) / "score_net.safetensors"
-    weights = load_file(file)
+    checkpoint = folder.checkpoint_path(folder.checkpoints()[-1])
+    weights = load_file(checkpoint / "score_net.safetensors")
     weights["in_conv.weight"][0] = float("inf")
-    save_file(weights, file)
+    rewrite(checkpoint, "score_net", weights)
 
 
 def test_the_guard_keeps_the_first_bad_step_and_its_highest_layer():

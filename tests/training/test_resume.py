@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from checkpoint_files import rewrite
 
 from hsivi_fast import cli, load_config, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
@@ -112,6 +112,6 @@ def test_a_signal_saves_and_the_run_ends_bit_identical(tmp_path, long_run, numbe
 
 def test_a_checkpoint_of_another_network_is_named(no_report, tmp_path):
     folder = _train(tmp_path, "train.steps=2")
-    save_file({"a": torch.zeros(1)}, folder.checkpoint_path(2) / "student.safetensors")
+    rewrite(folder.checkpoint_path(2), "student", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="student is of another network, first at log_scaled_gamma"):
         _train(tmp_path, "train.steps=3")

@@ -1,0 +1,129 @@
+"""Distances, seeds and kinds of operators as the benchmarks measure them; and the pages show the committed figures."""
+
+import pytest
+from bench_cases import ROOT, committed
+
+from bench import ablation, breakdown, fid, quality, report, sampling, train_step
+from bench.measure import read_records
+from bench.published import cycle_work
+from bench.tables import filled, table_names
+
+
+def test_the_distance_is_checked_and_timed_without_its_features(monkeypatch):
+    row = fid.measure("fid_64", images=150, rounds=2, facts={}).record()
+    assert row["distance"] == pytest.approx(row["published_distance"], rel=1e-6) and row["distance"] > 1
+    assert row["ratio"] == pytest.approx(row["published"] / row["ours"]) and row["feature_seconds"]["ours"] > 0
+    assert row.keys() == committed("fid_cpu")[0].keys()
+    monkeypatch.setattr(fid, "EQUAL", -1.0)
+    failed = fid.measure("fid_64", images=150, rounds=1, facts={}).record()
+    assert "distances differ" in failed["failed"]
+
+
+def test_a_summary_of_seeds_is_paired():
+    common = {"study": "ring", "metric": "js_divergence", "steps": 10, "start": 0.2}
+    rows = []
+    for variant, values in (("fresh", (0.1, 0.2)), ("pooled", (0.11, 0.24))):
+        for seed, value in enumerate(values):
+            rows.append({**common, "variant": variant, "seed": seed, "value": value})
+    fresh, pooled = quality.summary(rows)
+    assert fresh["difference"] is None and fresh["value"] == pytest.approx((0.15, 0.05))
+    assert pooled["reference"] == "fresh" and pooled["difference"] == pytest.approx((15.0, 5.0))
+
+
+def test_the_runs_of_the_quality_study_are_those_of_the_committed_rows():
+    runs = quality.all_runs()
+    wanted = {("digits", "pooled, bf16"), ("swiss_roll", "pooled, redraw 4")}
+    assert {(study, variant) for study, variant, _ in runs} >= wanted
+    assert len(runs) == 3 * 3 * 5 + 4 * 3
+    rows = committed("quality")
+    assert [(row["study"], row["variant"], row["seed"]) for row in rows] == runs
+    assert list(rows[0]) == list(quality.Outcome.__dataclass_fields__)
+
+
+def test_operators_are_of_the_first_kind_that_fits():
+    assert breakdown.kind_of("hsivi_fast::draw_noise") == "the method's own"
+    assert breakdown.kind_of("aten::mkldnn_convolution") == "convolution"
+    assert breakdown.kind_of("aten::something") == "all else"
+    for row in committed("breakdown_cpu"):
+        assert list(row["shares"]) == [*breakdown.KINDS, breakdown.REST]
+        assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_the_page_has_the_tables_of_the_results():
+    page = report.README.read_text()
+    tables = {"train_step_cpu", "sampling_cpu", "fid_cpu", "ablation_cpu", "quality", "start_cpu"}
+    assert set(table_names(page)) >= tables
+    assert filled(page, report.table_of_results) == page, "run python -m bench.report"
+
+
+def test_a_file_of_no_kind_has_no_table():
+    with pytest.raises(ValueError, match="must begin with one of train_step"):
+        report.table("other", [])
+
+
+FACTS = {"case", "ours", "published", "ratio", "unit", "counted_ratio", "commit", "device", "versions"}
+
+
+@pytest.mark.parametrize("name", ["train_step_cpu", "sampling_cpu", "fid_cpu"])
+def test_no_committed_case_failed(name):
+    rows = committed(name)
+    assert rows
+    for row in rows:
+        assert "failed" not in row and row.keys() >= FACTS
+
+
+# Measured ratios are facts of one machine and day. What a test can hold: the gates of today, work that is known, and
+# figures of a row that have to fit each other.
+
+
+@pytest.mark.parametrize("row", committed("train_step_cpu"), ids=lambda row: row["case"])
+def test_a_committed_cycle_is_the_sum_of_its_parts_and_its_work_is_the_known_one(row):
+    for side in ("ours", "published"):
+        parts = {part.removeprefix(f"{side} "): value for part, value in row["parts"].items() if part.startswith(side)}
+        assert row[side] == pytest.approx(train_step.cycle_sum(parts, row["f_learning_times"]))
+        low, high = row[f"{side}_quartiles"]
+        assert low <= row[side] <= high
+    batch, nfe, updates = row["batch"], row["nfe"], row["f_learning_times"]
+    redraw = train_step.CASES[row["case"]].get("rollout", {}).get("redraw", 1)
+    trajectories = -(-updates * batch // (nfe * redraw))
+    ours = nfe * trajectories / batch + 3 * updates + 7
+    assert row["counted_ratio"] == pytest.approx(cycle_work(nfe, batch, updates) / ours, rel=0.03)
+    assert row["counted_ratio"] == pytest.approx(row["published_flops"] / row["ours_flops"])
+    assert row["ours_images_per_second"] == pytest.approx(batch * updates / row["ours"])
+
+
+@pytest.mark.parametrize("row", committed("sampling_cpu"), ids=lambda row: row["case"])
+def test_committed_samples_are_as_equal_as_is_asked_today_and_took_equal_work(row):
+    precision = sampling.CASES[row["case"]].get("precision", "fp32")
+    assert row["difference"] <= sampling.EQUAL[precision] and row["counted_ratio"] == pytest.approx(1)
+    for side in ("ours", "published"):
+        low, high = row[f"{side}_range"]
+        assert low <= row[side] <= high
+    assert row["ours_images_per_second"] == pytest.approx(row["images"] / row["ours"])
+
+
+@pytest.mark.parametrize("row", committed("fid_cpu"), ids=lambda row: row["case"])
+def test_committed_distances_are_equal(row):
+    assert row["distance"] == pytest.approx(row["published_distance"], rel=fid.EQUAL)
+    for side in ("ours", "published"):
+        low, high = row[f"{side}_range"]
+        assert low <= row[side] <= high
+
+
+def test_committed_techniques_are_set_against_the_rows_that_are_there():
+    rows = {row["case"]: row for row in committed("ablation_cpu")}
+    for what, techniques in (("training", ablation.TRAINING), ("sampling", ablation.SAMPLING)):
+        for name, (against, _) in techniques.items():
+            if f"{what}: {name}" in rows:
+                row, other = rows[f"{what}: {name}"], rows[f"{what}: {against}"]
+                assert row["against"] == against
+                assert row["ratio_against"] == pytest.approx(other["ours"] / row["ours"])
+
+
+def test_the_page_of_the_kernels_shows_the_committed_figures():
+    table = (ROOT / "bench" / "results" / "aot.md").read_text()
+    assert table in (ROOT / "kernels" / "README.md").read_text()
+    rows = read_records(ROOT / "bench" / "results" / "aot.jsonl")
+    assert {row["sm"] for row in rows} == {80, 90, 100}
+    assert all(row["stack"] == 0 and row["local"] == 0 and row["problems"] == [] for row in rows)
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}

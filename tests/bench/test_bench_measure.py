@@ -1,0 +1,170 @@
+"""What the benchmarks share counts, orders and writes what it says."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bench_cases import TINY
+
+from bench import measure
+from bench.measure import Row, read_records, use_modes_of, use_torch_defaults, write_rows
+from bench.tables import Column, filled, markdown_table, table_names, text_table
+from bench.train_step import bench_config, small_teacher
+from hsivi_fast.build import build_context
+from hsivi_fast.parallel.world import ALONE
+from hsivi_fast.training import telemetry
+
+
+def test_bytes_are_those_that_operators_read_and_write():
+    x = torch.zeros(10, 100)
+    assert measure.counted_bytes(lambda: x + x) == 3 * 4000
+    assert measure.counted_bytes(lambda: x.reshape(100, 10).transpose(0, 1)[3:]) == 0
+    assert measure.counted_bytes(lambda: x.sum(1)) == 4000 + 40
+
+
+def test_calls_and_memory_are_counted():
+    network = small_teacher(TINY, torch.device("cpu"))
+    x, t = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    assert measure.counted_calls(lambda: [network(x, t) for _ in range(3)]) == 3
+    assert measure.counted_calls(lambda: x + x) == 0
+
+    def function():
+        first = torch.empty(1_000_000)  # 4 MB, and another 4 beside it, and 2 after them
+        second = first + 1
+        del first, second
+        return torch.empty(500_000)
+
+    assert measure.peak_bytes(function, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_attention_is_counted_whichever_kernel_runs_it():
+    # [B, heads, N, d]; contiguous it is one kernel, transposed it is products.
+    tensors = [torch.randn(2, 1, 16, 8, requires_grad=True) for _ in range(3)]
+    laid_out = [tensor.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for tensor in tensors]
+    forward = 2 * 2 * 2 * 16 * 16 * 8
+    for q, k, v in (tensors, laid_out):
+
+        def attention(q=q, k=k, v=v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        def with_gradients(q=q, k=k, v=v, attention=attention):
+            return torch.autograd.grad(attention().sum(), (q, k, v))
+
+        assert measure.counted_flops(attention) == forward
+        assert measure.counted_flops(with_gradients) >= 3 * forward
+
+
+def test_sides_are_timed_in_turn_and_each_goes_first():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in "abc"}
+    medians = measure.interleaved(sides, torch.device("cpu"), rounds=3)
+    assert medians.keys() == sides.keys() and "".join(calls[9:]) == "bcacababc"
+
+
+def test_a_side_gets_the_modes_of_its_context_back():
+    def modes():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    context = build_context(bench_config(TINY, 3), ALONE)
+    built = modes()
+    use_torch_defaults()
+    assert modes() != built
+    use_modes_of(context)
+    assert modes() == built
+
+
+def test_energy_is_the_driver_s_counter(monkeypatch):
+    counter = iter((5_000_000, 5_000_500, 5_012_345))
+    fake = SimpleNamespace(
+        nvmlInit=lambda: None,
+        NVMLError=RuntimeError,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    meter = telemetry.EnergyMeter(torch.device("cuda", 0))
+    assert meter.handle == "GPU-abc"
+    assert meter.joules() == pytest.approx(0.5) and meter.joules() == pytest.approx(12.345)
+    assert telemetry.EnergyMeter(torch.device("cpu")).joules() is None
+
+    def broken():
+        raise RuntimeError("no driver")
+
+    fake.nvmlInit = broken
+    assert telemetry.EnergyMeter(torch.device("cuda", 0)).joules() is None
+
+
+FACTS = {"commit": "abc", "device": "a CPU", "versions": {"torch": "2"}}
+TIMED = Row("one", ours=2.0, published=6.0, ratio=3.0, unit="s", extras={"batch": 4}, **FACTS)
+
+
+def test_a_row_is_one_flat_record_of_what_it_has():
+    assert TIMED.record() == {
+        "case": "one",
+        "ours": 2.0,
+        "published": 6.0,
+        "ratio": 3.0,
+        "unit": "s",
+        "counted_ratio": None,
+        "batch": 4,
+        **FACTS,
+    }
+    assert Row("two", failed="off", extras={"batch": 4}, **FACTS).record() == {"case": "two", "failed": "off", **FACTS}
+    assert Row("three", extras={"shares": {}}, **FACTS).record() == {"case": "three", "shares": {}, **FACTS}
+
+
+def test_rows_are_written_and_read_as_one_object_a_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, [TIMED, TIMED])
+    assert read_records(file) == [TIMED.record()] * 2 and len(file.read_text().splitlines()) == 2
+
+
+def test_every_case_is_written_as_soon_as_it_is_there(tmp_path):
+    file, seen = tmp_path / "rows.jsonl", []
+
+    def measure_case(name):
+        seen.append(file.read_text().count("\n") if file.exists() else 0)
+        return TIMED
+
+    assert measure.run_cases("abc", measure_case, file) == [TIMED] * 3 and seen == [0, 1, 2]
+
+
+def test_a_failed_row_is_named_and_is_the_exit_code(capsys):
+    failed = Row("two", failed="off by 3", **FACTS)
+    columns = [Column("case", "{case}"), Column("ratio", "{ratio:.1f}")]
+    assert measure.print_rows([TIMED], columns) == 0
+    assert measure.print_rows([TIMED, failed], columns) == 1
+    assert "two: NOT TIMED, its check failed: off by 3" in capsys.readouterr().out
+
+
+COLUMNS = [
+    Column("name", "`{name}`"),
+    Column("range", "{range[0]:.1f} to {range[1]:.1f}"),
+    Column("more", lambda row: row["more"] + 1, needs="more"),
+]
+ROWS = [{"name": "a", "range": (1, 2), "more": 1}, {"name": "long", "range": (1, 22), "more": None}]
+
+
+def test_columns_are_templates_functions_or_dashes():
+    assert markdown_table(ROWS, COLUMNS).splitlines() == [
+        "| name | range | more |",
+        "| --- | --- | --- |",
+        "| `a` | 1.0 to 2.0 | 2 |",
+        "| `long` | 1.0 to 22.0 | - |",
+    ]
+    assert text_table(ROWS, COLUMNS).splitlines() == [
+        "name          range  more",
+        "`a`      1.0 to 2.0     2",
+        "`long`  1.0 to 22.0     -",
+    ]
+
+
+def test_tables_are_filled_between_their_markers_alone():
+    document = "a\n<!-- table one -->\n<!-- end -->\nb\n<!-- table two -->\nold\n<!-- end -->\nc\n"
+    new = filled(document, lambda name: f"| {name} |\n")
+    assert table_names(document) == ["one", "two"]
+    wanted = "<!-- table one -->\n| one |\n<!-- end -->\nb\n<!-- table two -->\n| two |\n<!-- end -->"
+    assert new == f"a\n{wanted}\nc\n"
+    assert filled(new, lambda name: f"| {name} |\n") == new

@@ -1,0 +1,43 @@
+"""The benchmark of operations compares what does the same work, and times nothing that is wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+from bench_cases import committed
+from conftest import KERNEL_DEVICE
+
+from bench import ops as bench_ops
+from bench.measure import counted_bytes
+from hsivi_fast import ops
+
+
+@pytest.mark.parametrize("backend, device", [("torch", "cpu"), ("triton", KERNEL_DEVICE)])
+@pytest.mark.parametrize("per_pixel", [True, False])
+def test_plain_formulas_give_the_operations_results(backend, device, per_pixel, monkeypatch):
+    """What the checks and the timings compare, up to rounding."""
+    monkeypatch.setenv(ops.VARIABLE, backend)
+    for case in bench_ops.method_cases(torch.device(device), (2, 4, 4), 3, torch.float32, per_pixel):
+        case.check()
+        if not case.name.startswith("affine_noise_step 3x"):  # that one draws torch.randn in the plain formula
+            torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
+    for modulated, added in ((True, False), (False, True)):
+        for case in bench_ops.norm_cases(torch.device(device), 4, 8, 2, 3, torch.float32, modulated, added, True):
+            case.check()
+            torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_operation_whose_check_fails_is_not_timed():
+    case = next(bench_ops.method_cases(torch.device("cpu"), (2, 4, 4), 3, torch.float32, True))
+    wrong = case.ours
+    bad = dataclasses.replace(case, check=bench_ops._check(lambda: wrong() + 1e-2, lambda: wrong().double()))
+    row = bench_ops.measure(bad, torch.device("cpu"), None, {}).record()
+    assert "off by" in row["failed"] and "ours" not in row
+
+
+def test_the_cases_and_the_traffic_are_those_of_the_committed_rows():
+    rows = committed("ops_cpu")
+    found = list(bench_ops.all_cases(torch.device("cpu")))
+    assert [case.name for case in found] == [row["case"] for row in rows]
+    for case, row in zip(found, rows):
+        assert case.bytes == row["bytes"] and counted_bytes(case.plain) == row["plain_bytes"]
