@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from devices import KERNEL_DEVICE
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The subprocesses of some tests run beside this one: spinning threads would starve them.
@@ -11,8 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
 torch.set_num_threads(1)
-
-KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: for real, or interpreted
 
 
 @pytest.fixture(autouse=True)

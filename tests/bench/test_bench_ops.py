@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from bench_cases import committed
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 
 from bench import ops as bench_ops
 from bench.measure import counted_bytes

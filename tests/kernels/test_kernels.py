@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 from random123 import KNOWN_ANSWERS
 
 from bench.shapes import network_norms

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 from golden_values import fill_by_name, load_golden, relative_error
 from safetensors.torch import save_file
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 
 from hsivi_fast import ops
 from hsivi_fast.ops import library

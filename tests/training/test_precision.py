@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 
 from hsivi_fast import load_config, sample, train
 from hsivi_fast.build import build_context, load_teacher

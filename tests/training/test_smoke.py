@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import KERNEL_DEVICE
+from devices import KERNEL_DEVICE
 from safetensors.torch import load_file
 
 from hsivi_fast import load_config, ops, train
