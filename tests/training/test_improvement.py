@@ -6,7 +6,7 @@ from hsivi_fast import load_config, sample, train
 
 
 def test_a_short_run_in_the_plane_improves_on_its_start(tmp_path):
-    settings = ["train.steps=1500", "train.lr_rule=constant", "eval.num_samples=5000", "eval.every=0"]
+    settings = ["train.steps=1000", "train.lr_rule=constant", "eval.num_samples=5000", "eval.every=0"]
     folder = train(load_config("toy2d", [*settings, "eval.ddim_nfe=[5]"]), tmp_path / "run")
     rows = {row["sampler"]: row for row in folder.read_json("results.json")}
     assert set(rows) == {"ddim", "ddim_eta", "hsivi_ema", "hsivi_raw"}
