@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import DDPM, random_weights, run_config, with_module_prefix
 
-from hsivi_fast.build import build_layer, load_teacher
+from hsivi_fast.build import build_layers, load_teacher
 from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.config import load_config, resolved_dict
@@ -70,7 +70,7 @@ def test_the_model_of_the_published_code_loads_the_file(tmp_path, run):
     convert_checkpoint(folder, tmp_path / "hsivi.pth")
     model = torch.nn.Module()
     model.target_model = build_unet(DDPM).requires_grad_(False)
-    model.phinet = attach_log_gamma(build_unet(DDPM), build_layer(folder.config(), "cpu"))
+    model.phinet = attach_log_gamma(build_unet(DDPM), build_layers(folder.config(), "cpu"))
     model.fnet = build_unet(DDPM)
     whole = torch.nn.Module()
     whole.module = model

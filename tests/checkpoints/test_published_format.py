@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from contexts import context_with_teacher
 from small_checkpoints import ADM, DDPM, published_file, run_config, teacher_has
 
-from hsivi_fast.build import build_layer, build_score_net, build_student, load_teacher
+from hsivi_fast.build import build_score_net, build_student
 from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.published_format import publishable_network
 from hsivi_fast.checkpoints.weights import read_weights
@@ -46,8 +47,8 @@ def test_a_published_file_gives_all_five_networks(tmp_path, network, log_gamma, 
     size = [] if gamma["per_pixel"] else ["network.image_size=8"]
     config = load_config(tmp_path / "ours" / "network.yaml", ["nfe=3", "eta=0.5", "init=.", *size])
     assert dataclasses.asdict(config.gamma) == gamma
-    layer, teacher = build_layer(config, "cpu"), load_teacher(config, "cpu")
-    student, score_net = build_student(config, teacher, layer), build_score_net(config, teacher)
+    context = context_with_teacher(config)
+    student, score_net = build_student(context), build_score_net(context)
     assert all(torch.equal(parameter, networks["student"][name]) for name, parameter in student.named_parameters())
     assert all(torch.equal(parameter, networks["score_net"][name]) for name, parameter in score_net.named_parameters())
 
