@@ -107,7 +107,7 @@ def test_conversions_that_cannot_be_are_named(tmp_path, run):
         folder, tmp_path / "x.pt"
     )
     (tmp_path / "teacher.pt").unlink()
-    assert message(folder, tmp_path / "x.pt").endswith("no such file")
+    assert message(folder, tmp_path / "x.pt").endswith("no such file; say where it is with teacher.checkpoint=FILE")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "x"))]
 
 
