@@ -1,10 +1,14 @@
-"""A run's sampler as a pipeline of diffusers: `HSIVIPipeline.from_pretrained(DIR)`, where `hsivi export RUN --format diffusers` made DIR.
+"""A run's sampler as a pipeline of diffusers: `HSIVIPipeline.from_pretrained(DIR)`.
 
-Randomness is the project's own, by address: each image has a seed, and all its noise is a function of that. Generators are asked for seeds and for
-nothing else, so an image depends on its own generator alone, not on the batch that it is drawn in.
+DIR is what `hsivi export RUN --format diffusers` made. Randomness is the project's own, by address: each image has a
+seed, and all its noise is a function of that. Generators are asked for seeds and for nothing else, so an image depends
+on its own generator alone, not on the batch that it is drawn in.
 """
 
+import importlib
+
 import torch
+from PIL import Image
 
 try:
     from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -25,23 +29,29 @@ from ..nets import build_unet
 from ..sampling.sampler import SMALLEST_CPU_BATCH
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+SEEDS = 2**63  # there are so many: 0 .. 2^63 - 1
+
+# model_index.json names the module in which a class says to be, and a class is looked up there when a pipeline is
+# loaded. The classes name the documented path, so that exported folders do not depend on where this file lies.
+PUBLIC_PATH = "hsivi_fast.diffusers"
 
 
 class HSIVINetwork(ModelMixin, ConfigMixin):
     """The student with its learned noise scale, as a model of diffusers.
 
-    network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision and channels_last: how the network
-    computes (its weights are float32). Weights have the names of a run's checkpoint after "student.".
+    network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision and
+    channels_last: how the network computes. Its weights are float32 and have the names of a run's checkpoint after
+    "student.".
     """
+
+    __module__ = PUBLIC_PATH
 
     @register_to_config
     def __init__(self, network, log_scaled_gamma, precision="fp32", channels_last=False):
         super().__init__()
         self.student = build_unet(network)
-        self.student.precision, self.student.channels_last = (
-            precision,
-            channels_last,
-        )  # what lies inside; files of weights are row-major
+        self.student.precision = precision
+        self.student.channels_last = channels_last  # of what lies inside; files of weights are row-major
         self.student.register_parameter("log_scaled_gamma", torch.nn.Parameter(torch.zeros(tuple(log_scaled_gamma))))
 
     @property
@@ -62,9 +72,11 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """The K semi-implicit layers as a scheduler: layer k maps x_k at timestep tau_k to x_{k-1}.
 
-    num_train_timesteps and betas ("linear", "cosine"): the teacher's; nfe: K, fixed by the distillation; spacing: "quad" or "uniform"; eta: DDIM's;
-    per_step, per_pixel: the noise scale's shape.
+    num_train_timesteps and betas ("linear", "cosine"): the teacher's; nfe: K, fixed by the distillation; spacing:
+    "quad" or "uniform"; eta: DDIM's; per_step, per_pixel: the noise scale's shape.
     """
+
+    __module__ = PUBLIC_PATH
 
     @register_to_config
     def __init__(
@@ -75,11 +87,15 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps()
 
     def set_timesteps(self, num_inference_steps=None, device=None):
-        """Move the tables to a device and list `timesteps`, tau_K .. tau_1. ValueError for another number of steps than the student was trained for."""
+        """Move the tables to a device and list `timesteps`, tau_K .. tau_1.
+
+        ValueError for another number of steps than the student was trained for.
+        """
         nfe = self.layers.nfe
         if num_inference_steps not in (None, nfe):
             raise ValueError(
-                f"num_inference_steps: {num_inference_steps!r} is not the number that the sampler was distilled for; use {nfe}, or leave it out"
+                f"num_inference_steps: {num_inference_steps!r} is not the number that the sampler was distilled for; "
+                f"use {nfe}, or leave it out"
             )
         self.layers.to(device)
         self.num_inference_steps = nfe
@@ -88,7 +104,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     def step(self, model_output, timestep, sample, log_gamma, seeds, return_dict=True):
         """x_{k-1} from x_k = sample [B, C, H, W] and the network's noise in it, at timestep tau_k.
 
-        log_gamma: the network's `log_scaled_gamma`; seeds [B] int64 address the layer's noise. The last layer gives its mean, as the run's sampler does.
+        log_gamma: the network's `log_scaled_gamma`; seeds [B] int64 address the layer's noise. The last layer gives its
+        mean, as the run's sampler does.
         """
         current = self._knots.index(int(timestep))
         k = torch.full_like(seeds, current)
@@ -102,6 +119,8 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 class HSIVIPipeline(DiffusionPipeline):
     """Images in a few network evaluations: `HSIVIPipeline.from_pretrained(DIR)(batch_size=16).images`."""
 
+    __module__ = PUBLIC_PATH
+
     def __init__(self, unet, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -109,9 +128,9 @@ class HSIVIPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, folder, **options):
         """The pipeline of an exported folder; options as of `DiffusionPipeline.from_pretrained`."""
-        options.setdefault(
-            "low_cpu_mem_usage", is_accelerate_available()
-        )  # without accelerate diffusers would do the same, and advise to install it
+        importlib.import_module(PUBLIC_PATH)  # diffusers looks classes up in modules that are imported already
+        # Without accelerate diffusers would do the same, and advise to install it.
+        options.setdefault("low_cpu_mem_usage", is_accelerate_available())
         return super().from_pretrained(folder, **options)
 
     @torch.no_grad()
@@ -129,27 +148,31 @@ class HSIVIPipeline(DiffusionPipeline):
 
         batch_size: how many, by default as many as there are seeds, generators or latents, or else 1.
         seeds: one int an image, 0 <= seed < 2^63; image by image what `hsivi sample` draws for them.
-        generator: in their place a torch.Generator, which is asked for one seed an image in turn, or a list of one generator an image, each asked for one;
-        torch's global generator by default. So the same generator state gives the same image, alone or in any place of any batch.
-        latents: float [B, C, H, W] in the place of x_K, the noise that the first layer starts from; the layers' own noise still comes from the seeds.
+        generator: in their place a torch.Generator, which is asked for one seed an image in turn, or a list of one
+        generator an image, each asked for one; torch's global generator by default. So the same generator state gives
+        the same image, alone or in any place of any batch.
+        latents: float [B, C, H, W] in the place of x_K, the noise that the first layer starts from; the layers' own
+        noise still comes from the seeds.
         num_inference_steps: may be given, but the number is fixed by the distillation.
-        output_type: "pil", a list of pictures; "np", float32 [B, H, W, C], or "pt", float32 [B, C, H, W] on the device: pixels / 255, in 0 .. 1.
-        Returns ImagePipelineOutput(images=...), or the tuple (images,) without return_dict. Raises ValueError for arguments that do not fit.
+        output_type: "pil", a list of pictures; or pixels / 255 in 0 .. 1, as "np", float32 [B, H, W, C], or as "pt",
+        float32 [B, C, H, W] on the device.
+
+        Returns ImagePipelineOutput(images=...), or the tuple (images,) without return_dict. Raises ValueError for
+        arguments that do not fit.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is unknown; choose pil, np or pt")
         if self.unet.dtype != torch.float32:
             raise ValueError(
-                f"torch_dtype: the weights are {self.unet.dtype} and have to be torch.float32; the precision is the run's own, {self.unet.config.precision}"
+                f"torch_dtype: the weights are {self.unet.dtype} and have to be torch.float32; the precision is the "
+                f"run's own, {self.unet.config.precision}"
             )
         device = self.unet.device
         self.scheduler.set_timesteps(num_inference_steps, device)
         count = self._count(batch_size, generator, seeds, latents)
         seeds = torch.tensor(self._seeds(count, generator, seeds), dtype=torch.int64, device=device)
-        filler = (
-            max(SMALLEST_CPU_BATCH - count, 0) if device.type == "cpu" else 0
-        )  # a small batch is filled up, as the run's sampler does
-        seeds = torch.cat([seeds, seeds[-1:].expand(filler)])
+        if device.type == "cpu" and count < SMALLEST_CPU_BATCH:  # it is filled up, as the run's sampler does
+            seeds = torch.cat([seeds, seeds[-1:].expand(SMALLEST_CPU_BATCH - count)])
         x = ops.draw_noise(seeds, 0, self.unet.event_shape)
         if latents is not None:
             x[:count] = latents
@@ -161,17 +184,19 @@ class HSIVIPipeline(DiffusionPipeline):
 
     def _count(self, batch_size, generator, seeds, latents):
         """How many images are asked for: all arguments that say it have to agree."""
-        given = {"batch_size": batch_size}
-        given |= {name: len(value) for name, value in (("seeds", seeds), ("latents", latents)) if value is not None}
+        counts = {}  # {argument: how many it says}
+        if batch_size is not None:
+            counts["batch_size"] = batch_size
+        if seeds is not None:
+            counts["seeds"] = len(seeds)
+        if latents is not None:
+            counts["latents"] = len(latents)
         if isinstance(generator, (list, tuple)):
-            given["generator"] = len(generator)
-        given = {name: count for name, count in given.items() if count is not None}
-        counts = set(given.values()) or {1}
-        if len(counts) > 1:
-            raise ValueError(
-                f"batch_size: {', '.join(f'{name} says {count}' for name, count in given.items())}; one of each an image"
-            )
-        count = counts.pop()
+            counts["generator"] = len(generator)
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{name} says {count}" for name, count in counts.items())
+            raise ValueError(f"batch_size: {said}; one of each an image")
+        count = next(iter(counts.values()), 1)
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"batch_size: {count!r} must be a whole number, at least 1")
         if latents is not None and tuple(latents.shape) != (count, *self.unet.event_shape):
@@ -180,19 +205,22 @@ class HSIVIPipeline(DiffusionPipeline):
 
     def _seeds(self, count, generator, seeds):
         """One seed an image, as ints."""
-        if seeds is not None:
-            if generator is not None:
-                raise ValueError("seeds: given beside generator; give one of them")
-            seeds = [int(seed) for seed in seeds]
-            wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
-            if wrong is not None:
-                raise ValueError(f"seeds: {wrong} is not a seed; use whole numbers from 0 to 2^63 - 1")
-            return seeds
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] * count
-        return [
-            int(torch.randint(2**63 - 1, (1,), generator=each, device=each.device if each is not None else "cpu"))
-            for each in generators
-        ]
+        if seeds is None:
+            generators = generator if isinstance(generator, (list, tuple)) else [generator] * count
+            return [_draw_seed(each) for each in generators]
+        if generator is not None:
+            raise ValueError("seeds: given beside generator; give one of them")
+        seeds = [int(seed) for seed in seeds]
+        for seed in seeds:
+            if not 0 <= seed < SEEDS:
+                raise ValueError(f"seeds: {seed} is not a seed; use whole numbers from 0 to 2^63 - 1")
+        return seeds
+
+
+def _draw_seed(generator):
+    """A seed of a torch.Generator, or of torch's global one where it is None."""
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(SEEDS - 1, (1,), generator=generator, device=device))
 
 
 def _as(output_type, images):
@@ -202,6 +230,4 @@ def _as(output_type, images):
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return pixels.astype("float32") / 255
-    from PIL import Image
-
     return [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in pixels]

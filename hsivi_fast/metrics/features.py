@@ -1,4 +1,7 @@
-"""Feature networks that distances are measured on: a classifier of digits in two sizes, and torch-fidelity's port of Inception."""
+"""Feature networks that distances are measured on.
+
+They are a classifier of digits in two sizes, and torch-fidelity's port of Inception.
+"""
 
 import os
 import socket
@@ -21,7 +24,8 @@ DOWNLOAD_PATIENCE = 30  # seconds of silence after which a machine counts as hav
 class DigitsClassifier(nn.Module):
     """A small classifier of digits; its 64 penultimate activations are the features of a metric.
 
-    image_size: 8 (scikit-learn's digits), 32 (MNIST with its border) or another power of two from 4 on: the images are halved until they are 2x2.
+    image_size: 8 (scikit-learn's digits), 32 (MNIST with its border) or another power of two from 4 on: the images are
+    halved until they are 2x2. ValueError for another one.
     """
 
     def __init__(self, image_size=8):
@@ -30,9 +34,8 @@ class DigitsClassifier(nn.Module):
             raise ValueError(f"image_size: {image_size} is no power of two from 4 on")
         self.image_size = image_size
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.convs = [
-            f"conv{number}" for number in range(1, image_size.bit_length())
-        ]  # 8: conv1 .. conv3, 32: conv1 .. conv5
+        # For 8x8 images conv1 .. conv3, for 32x32 conv1 .. conv5.
+        self.convs = [f"conv{number}" for number in range(1, image_size.bit_length())]
         for name in self.convs[1:]:
             self.add_module(name, nn.Conv2d(32 if name == "conv2" else 64, 64, 3, stride=2, padding=1))
         self.hidden = nn.Linear(256, 64)
@@ -51,30 +54,34 @@ class DigitsClassifier(nn.Module):
 
 
 def network_of(config):
-    """The name of a run's feature network: what it says, else its data set's own, else Inception."""
-    return config.eval.metric or (config.data if config.data in CLASSIFIERS else "inception")
+    """The name of a run's feature network: what it says, else the classifier of its data set, else Inception."""
+    if config.eval.metric:
+        return config.eval.metric
+    return config.data if config.data in CLASSIFIERS else "inception"
 
 
 def check_images(name, event_shape):
     """ValueError where a feature network cannot see images of this shape [C, H, W]."""
     shape = list(event_shape)
-    if name in CLASSIFIERS and shape != [1, CLASSIFIERS[name], CLASSIFIERS[name]]:
-        raise ValueError(
-            f"eval.metric: {name!r} sees images [1, {CLASSIFIERS[name]}, {CLASSIFIERS[name]}], the run makes {shape}; choose inception"
-        )
+    if name in CLASSIFIERS:
+        seen = [1, CLASSIFIERS[name], CLASSIFIERS[name]]
+        if shape != seen:
+            raise ValueError(f"eval.metric: {name!r} sees images {seen}, the run makes {shape}; choose inception")
     if name == "inception" and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"eval.metric: 'inception' sees images of 1 or 3 channels, the run makes {shape}")
 
 
 def feature_extractor(name, device, weights=None):
-    """The feature network "digits", "mnist" or "inception", out of torch-fidelity's registry, where the classifiers are entered too.
+    """The feature network "digits", "mnist" or "inception", out of torch-fidelity's registry.
 
-    weights: the file of Inception's weights, as torch-fidelity publishes it; otherwise they are taken from torch's cache or, with a network,
-    downloaded into it. Calling it on uint8 images [N, C, H, W] gives a tuple whose first entry is [N, D]; see `image_features`.
+    The classifiers are entered there too. weights: the file of Inception's weights, as torch-fidelity publishes it;
+    otherwise they are taken from torch's cache or, with a network, downloaded into it.
+    Calling it on uint8 images [N, C, H, W] gives a tuple whose first entry is [N, D]; see `image_features`.
     Raises ValueError for an unknown name, and where the weights are missing or are not Inception's.
     """
     if name not in SIZES:
         raise ValueError(f"eval.metric: {name!r} is unknown; choose {', '.join(SIZES)}")
+    # Late: torch-fidelity takes seconds to import, and most uses of this module do without it.
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
     from torch_fidelity.utils import create_feature_extractor
 
@@ -95,11 +102,13 @@ def image_features(extractor, images):
 
 def weights_file(name, weights=None):
     """The file that holds a feature network's weights, `weights` if given; Inception's need not be there yet."""
+    if weights:
+        return Path(weights)
     if name in CLASSIFIERS:
-        return Path(weights) if weights else ASSETS / f"{name}_features.safetensors"
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        return ASSETS / f"{name}_features.safetensors"
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # late: as above
 
-    return Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(URL_INCEPTION_V3)
+    return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(URL_INCEPTION_V3)
 
 
 def describe_features(name, weights=None):
@@ -110,7 +119,7 @@ def describe_features(name, weights=None):
 
 def _classifier_features():
     """The class that torch-fidelity makes the classifiers of."""
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # late: as above
 
     class ClassifierFeatures(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
@@ -143,7 +152,7 @@ def _inception(create, weights):
     if file.is_file():
         try:
             return create(INCEPTION, ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=str(file))
-        except Exception as error:  # unpickling and loading raise many kinds, some of them over hundreds of lines
+        except Exception as error:  # unpickling and loading raise many kinds, some over hundreds of lines
             raise ValueError(
                 f"eval.inception: {str(file)!r} does not hold torch-fidelity's Inception ({type(error).__name__})"
             ) from None
@@ -153,13 +162,12 @@ def _inception(create, weights):
     socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
     try:
         return create(INCEPTION, ["2048"], cuda=False, verbose=True)  # verbose: the progress of the download
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # no network, no room on the disk, or not the file whose hash is in its name
+    except (OSError, RuntimeError) as error:
+        # No network, no room on the disk, or not the file whose hash is in its name.
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise ValueError(
-            f"eval.inception: missing, and Inception's weights could not be downloaded ({reason}); say eval.inception=FILE, or put {file.name} into {file.parent}"
+            f"eval.inception: missing, and Inception's weights could not be downloaded ({reason}); "
+            f"say eval.inception=FILE, or put {file.name} into {file.parent}"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)

@@ -1,4 +1,7 @@
-"""Distances on Inception, with random weights in the layout of torch-fidelity's file: our stream against its own route through folders of pictures."""
+"""Distances on Inception, with random weights in the layout of torch-fidelity's file.
+
+Our stream is compared with torch-fidelity's own route through folders of pictures.
+"""
 
 import urllib.error
 from unittest import mock
@@ -7,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from hsivi_fast import load_config
+from hsivi_fast import load_config, train
+from hsivi_fast.build import build_context
 from hsivi_fast.data import load_data
 from hsivi_fast.metrics.evaluation import ImageMetric, evaluate
 from hsivi_fast.metrics.features import describe_features, feature_extractor, image_features, weights_file
-from hsivi_fast.metrics.image_files import save_images
+from hsivi_fast.metrics.image_files import ImageFiles
+from hsivi_fast.parallel.world import ALONE
+from hsivi_fast.training import trainer
 
 CPU = torch.device("cpu")
-COUNT = 8  # images a side: Inception looks at them at 299x299
+COUNT = 5  # images a side: Inception looks at them at 299x299
+PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity calls the file
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +45,13 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two folders of random pictures, the second paler and with a gradient."""
+    """Two folders of random pictures, "plain" and "graded", which is paler and has a gradient."""
     folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
-    first = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    second = (
-        (torch.randint(0, 128, (COUNT, 3, 32, 32), generator=generator) + 4 * torch.arange(32))
-        .clamp(0, 255)
-        .to(torch.uint8)
-    )
-    save_images(first, folder / "first")
-    save_images(second, folder / "second")
+    shape = (COUNT, 3, 32, 32)
+    plain = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    graded = torch.randint(0, 128, shape, generator=generator) + 4 * torch.arange(32)
+    ImageFiles(folder / "plain", ALONE).add(range(COUNT), plain)
+    ImageFiles(folder / "graded", ALONE).add(range(COUNT), graded.clamp(0, 255).to(torch.uint8))
     return folder
 
 
@@ -57,8 +61,8 @@ def torch_fidelitys(weights, pictures):
     from torch_fidelity import calculate_metrics
 
     return calculate_metrics(
-        input1=str(pictures / "first"),
-        input2=str(pictures / "second"),
+        input1=str(pictures / "plain"),
+        input2=str(pictures / "graded"),
         fid=True,
         kid=True,
         prc=True,
@@ -74,31 +78,28 @@ def torch_fidelitys(weights, pictures):
 
 def test_our_stream_is_torch_fidelitys_directory_route(weights, pictures, torch_fidelitys, tmp_path, monkeypatch):
     monkeypatch.setenv("HSIVI_CACHE", str(tmp_path))
-    config = load_config(
-        "digits",
-        [
-            "data=images",
-            f"data_path={pictures / 'second'}",
-            f"eval.inception={weights}",
-            "eval.kid=true",
-            "eval.prc=true",
-        ],
-    )
-    metric = ImageMetric(config, CPU)
-    metric.batch_size = 3  # a stream of several batches
-    values = metric.measure(torch.from_numpy(load_data("images", pictures / "first").images))
-    assert torch_fidelitys["frechet_inception_distance"] > 0.1
-    assert values["frechet_distance"] == pytest.approx(torch_fidelitys["frechet_inception_distance"], rel=1e-4)
-    assert values["kernel_inception_distance"] == pytest.approx(
-        torch_fidelitys["kernel_inception_distance_mean"], rel=1e-4
-    )
-    assert [values[name] for name in ("precision", "recall")] == [
-        torch_fidelitys[name] for name in ("precision", "recall")
+    overrides = [
+        "data=images",
+        f"data_path={pictures / 'graded'}",
+        f"eval.inception={weights}",
+        "eval.kid=true",
+        "eval.prc=true",
+        "device=cpu",
     ]
+    metric = ImageMetric(build_context(load_config("digits", overrides), ALONE))
+    metric.batch_size = 3  # a stream of several batches, the last one smaller
+    values = metric.measure(torch.from_numpy(load_data("images", pictures / "plain").images), COUNT)
+    assert torch_fidelitys["frechet_inception_distance"] > 0.1
+    for name, their_name in (
+        ("frechet_distance", "frechet_inception_distance"),
+        ("kernel_inception_distance", "kernel_inception_distance_mean"),
+    ):
+        assert values[name] == pytest.approx(torch_fidelitys[their_name], rel=1e-4)
+    for name in ("precision", "recall"):
+        assert values[name] == torch_fidelitys[name]
     (file,) = tmp_path.iterdir()
-    assert str(np.load(file)["features"]) == describe_features(
-        "inception", weights
-    ) and "torch-fidelity inception-v3-compat, 2048 features" in describe_features("inception", weights)
+    assert str(np.load(file)["features"]) == describe_features("inception", weights)
+    assert "torch-fidelity inception-v3-compat, 2048 features" in describe_features("inception", weights)
 
 
 def test_grey_images_are_seen_in_three_channels(weights):
@@ -109,10 +110,9 @@ def test_grey_images_are_seen_in_three_channels(weights):
     assert torch.equal(features, extractor(grey.repeat(1, 3, 1, 1))[0])
 
 
-def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, tmp_path):
+def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, tmp_path, monkeypatch):
     """Against statistics, in the place of the run's own network and data."""
-    from hsivi_fast import train
-
+    monkeypatch.setattr(trainer, "write_report", lambda *_: None)  # nobody looks at the page
     run = train(load_config("smoke", ["train.steps=2", "eval.num_samples=0", "device=cpu"]), tmp_path / "run")
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     row = evaluate(
@@ -133,25 +133,33 @@ def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, t
         evaluate(run, 2, ref=tmp_path / "reference.npz")
 
 
-def test_missing_weights_are_one_line_that_names_both_ways(tmp_path, monkeypatch):
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """An empty cache of torch and no network: the list of the downloads that were tried."""
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    asked = []
+    tried = []
 
     def no_network(url, progress):
-        asked.append(progress)
+        tried.append(progress)
         raise urllib.error.URLError("Name or service not known")
 
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
-    place = tmp_path / "hub" / "checkpoints"
-    assert weights_file("inception") == place / "weights-inception-2015-12-05-6726825d.pth"
-    with pytest.raises(
-        ValueError,
-        match="eval.inception: missing, .*Name or service not known.*say eval.inception=FILE, or put weights-inception-2015-12-05-6726825d.pth into ",
-    ) as caught:
+    return tried
+
+
+def test_missing_weights_are_one_line_that_names_both_ways(downloads, tmp_path):
+    folder = tmp_path / "hub" / "checkpoints"
+    assert weights_file("inception") == folder / PUBLISHED
+    message = f"eval.inception: missing, .*Name or service not known.*say eval.inception=FILE, or put {PUBLISHED} into "
+    with pytest.raises(ValueError, match=message) as caught:
         feature_extractor("inception", CPU)
-    assert "\n" not in str(caught.value) and str(place) in str(caught.value) and asked == [True]
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert downloads == [True]  # with its progress shown
+
+
+def test_files_of_something_else_are_named_and_nothing_is_downloaded(downloads, tmp_path):
     (tmp_path / "text.pth").write_text("weights")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     for name, message in (
@@ -162,12 +170,14 @@ def test_missing_weights_are_one_line_that_names_both_ways(tmp_path, monkeypatch
         with pytest.raises(ValueError, match=message) as caught:
             feature_extractor("inception", CPU, tmp_path / name)
         assert "\n" not in str(caught.value)
-    place.mkdir(parents=True)
-    (place / "weights-inception-2015-12-05-6726825d.pth").write_text(
-        "half a file"
-    )  # found without being asked for: named as what it is
+    found = weights_file("inception")  # in torch's cache: nobody asked for this file, and it is named all the same
+    found.parent.mkdir(parents=True)
+    found.write_text("half a file")
     with pytest.raises(ValueError, match="does not hold"):
         feature_extractor("inception", CPU)
-    assert len(asked) == 1
+    assert downloads == []
+
+
+def test_an_unknown_feature_network_is_named():
     with pytest.raises(ValueError, match="eval.metric: 'vgg' is unknown; choose digits, mnist, inception"):
         feature_extractor("vgg", CPU)

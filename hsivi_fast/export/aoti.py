@@ -1,0 +1,143 @@
+"""The export as one package that AOTInductor compiles: it needs torch alone, and is run by use.py beside it."""
+
+import math
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from ..ops import reference
+from ..sampling.sampler import SMALLEST_CPU_BATCH
+from .check import CHECKED, as_samples, check_samples
+from .description import write_description
+
+LARGEST_BATCH = 2**16  # that the package takes
+
+# The package rounds otherwise than the run's sampler. This share of the pixels may be one grey level off, measured on
+# as many samples as have so many pixels; and so far may a coordinate of a 2-D sample be off.
+PIXELS_OFF = 1e-3
+CHECKED_PIXELS = 2**14
+COORDINATE_OFF = 1e-4
+
+# The texts of use.py. A backslash at the end of a line joins it with the next.
+USE_IMAGES = '''\
+"""Seeds to a grid of pictures, with torch, numpy and Pillow alone: \
+python use.py [FIRST SEED] [HOW MANY] [FILE]"""
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch._inductor
+from PIL import Image
+
+first, count = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 0), (2, 16)))
+file = sys.argv[3] if len(sys.argv) > 3 else "grid.png"
+sampler = torch._inductor.aoti_load_package(str(Path(__file__).with_name("sampler.pt2")))
+seeds = torch.arange(first, first + max(count, {smallest}), device="{device}")  \
+# in small batches a CPU rounds otherwise: fill them up
+images = sampler(seeds)[:count].cpu()  # uint8 [count, C, H, W]
+columns = math.ceil(math.sqrt(count))
+grid = torch.zeros(-(-count // columns) * columns, *images.shape[1:], dtype=torch.uint8)
+grid[:count] = images
+grid = torch.cat([torch.cat(list(row), dim=2) for row in grid.split(columns)], dim=1)  # [C, rows H, columns W]
+Image.fromarray((grid[0] if len(grid) == 1 else grid.permute(1, 2, 0)).numpy()).save(file)
+print(f"{{count}} images of the seeds {{first}} to {{first + count - 1}}: {{file}}")
+'''
+
+USE_POINTS = '''\
+"""Seeds to points in the plane, with torch alone: python use.py [FIRST SEED] [HOW MANY], one point a line"""
+import sys
+from pathlib import Path
+
+import torch
+import torch._inductor
+
+first, count = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 0), (2, 16)))
+sampler = torch._inductor.aoti_load_package(str(Path(__file__).with_name("sampler.pt2")))
+seeds = torch.arange(first, first + max(count, {smallest}), device="{device}")  \
+# in small batches a CPU rounds otherwise: fill them up
+for x, y in sampler(seeds)[:count].tolist():
+    print(x, y)
+'''
+
+
+class _Standalone(nn.Module):
+    """seeds int64 [B] -> samples: the sampler's layers in plain torch.
+
+    Operators of ours are not used: they exist only where hsivi_fast is imported.
+    """
+
+    def __init__(self, sampler, config):
+        super().__init__()
+        self.network, self.layers, self.config = sampler.network, sampler.layers, config
+
+    def forward(self, seeds):
+        layers = self.layers
+        rows = layers.rows(self.network.log_scaled_gamma)
+        x = reference.draw_noise(seeds, 0, self.network.event_shape)
+        for current in range(layers.nfe, 0, -1):
+            k = torch.full_like(seeds, current)
+            eps_hat = self.network(x, layers.tau[k])
+            c1 = None if current == 1 else layers.c1  # the last layer gives its mean
+            x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k)
+        return as_samples(x, self.config)
+
+
+def refuse_aoti(config):
+    """ValueError where a run of this configuration cannot be compiled, or this machine has no compiler."""
+    if config.precision != "fp32":
+        raise ValueError(
+            f"format: 'aoti' computes in float32 and the run's precision is {config.precision}; "
+            "choose safetensors or diffusers"
+        )
+    compiler = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in (compiler, "g++", "clang++") if name):
+        raise ValueError(
+            "format: 'aoti' needs a C++ compiler, and neither g++ nor clang++ nor $CXX is there; "
+            "install one or choose safetensors or diffusers"
+        )
+
+
+def write_aoti(sampler, config, description, folder):
+    """Write sampler.pt2, use.py and config.json, and check the package; returns what config.json holds."""
+    device = sampler.layers.tau.device
+    smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
+    file = folder / "sampler.pt2"
+    _compile(_Standalone(sampler, config), device, file)
+    _check(file, sampler, config, device)
+    use = USE_IMAGES if config.teacher.target is None else USE_POINTS
+    (folder / "use.py").write_text(use.format(smallest=smallest, device=device.type))
+    compiled = {
+        "torch": torch.__version__,
+        "device": device.type,
+        "input": f"seeds int64 [B], B in 1 .. {LARGEST_BATCH}",
+        "smallest_batch": smallest,
+    }
+    return write_description(folder, {**description, "compiled": compiled}, file)
+
+
+def _compile(module, device, file):
+    """Write the package of a module that takes seeds [B] on a device."""
+    from torch._inductor import aoti_compile_and_package  # late: it takes a second, and only this format needs it
+
+    seeds = torch.arange(SMALLEST_CPU_BATCH, device=device)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    with torch.no_grad():
+        exported = torch.export.export(module, (seeds,), dynamic_shapes=({0: batch},), strict=True)
+    # Without it the number of threads of this process would be compiled in.
+    aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True})
+
+
+def _check(file, sampler, config, device):
+    """ValueError where a package's samples are not the sampler's.
+
+    The batch has another size than the one that was traced: the check is of the dynamic shape too.
+    """
+    from torch._inductor import aoti_load_package  # late: as above
+
+    count = max(CHECKED, -(-CHECKED_PIXELS // math.prod(sampler.network.event_shape)))
+    packaged = aoti_load_package(str(file))(torch.arange(count, device=device))
+    expected = as_samples(sampler(range(count), batch_size=count), config)
+    check_samples(packaged, expected, PIXELS_OFF, COORDINATE_OFF)

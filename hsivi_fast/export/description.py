@@ -1,0 +1,64 @@
+"""config.json of an export: all that is needed to build the sampler again, as plain values."""
+
+import inspect
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from ..checkpoints.download import file_sha256
+from ..nets import FAMILIES, network_arguments
+
+KIND = "hsivi_fast sampler, 1"  # what config.json describes, and the version of the description
+
+SEEDS = (
+    "A sample is a function of its 64-bit seed. Its normal numbers are Philox4x32-10 and Box-Muller with "
+    "key = seed (low word first) and counter = (j, k, 0, 0) for the elements 4j .. 4j + 3 in row-major order; "
+    "k = 0 draws x_K and k = K .. 2 the noise of layer k; layer 1 gives its mean."
+)
+
+
+def describe(config, sampler, step, weights):
+    """The description of a run's sampler, without the hash of the file that holds the weights."""
+    network, teacher, layers = sampler.network, config.teacher, sampler.layers
+    source = {"target": teacher.target} if teacher.target else {"checkpoint": Path(teacher.checkpoint).name}
+    return {
+        "kind": KIND,
+        "hsivi_fast": version("hsivi_fast"),
+        "network": _all_arguments(config.network),
+        "teacher": {**source, "betas": teacher.betas, "steps": teacher.steps},
+        "nfe": layers.nfe,
+        "spacing": config.spacing,
+        "timesteps": layers.tau.tolist(),  # tau_0 .. tau_K
+        "eta": layers.eta,
+        "gamma": {"per_step": config.gamma.per_step, "per_pixel": config.gamma.per_pixel},
+        "log_scaled_gamma": list(network.log_scaled_gamma.shape),
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "sample": {"shape": list(network.event_shape), **_sample_format(config)},
+        "seeds": SEEDS,
+        "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
+    }
+
+
+def _all_arguments(network):
+    """The description of a network with its family's defaults in it: they may change, an export may not."""
+    given = network_arguments(network)
+    defaults = {}
+    for name, parameter in inspect.signature(FAMILIES[given["family"]]).parameters.items():
+        if name not in given and parameter.default not in (parameter.empty, None):
+            defaults[name] = parameter.default
+    return given | defaults
+
+
+def _sample_format(config):
+    """What one sample is: points are floats, images are rounded to grey levels."""
+    if config.teacher.target is not None:
+        return {"type": "float32", "layout": "xy"}
+    return {"type": "uint8", "layout": "CHW", "levels": 256, "rule": "round((clamp(x, -1, 1) + 1) * 127.5)"}
+
+
+def write_description(folder, description, weights):
+    """Write config.json, with the hash of the file `weights`; returns what it holds."""
+    description = {**description, "sha256": file_sha256(weights)}
+    (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n")
+    return description

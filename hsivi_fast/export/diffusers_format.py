@@ -1,0 +1,47 @@
+"""The export as a folder that `HSIVIPipeline.from_pretrained` loads."""
+
+import torch
+
+from ..data import to_uint8
+from .check import CHECKED, check_samples
+from .description import write_description
+
+
+def refuse_diffusers(config):
+    """ValueError where a run of this configuration cannot be a pipeline."""
+    if config.teacher.target is not None:
+        raise ValueError(
+            f"format: 'diffusers' is for image runs only, and this run makes points ({config.teacher.target}); "
+            "choose safetensors or aoti"
+        )
+
+
+def write_diffusers(sampler, config, description, folder):
+    """Write the pipeline and config.json, and check them; returns what config.json holds.
+
+    Raises ValueError where diffusers is not installed.
+    """
+    try:
+        # Late: diffusers is an optional package, and importing it takes seconds.
+        from .pipeline import HSIVINetwork, HSIVIPipeline, HSIVIScheduler
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    network = HSIVINetwork(
+        description["network"], description["log_scaled_gamma"], config.precision, config.channels_last
+    )
+    network.load_student(sampler.network.state_dict())
+    scheduler = HSIVIScheduler(
+        config.teacher.steps,
+        config.teacher.betas,
+        config.nfe,
+        config.spacing,
+        config.eta,
+        config.gamma.per_step,
+        config.gamma.per_pixel,
+    )
+    HSIVIPipeline(network, scheduler).save_pretrained(folder)
+    pipeline = HSIVIPipeline.from_pretrained(folder).to(sampler.layers.tau.device)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(seeds=range(CHECKED), output_type="pt").images
+    check_samples((images * 255).round().to(torch.uint8), to_uint8(sampler(range(CHECKED))))
+    return write_description(folder, description, folder / "unet" / "diffusion_pytorch_model.safetensors")

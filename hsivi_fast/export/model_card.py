@@ -1,0 +1,114 @@
+"""README.md of an export: where the sampler comes from, what it measures, and how it is used."""
+
+from ..metrics.table import table_lines
+from .aoti import LARGEST_BATCH
+
+LIBRARIES = {"safetensors": "hsivi_fast", "diffusers": "diffusers", "aoti": "pytorch"}  # as model hubs call them
+
+# In these texts a backslash at the end of a line joins it with the next.
+CARD = """\
+---
+library_name: {library}
+tags: [hsivi, diffusion-distillation, few-step-sampling]
+---
+
+# {name}: {what} in {nfe} network evaluations
+
+A few-step sampler distilled from a diffusion model by HSIVI-SM (Yu et al., NeurIPS 2023, arXiv 2310.17153) with \
+hsivi_fast {version}.
+
+| | |
+|---|---|
+| network evaluations (NFE) | {nfe} |
+| teacher | {teacher}, {betas} betas, {steps} steps |
+| student | step {step} of the run, {weights} weights |
+| sampler | eta {eta}, {spacing} spacing, timesteps {timesteps} |
+| samples | {sample} |
+{table}
+## Use
+
+{use}
+"""
+
+USES = {
+    "safetensors": """\
+```python
+from hsivi_fast.export import load_exported
+sampler = load_exported("{folder}")
+x = sampler(range(16))  # float32 {shape}{rounding}
+```
+
+The samples of the seeds 0 to 15, as `hsivi sample` draws them. \
+`config.json` describes the network, the layers and the noise in full.""",
+    "diffusers": """\
+```python
+from hsivi_fast.diffusers import HSIVIPipeline
+pipeline = HSIVIPipeline.from_pretrained("{folder}")
+images = pipeline(seeds=range(16)).images  # those of `hsivi sample`
+```
+
+Or with torch generators, as `pipeline(batch_size=16, generator=torch.Generator().manual_seed(0))`. \
+It needs hsivi_fast and `pip install diffusers`.""",
+    "aoti": """\
+```python
+import torch, torch._inductor
+sampler = torch._inductor.aoti_load_package("{folder}/sampler.pt2")
+{result} = sampler(torch.arange(16, device="{device}"))
+```
+
+Or `python {folder}/use.py 0 16`. It needs torch {torch} and nothing of hsivi_fast, on a {device} device like the one \
+that it was made on: the package is machine code.
+A batch may have any size from 1 to {largest}; one below {smallest} is better filled up, so that a sample is rounded \
+the same in every batch.""",
+}
+
+
+def write_model_card(folder, description, format, name, results):
+    """Write README.md into a folder.
+
+    description: what config.json holds; format: of the export; name: the folder's at the end; results: the rows of the
+    run's results.json, or None.
+    """
+    points = description["sample"]["layout"] == "xy"
+    run, sample, teacher = description["run"], description["sample"], description["teacher"]
+    card = CARD.format(
+        library=LIBRARIES[format],
+        name=run["name"],
+        what="points" if points else "images",
+        nfe=description["nfe"],
+        version=description["hsivi_fast"],
+        teacher=f"the exact score of {teacher['target']}" if points else teacher["checkpoint"],
+        betas=teacher["betas"],
+        steps=teacher["steps"],
+        step=run["step"],
+        weights=run["weights"],
+        eta=description["eta"],
+        spacing=description["spacing"],
+        timesteps=", ".join(map(str, description["timesteps"][:0:-1])),
+        sample=f"{sample['type']} {sample['shape']}" + ("" if points else f", {sample['levels']} levels"),
+        table=_table(results) if results else "",
+        use=_use(description, format, name),
+    )
+    (folder / "README.md").write_text(card)
+
+
+def _table(results):
+    heading, *body = table_lines(results)
+    lines = [f"| {' | '.join(cells)} |" for cells in [heading, ["---"] * len(heading), *body]]
+    return "\nThe run's own table (every row on the same seeds):\n\n" + "\n".join(lines) + "\n"
+
+
+def _use(description, format, name):
+    """The lines that use an export in a folder of this name."""
+    points = description["sample"]["layout"] == "xy"
+    compiled = description.get("compiled", {})
+    return USES[format].format(
+        folder=name,
+        result="points" if points else "images",
+        shape=[16, *description["sample"]["shape"]],
+        rounding="" if points else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels",
+        torch=compiled.get("torch"),
+        device=compiled.get("device"),
+        smallest=compiled.get("smallest_batch"),
+        largest=LARGEST_BATCH,
+    )

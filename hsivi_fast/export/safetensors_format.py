@@ -1,0 +1,75 @@
+"""The export as safetensors: model.safetensors and its description, and the sampler that is made of them again."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..build import build_context, build_untrained_student
+from ..checkpoints.download import file_sha256
+from ..checkpoints.weights import load_weights, read_weights
+from ..config import config_from_dict
+from ..parallel.world import ALONE
+from ..sampling.sampler import Sampler
+from .check import CHECKED, as_samples, check_samples
+from .description import KIND, write_description
+
+CONFIG_KEYS = ("network", "teacher", "nfe", "spacing", "eta", "gamma", "precision", "channels_last")
+
+
+def write_safetensors(sampler, config, description, folder):
+    """Write model.safetensors and config.json, and check them; returns what config.json holds."""
+    file = folder / "model.safetensors"
+    weights = {name: value.detach().cpu().contiguous() for name, value in sampler.network.state_dict().items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    description = write_description(folder, description, file)
+    exported = load_exported(folder, str(sampler.layers.tau.device), config.backend)
+    seeds = range(CHECKED)
+    check_samples(as_samples(exported(seeds), config), as_samples(sampler(seeds), config))
+    return description
+
+
+def load_exported(folder, device="auto", backend="auto"):
+    """The `Sampler` of a folder that `export_run` wrote as safetensors.
+
+    sampler(seeds) gives float32 [N, *event], which `data.to_uint8` makes images of.
+    device: "auto", "cpu" or "cuda:N"; backend: "auto", "torch" or "triton". Raises ValueError where the folder holds no
+    such export, it has been changed, or the device or backend is not there.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    file = folder / "model.safetensors"
+    weights = read_weights(file)
+    if file_sha256(file) != description["sha256"]:
+        raise ValueError(
+            f"export {str(folder)!r}: model.safetensors is not the file that config.json describes "
+            "(its sha256 differs); export the run again"
+        )
+    settings = {key: description[key] for key in CONFIG_KEYS}
+    context = build_context(config_from_dict({**settings, "device": device, "backend": backend}), ALONE)
+    timesteps = context.layers.tau.tolist()
+    if timesteps != description["timesteps"]:
+        raise ValueError(
+            f"export {str(folder)!r}: has timesteps {description['timesteps']}, this version makes {timesteps} of its "
+            f"spacing and nfe; use hsivi_fast {description['hsivi_fast']}"
+        )
+    student = build_untrained_student(context)
+    load_weights(student, weights, file)
+    return Sampler(student, context.layers, student.log_scaled_gamma, context.execution)
+
+
+def _read_description(folder):
+    """config.json with every key that `load_exported` reads."""
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        if description["kind"] != KIND:
+            raise KeyError(description["kind"])
+        for key in ("sha256", "timesteps", "hsivi_fast", *CONFIG_KEYS):
+            if key not in description:
+                raise KeyError(key)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"export {str(folder)!r}: config.json does not describe a sampler of this version "
+            f"({' '.join(repr(error).split())}); give the folder of an export"
+        ) from None
+    return description
