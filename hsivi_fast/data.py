@@ -287,7 +287,7 @@ def npz_arrays(path, where, wanted):
                 raise ValueError(f"{len(members)} arrays")
             return {member.filename[:-4]: _npy_header(archive, member) for member in members}
     except Exception as error:  # not a zip, damaged, another version: zipfile and numpy raise many kinds
-        raise ValueError(f"{where} is no readable npz file of {wanted} ({brief(error)})") from None
+        raise ValueError(f"{where}: expected an npz file with {wanted} ({brief(error)})") from None
 
 
 def _npy_header(archive, member):
