@@ -79,8 +79,10 @@ class TeacherConfig:
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
-    betas: Literal["linear", "cosine"] = "linear"
+    betas: Literal["linear", "cosine", "cosine_4000"] = "linear"
     steps: Annotated[StrictInt, Field(ge=2)] = 1000
+    # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
+    timestep_scale: Positive = 1.0
 
 
 @settings
