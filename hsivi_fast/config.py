@@ -7,6 +7,7 @@ dataclass. What is wrong with the input is a ValueError of one line that names t
 import dataclasses
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -279,8 +280,13 @@ def config_difference(before, now, prefix=""):
             if difference:
                 return difference
         elif old != new:
-            return f"{prefix}{key} = {old!r}, not {new!r}"
+            return without_password(f"{prefix}{key} = {old!r}, not {new!r}")
     return None
+
+
+def without_password(text):
+    """A text for messages: in its addresses users, passwords and what follows a question mark are hidden."""
+    return re.sub(r"(://[^\s?#'\"]*\?)[^\s#'\"]*", r"\1***", re.sub(r"://[^\s/?#'\"]*@", "://***@", text))
 
 
 def uses_deepspeed(config, world_size):

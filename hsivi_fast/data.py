@@ -270,7 +270,7 @@ def regular_file(path, where):
 
 def brief(error, limit=160):
     """What a library says of an error, or the repr of a value, in one line that is not long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
