@@ -58,6 +58,7 @@ def fetch_checkpoint(name_or_url, progress=False):
         )
     address, _, fragment = address.partition("#")
     expected = _sum_in(fragment, name_or_url)
+    _check_address(address)
     file = cache_folder() / _file_name(address)
     with _locked(file):  # several processes of a machine may want it at the same time
         if file.is_file():
@@ -152,17 +153,19 @@ def file_sha256(file):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class _BadAddress(Exception):
-    """What is wrong with an address."""
+def _check_address(address):
+    """ValueError where an address cannot be taken apart."""
+    try:
+        urlsplit(address).port  # noqa: B018, it is what raises for a port that is no number
+    except ValueError as error:
+        shown = without_password(address)
+        raise ValueError(f"checkpoint {shown}: is no address ({without_password(brief(error))})") from None
 
 
 def _request(address):
     """What urllib opens: the address without its user and password, which go into a header for that host alone."""
-    try:
-        parts = urlsplit(address)
-        user, password, port = parts.username, parts.password, parts.port
-    except ValueError as error:
-        raise _BadAddress(str(error)) from None
+    parts = urlsplit(address)
+    user, password, port = parts.username, parts.password, parts.port
     if user is None:
         return urllib.request.Request(address)
     host = parts.hostname if port is None else f"{parts.hostname}:{port}"
@@ -203,7 +206,7 @@ def _download(address, file, expected, progress):
             )
         _record_sum(file, found, downloaded=True)
         unfinished.replace(file)
-    except (OSError, http.client.HTTPException, _BadAddress) as error:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise ValueError(
             f"checkpoint {shown}: cannot be downloaded ({without_password(brief(reason))}); "

@@ -98,11 +98,13 @@ def _ddpm_sizes(tensors):
 
 def _adm_sizes(tensors):
     channels, image_channels = tensors["input_blocks.0.0.weight"].shape[:2]
-    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks."))
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks.")}
+    if numbers != set(range(len(numbers))):  # a name may say any number
+        raise ValueError("a block without weights")
     widths, attention = [], []
     blocks = [0]  # of each level
     factor = 1  # of downsampling
-    for index in range(1, last + 1):
+    for index in range(1, len(numbers)):
         if f"input_blocks.{index}.0.op.weight" in tensors:
             factor *= 2
             blocks.append(0)
