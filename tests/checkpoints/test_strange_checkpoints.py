@@ -7,16 +7,19 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_checkpoints import ADM, DDPM, published_file, random_weights, run_config
 
 from hsivi_fast.build import load_teacher
 from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.weights import load_weights, read_weights
+from hsivi_fast.config import ASSETS, load_config
 from hsivi_fast.nets import build_unet
 from hsivi_fast.training.engine import PlainEngine, read_state
+from hsivi_fast.training.trainer import train
 
 OURS = random_weights(DDPM)
 IMPROVED = random_weights(ADM)
@@ -296,3 +299,17 @@ def test_groups_that_cannot_be_the_usual_ones_are_asked_for(tmp_path):
     text = convert_checkpoint(tmp_path / "a.pt", tmp_path / "ours")[1].read_text()
     assert "The file does not say network.image_size, network.norm_groups: add them." in text
     assert "norm_groups" not in json.dumps([line for line in text.splitlines() if not line.startswith("#")])
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(tmp_path):
+    teacher = load_file(ASSETS / "smoke_teacher.safetensors")
+    first = next(iter(teacher))
+    save_file({**teacher, first: teacher[first] * float("nan")}, tmp_path / "nan.safetensors")
+    np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    for override, message in (
+        (f"teacher.checkpoint={tmp_path}/nan.safetensors", f"its tensor {first} is not finite"),
+        (f"eval.reference={tmp_path}/nan.npz", r"nan.npz': mu at \[0\] is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(load_config("smoke", [override, "eval.num_samples=20"]), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
