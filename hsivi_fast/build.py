@@ -125,13 +125,16 @@ def build_network(config, device):
 
 
 def _network(config):
-    """The configuration's network with fresh weights, in its precision and memory layout."""
+    """The configuration's network with fresh weights, in the configuration's form."""
     return in_form_of(config, build_unet(config.network))
 
 
 def in_form_of(config, network):
-    """Give a network the configuration's precision and memory layout; returns it."""
-    network.precision = config.precision
+    """Give a network the configuration's precision, memory layout and scale of timesteps; returns it.
+
+    Every network of a run passes here: teacher, student and score network, wherever they are built.
+    """
+    network.precision, network.timestep_scale = config.precision, config.teacher.timestep_scale
     return network.in_channels_last() if config.channels_last else network
 
 

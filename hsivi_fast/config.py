@@ -122,8 +122,10 @@ class TeacherConfig:
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
-    betas: Literal["linear", "cosine"] = "linear"
+    betas: Literal["linear", "cosine", "cosine_4000"] = "linear"
     steps: _count(1_000_000, least=2) = 1000
+    # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
+    timestep_scale: Positive = 1.0
 
 
 @settings
@@ -325,8 +327,13 @@ def config_difference(before, now, prefix=""):
             if difference:
                 return difference
         elif old != new:
-            return f"{prefix}{key} = {old!r}, not {new!r}"
+            return without_password(f"{prefix}{key} = {old!r}, not {new!r}")
     return None
+
+
+def without_password(text):
+    """A text for messages: in its addresses users, passwords and what follows a question mark are hidden."""
+    return re.sub(r"(://[^\s?#'\"]*\?)[^\s#'\"]*", r"\1***", re.sub(r"://[^\s/?#'\"]*@", "://***@", text))
 
 
 def uses_deepspeed(config, world_size):

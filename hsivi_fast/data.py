@@ -1,7 +1,16 @@
-"""Data sets: for teachers, feature networks and reference statistics. The distillation itself uses none."""
+"""Data sets: for teachers, feature networks and reference statistics. The distillation itself uses none.
+
+Files come from anywhere. So only regular files are opened, and what a header promises is held against limits before it
+is read. `regular_file`, `brief` and the two functions for npz files serve the rooms above as well.
+"""
 
 import gzip
+import math
+import os
 import struct
+import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +19,14 @@ import torch
 from PIL import Image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the name says: of others PIL would start programs
+PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # PIL's names of pictures with 8 bits a channel and no alpha
+LARGEST_SIDE = 1024  # pixels of a picture
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+LARGEST_IDX = 2**28  # bytes; MNIST's 60,000 images have 47 million
+NPZ_ARRAYS = 1000  # at most in a file
+BOMB_BYTES, BOMB_RATIO = 2**28, 100  # an array that is larger, and was packed by more, is no honest one
+BYTES_A_PIXEL = 5  # in memory: as it is read, and as float32
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ def load_data(name, path=None):
     "mnist": the idx files in the folder `path`, packed with gzip or not. Two black pixels around its 28x28 digits make
     them 32x32. These are the training images where they are there, otherwise the test images.
     "images": `path` is a folder of pictures of one size, or an npz file of uint8 [N, H, W, C] or [N, C, H, W].
-    Raises ValueError for an unknown name, a missing path or what cannot be read.
+    Raises ValueError for an unknown name, a missing path, what cannot be read, and what this machine's memory cannot
+    hold.
     """
     if name == "digits":
         return _digits()
@@ -45,7 +62,7 @@ def load_data(name, path=None):
         raise ValueError(f"data_path: {str(path)!r} is not there")
     if name == "mnist":
         return _mnist(Path(path))
-    pixels = _npz(Path(path)) if Path(path).is_file() else _folder(Path(path))
+    pixels = _folder(Path(path)) if Path(path).is_dir() else _npz(Path(path))
     return DataSet(_scaled(pixels), None, levels=256)
 
 
@@ -77,78 +94,154 @@ def _mnist(folder):
         raise ValueError(
             f"data_path: {str(images_file)!r} holds {images.dtype} {list(images.shape)}, expected uint8 [N, 28, 28]"
         )
-    labels = read_idx(labels_file).astype(np.int64) if labels_file else None
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"data_path: {len(images)} images and {labels.shape} labels in {str(folder)!r}")
+    if images.size == 0:
+        raise ValueError(f"data_path: {str(images_file)!r} holds no images: it is of shape {list(images.shape)}")
+    labels = _labels(labels_file, len(images)) if labels_file else None
     top, left = (32 - images.shape[1]) // 2, (32 - images.shape[2]) // 2
     padded = np.pad(images, ((0, 0), (top, 32 - images.shape[1] - top), (left, 32 - images.shape[2] - left)))
     return DataSet(_scaled(padded[:, None]), labels, levels=256)
+
+
+def _labels(file, count):
+    """int64 [count], the labels of an idx file."""
+    labels = read_idx(file)
+    if labels.shape != (count,):
+        raise ValueError(f"data_path: {str(file)!r} holds labels {list(labels.shape)}, expected {[count]}")
+    wrong = labels[(labels < 0) | (labels > 9) | (labels != np.floor(labels))]
+    if len(wrong):
+        raise ValueError(f"data_path: {str(file)!r} holds the label {wrong[0]}; a digit's label is 0 to 9")
+    return labels.astype(np.int64)
 
 
 def _idx_file(folder, stem):
     """The file of MNIST with this stem, "train-images-idx3" and the like, under a name that it goes by, or None."""
     for name in (f"{stem}-ubyte", f"{stem.replace('-idx', '.idx')}-ubyte"):
         for file in (folder / name, folder / f"{name}.gz"):
-            if file.is_file():
+            if file.exists():
                 return file
     return None
 
 
 def read_idx(path):
-    """The array of an idx file, packed with gzip or not. Raises ValueError where it is damaged or of another kind."""
-    raw = Path(path).read_bytes()
+    """The array of an idx file, packed with gzip or not.
+
+    No more than its header says is ever unpacked. Raises ValueError where it is damaged, of another kind, or larger
+    than `LARGEST_IDX`.
+    """
+    where = f"data_path: {str(path)!r}"
     try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        zeros, kind, dimensions = struct.unpack(">HBB", raw[:4])
-        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
-        if zeros or kind not in IDX_TYPES:
-            raise ValueError("no idx header")
-        return np.frombuffer(raw, IDX_TYPES[kind], offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
-        raise ValueError(f"data_path: {str(path)!r} is not a whole idx file ({error})") from None
+        with open(regular_file(path, where), "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            shape, kind, data = _idx_content(gzip.GzipFile(fileobj=file) if packed else file)
+    except (OSError, EOFError, struct.error, zlib.error, _NoIdx) as error:
+        raise ValueError(f"{where} is not a whole idx file ({brief(error)})") from None
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+class _NoIdx(Exception):
+    """What is wrong with the content of an idx file."""
+
+
+def _idx_content(stream):
+    """(shape, numpy's name of the type, bytes) of an idx file."""
+    zeros, kind, dimensions = struct.unpack(">HBB", stream.read(4))
+    if zeros or kind not in IDX_TYPES:
+        raise _NoIdx("no idx header")
+    shape = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
+    size = math.prod(shape) * np.dtype(IDX_TYPES[kind]).itemsize
+    if size > LARGEST_IDX:
+        raise _NoIdx(f"its header says {list(shape)}, which is more than {LARGEST_IDX} bytes")
+    data = stream.read(size + 1)
+    if len(data) != size:
+        found = "more" if len(data) > size else str(len(data))
+        raise _NoIdx(f"its header says {list(shape)}, which is {size} bytes, and it holds {found}")
+    return shape, IDX_TYPES[kind], data
 
 
 def _npz(path):
-    """uint8 [N, C, H, W] of the first array of an npz file."""
-    try:
-        with np.load(path) as file:
-            array = file[file.files[0]]
-    except Exception as error:  # not a zip, pickled objects: numpy raises many kinds
+    """uint8 [N, C, H, W] of an npz file: `arr_0` if it is there, else the one array of that kind."""
+    where = f"data_path: {str(path)!r}"
+    arrays = npz_arrays(path, where, "images")
+    fitting = [name for name, (shape, dtype) in arrays.items() if dtype == np.uint8 and len(shape) == 4]
+    name = "arr_0" if "arr_0" in arrays else fitting[0] if len(fitting) == 1 else None
+    if name is None:
+        held = ", ".join(f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in list(arrays.items())[:5])
+        several = f"{len(fitting)} arrays of images" if fitting else "no array of images"
+        raise ValueError(f"{where} holds {several} ({held or 'nothing'}); expected arr_0, or one uint8 [N, H, W, C]")
+    shape, dtype = arrays[name]
+    if dtype != np.uint8 or len(shape) != 4 or not {shape[1], shape[3]} & {1, 3} or 0 in shape:
         raise ValueError(
-            f"data_path: {str(path)!r} is no npz file of images ({' '.join(str(error).split())})"
-        ) from None
-    if array.dtype != np.uint8 or array.ndim != 4 or not {array.shape[1], array.shape[3]} & {1, 3}:
-        raise ValueError(
-            f"data_path: {str(path)!r} holds {array.dtype} {list(array.shape)}, "
-            "expected uint8 [N, H, W, C] or [N, C, H, W]"
+            f"{where} holds {dtype} {list(shape)} as {name}, expected uint8 [N, H, W, C] or [N, C, H, W], N at least 1"
         )
+    _check_memory(where, math.prod(shape))
+    array = read_npz_array(path, name, where)
     return array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
 
 
 def _folder(folder):
     """uint8 [N, C, H, W] of all pictures under a folder, in the order of their names."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and not file.is_dir())
     if not files:
         raise ValueError(f"data_path: {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURES))})")
     images = []
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"data_path: {str(file)!r} is not a readable picture ({error})") from None
-        images.append(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
-        if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"data_path: {str(file)!r} is {list(images[-1].shape)}, "
-                f"{str(files[0])!r} is {list(images[0].shape)}; all pictures must have one size"
-            )
+        images.append(_picture(file, files[0], images[0].shape if images else None))
+        if len(images) == 1:
+            _check_memory(f"data_path: {str(folder)!r}", len(files) * images[0].size)
     return np.stack(images)
+
+
+def _picture(file, first, expected):
+    """uint8 [C, H, W] of a picture; expected: that shape of the picture `first`, or None before it is known."""
+    where = f"data_path: {str(file)!r}"
+    regular_file(file, where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of what is refused below or does not matter here
+            with Image.open(file, formats=PICTURE_FORMATS) as picture:
+                _check_picture(picture, where, first, expected)
+                pixels = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # damaged, of another format, a bomb: PIL raises many kinds
+        raise ValueError(f"{where} is not a readable picture ({brief(error)})") from None
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+
+
+class _Refused(Exception):
+    """Why a picture that can be read is not taken."""
+
+
+def _check_picture(picture, where, first, expected):
+    """Refuse a picture by its header, before its pixels are read."""
+    width, height = picture.size
+    shape = (1 if picture.mode == "L" else 3, height, width)
+    if max(width, height) > LARGEST_SIDE:
+        raise _Refused(f"{where} has {width} x {height} pixels; use pictures of at most {LARGEST_SIDE} a side")
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+        raise _Refused(f"{where} has an alpha channel; lay it over a background, and save it without one")
+    raw = picture.tile[0][3] if picture.format == "PNG" and picture.tile else ""  # as "RGB;16B", where PIL says RGB
+    if picture.mode not in PLAIN_MODES or "16" in str(raw):
+        raise _Refused(f"{where} has more than 8 bits a channel (mode {picture.mode}); save it with 8")
+    if expected is not None and shape != expected:
+        raise _Refused(f"{where} is {list(shape)}, {str(first)!r} is {list(expected)}; all pictures must have one size")
+
+
+def _check_memory(where, pixels):
+    """ValueError where so many values of images do not fit this machine's memory."""
+    needed, there = BYTES_A_PIXEL * pixels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        gib = 2**30
+        raise ValueError(f"{where} needs {needed / gib:.1f} GiB of memory, this machine has {there / gib:.1f} GiB")
 
 
 def _scaled(pixels):
     """uint8 -> float32 in -1 .. 1."""
-    return pixels.astype(np.float32) / 127.5 - 1
+    scaled = pixels.astype(np.float32)
+    scaled /= 127.5
+    scaled -= 1
+    return scaled
 
 
 def to_uint8(images, levels=256):
@@ -158,3 +251,72 @@ def to_uint8(images, levels=256):
     """
     level = ((images.clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
     return (level * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def regular_file(path, where):
+    """The path of a regular file, or a link to one: pipes, sockets and devices would hang, or never end.
+
+    where: begins the ValueError for anything else.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"{where}: is a folder; give a file")
+    if path.exists():
+        raise ValueError(f"{where}: is a pipe, socket or device; give a regular file")
+    raise ValueError(f"{where}: no such file")
+
+
+def brief(error, limit=160):
+    """What a library says of an error, or the repr of a value, in one line that is not long."""
+    text = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, Exception) else "")
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def npz_arrays(path, where, wanted):
+    """{name: (shape, dtype)} of the arrays in an npz file, from their headers alone.
+
+    where, wanted: what begins the ValueError for another file, and what was expected to be in it.
+    """
+    regular_file(path, where)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            if len(members) > NPZ_ARRAYS:
+                raise ValueError(f"{len(members)} arrays")
+            return {member.filename[:-4]: _npy_header(archive, member) for member in members}
+    except Exception as error:  # not a zip, damaged, another version: zipfile and numpy raise many kinds
+        raise ValueError(f"{where}: expected an npz file with {wanted} ({brief(error)})") from None
+
+
+def _npy_header(archive, member):
+    """(shape, dtype) of an array in an npz file; ValueError where its size is not what its header says."""
+    with archive.open(member) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of headers that Python 2 wrote
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            file.seek(0)
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        if member.file_size > max(BOMB_BYTES, BOMB_RATIO * member.compress_size):
+            raise ValueError(f"{member.filename} has {member.file_size} bytes packed into {member.compress_size}")
+        if dtype.hasobject:
+            return shape, dtype  # pickled: its size is not known, and it is never read
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} is not as long as its header says")
+    return shape, dtype
+
+
+def read_npz_array(path, name, where):
+    """The array of that name, which `npz_arrays` has listed; nothing that is pickled is read.
+
+    Raises ValueError that begins with `where` where it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:
+        raise ValueError(f"{where}: its array {name} is damaged ({brief(error)})") from None

@@ -2,8 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+
+from ..config import Count, GammaConfig, NetworkConfig, Positive, TeacherConfig, settings
+from ..data import brief
+from .tensor_files import refuse_strange_tensors
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,15 @@ class Checkpoint:
     notes: tuple = ()
 
     def weights(self, role="teacher"):
-        """{name: float32 tensor} of a role, on the CPU; ValueError where the file has no such role."""
+        """{name: float32 tensor} of a role, on the CPU.
+
+        Raises ValueError where the file has no such role, and for a tensor that cannot be weights.
+        """
         if role not in self.tensors:
             raise ValueError(
                 f"checkpoint {self.source!r}: has no {role}; it is {self.format} and has {', '.join(self.tensors)}"
             )
+        refuse_strange_tensors(self.tensors[role], f"checkpoint {self.source!r}")
         return {name: _as_float32(tensor) for name, tensor in self.tensors[role].items()}
 
     def metadata(self):
@@ -46,6 +56,34 @@ class Checkpoint:
 
 def _as_float32(tensor):
     """A copy in memory: a tensor that is mapped from a file would change with the file."""
-    if tensor.is_floating_point():
-        return tensor.detach().to(torch.float32, copy=True)
-    return tensor.detach().clone()
+    return tensor.detach().to(torch.float32, copy=True)
+
+
+@settings
+class _Settings:
+    """What a file of ours may say of a run."""
+
+    teacher: TeacherConfig | None = None
+    nfe: Count | None = None
+    spacing: Literal["quad", "uniform"] | None = None
+    eta: Positive | None = None
+    gamma: GammaConfig | None = None
+
+
+def checked_statements(network, settings, where):
+    """(network, settings) of what a file says of itself, as they came.
+
+    Raises ValueError that begins with `where`, in one line, where they are not of the form that `Checkpoint` has.
+    """
+    try:
+        for kind, value in ((NetworkConfig, network), (_Settings, settings)):
+            if not isinstance(value, dict):
+                raise ValueError(f"expected keys and values, got a {type(value).__name__}")
+            TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{where}: says of itself {brief(key)}: {brief(problem['msg'])}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: what it says of itself is not readable ({brief(error)})") from None
+    return network, settings

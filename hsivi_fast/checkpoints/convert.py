@@ -6,14 +6,23 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from ..data import brief
 from ..nets import build_unet
 from .download import locate_checkpoint
 from .files import as_written, make_folder, write_atomically, write_tensors, written_beside
-from .formats import read_checkpoint
 from .published_format import LOG_GAMMA, publishable_network, published_content
 from .run_folder import RunFolder
-from .sizes import known_name
-from .weights import read_teacher
+from .sizes import TRAINED_RESCALED, known_name, what_ours_has_not
+from .tensor_files import refuse_strange_tensors
+from .weights import read_fetched, read_teacher, weights_difference
+
+# What network.yaml says of improved-diffusion's networks.
+_RESCALED = (
+    "improved-diffusion trained such networks with 4000 steps of the cosine schedule and rescaled timesteps: they were",
+    "shown t = 0 .. 999.75. teacher.betas=cosine_4000 with 1000 steps is exactly that noise at t = 0 .. 999. So is",
+    "betas=cosine with steps=4000 and timestep_scale=0.25. betas=cosine with 1000 steps is the published HSIVI code's",
+    "table: 0.75 of a step too noisy for such a teacher, sigma at tau_0 is 2.05 times too large.",
+)
 
 
 def convert_checkpoint(source, to, step=None):
@@ -28,22 +37,21 @@ def convert_checkpoint(source, to, step=None):
     From a run's folder, `to` becomes a file of the published code, with the networks of the newest checkpoint or of
     that of `step`.
 
-    What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, `to` is
-    taken or of the other kind, or the published code's networks cannot be the run's.
+    What is written is there as a whole or not at all. Raises ValueError where the source is no checkpoint, its networks
+    cannot be ours (names and shapes are compared before anything is written), `to` is taken or of the other kind, or
+    the published code's networks cannot be the run's.
     """
     to = as_written(to).absolute()
     if (Path(source) / "config.yaml").is_file():
         return [_run_as_published(RunFolder(source), to, step)]
     if step is not None:
         raise ValueError(f"step: {step} chooses a run's checkpoint, and {str(source)!r} is no run's folder")
-    return _as_ours(read_checkpoint(locate_checkpoint(source)), to)
+    return _as_ours(read_fetched(locate_checkpoint(source), source), to)
 
 
 def _as_ours(checkpoint, to):
     """Write a checkpoint's networks and what is known of them to the folder `to`; returns the written paths."""
-    if checkpoint.network is None or "family" not in checkpoint.network:
-        some = ", ".join(list(checkpoint.tensors["teacher"])[:3])
-        raise ValueError(f"checkpoint {checkpoint.source!r}: its tensors are of none of our UNets ({some}, ...)")
+    _check_networks(checkpoint)
     if to.is_file() or to.suffix in (".pt", ".pth", ".safetensors"):
         raise ValueError(
             f"to {str(to)!r}: must be a folder that is not there yet, "
@@ -60,6 +68,33 @@ def _as_ours(checkpoint, to):
     return [*(to / f"{role}.safetensors" for role in checkpoint.tensors), to / "network.yaml"]
 
 
+def _check_networks(checkpoint):
+    """ValueError where a network of a checkpoint is not the one that is described, or cannot be one of ours."""
+    where, teacher = f"checkpoint {checkpoint.source!r}", checkpoint.tensors["teacher"]
+    strange = what_ours_has_not(teacher)
+    if strange:
+        raise ValueError(f"{where}: {strange}")
+    if checkpoint.network is None or "family" not in checkpoint.network:
+        some = brief(", ".join(list(teacher)[:3]))
+        raise ValueError(f"{where}: its tensors are of none of our UNets ({some}, ...)")
+    described = dict(checkpoint.network)
+    described.setdefault("image_size", 2 ** (len(described.get("multipliers", ())) - 1))  # no weight has its size
+    described.setdefault("norm_groups", 1)
+    try:
+        with torch.device("meta"):
+            expected = dict(build_unet(described).named_parameters())
+    except (ValueError, TypeError, RuntimeError) as error:  # sizes that do not fit each other, or no memory could hold
+        raise ValueError(f"{where}: its network cannot be built ({brief(error)})") from None
+    for role, tensors in checkpoint.tensors.items():
+        refuse_strange_tensors(tensors, where)
+        network = {name: tensor for name, tensor in tensors.items() if name != LOG_GAMMA or "student" not in role}
+        difference = weights_difference(expected, network)
+        if difference:
+            raise ValueError(
+                f"{where}: its {role} is none of our UNets: compared with what its sizes say it {difference}"
+            )
+
+
 def _network_yaml(checkpoint):
     """The beginning of a run's configuration: what is known of a network and its noise, and in comments what is not."""
     name = known_name(checkpoint.network)
@@ -67,6 +102,9 @@ def _network_yaml(checkpoint):
     noise = settings.pop("teacher", None)
     guessed = [f"network.{key}" for key in checkpoint.assumed if key in checkpoint.network]
     missing = [f"network.{key}" for key in checkpoint.assumed if key not in checkpoint.network]
+    rescaled = name in TRAINED_RESCALED
+    if not noise and name != "imagenet64" and rescaled:
+        noise = {"betas": "cosine_4000", "steps": 1000}
     if not noise:
         guessed += ["teacher.betas", "teacher.steps"]
         noise = {"betas": "cosine" if name == "imagenet64" else "linear", "steps": 1000}
@@ -76,6 +114,8 @@ def _network_yaml(checkpoint):
     lines = [f"From {checkpoint.source}: {checkpoint.format}.", *(f"{note}." for note in checkpoint.notes)]
     if name:
         lines.append(f"Its sizes are those of the network {name}.")
+    if rescaled:
+        lines += _RESCALED
     if guessed:
         usual = f"usual for {name}" if name else "usual"
         lines.append(f"The file does not say {', '.join(guessed)}: what stands here is {usual}; check it.")

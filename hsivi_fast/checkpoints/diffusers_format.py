@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from ..data import brief, regular_file
 from .checkpoint import Checkpoint
 from .tensor_files import is_named_tensors, read_safetensors, read_torch
 
@@ -52,7 +53,12 @@ _NEEDED = {
     "num_class_embeds": (None,),
 }
 _BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# The keys that are whole numbers, and the largest that any network has by far.
+_COUNTS = {"in_channels": 64, "out_channels": 64, "layers_per_block": 32, "norm_num_groups": 4096}
+_LARGEST_WIDTH, _LARGEST_SIZE = 2**14, 2**14
+_STEM, _ENDINGS = "diffusion_pytorch_model", ("safetensors", "bin")
+_WEIGHT_FILES = tuple(f"{_STEM}.{ending}" for ending in _ENDINGS)
+_LARGEST_JSON = 2**24  # bytes
 # diffusers' names of modules and ours: outside of all blocks, and inside of a block.
 _OUTER = {
     "conv_in": "in_conv",
@@ -76,6 +82,29 @@ _INNER = {
 }
 # diffusers' names of noise schedules and ours.
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+# diffusers' schedulers of one noise in discrete steps, given by betas. Others have continuous noise or none of betas.
+_DISCRETE = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+_LARGEST_STEPS = 100_000
 
 
 def read_diffusers(folder):
@@ -83,16 +112,10 @@ def read_diffusers(folder):
 
     Raises ValueError where a file is missing or damaged, or our DDPM UNet cannot be its network.
     """
-    folder = _network_folder(folder)
+    folder, notes = _network_folder(folder)
     network = _network(folder, _read_json(folder / "config.json"))
-    file = _existing([folder / name for name in _WEIGHT_FILES])
-    if file is None:
-        raise ValueError(
-            f"checkpoint {str(folder)!r}: has a config.json and no weights; expected {' or '.join(_WEIGHT_FILES)}"
-        )
-    tensors = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
-    if not is_named_tensors(tensors):
-        raise ValueError(f"checkpoint {str(file)!r}: holds no named tensors")
+    file, more = _weights_file(folder)
+    tensors = _read_shards(file) if file.suffix == ".json" else _read_tensors(file)
     settings = _noise(folder)
     return Checkpoint(
         source=str(folder),
@@ -102,19 +125,79 @@ def read_diffusers(folder):
         stated=tuple(network),
         assumed=() if "image_size" in network else ("image_size",),
         settings=settings,
+        notes=(*notes, *more),
     )
 
 
 def _network_folder(folder):
-    """The folder itself or its unet/, whichever has a config.json."""
-    config = _existing([folder / "config.json", folder / "unet" / "config.json"])
+    """(the folder itself, its unet_ema/ or its unet/, whichever has a config.json; notes on the choice)."""
+    places = (folder, folder / "unet_ema", folder / "unet")
+    config = _existing([place / "config.json" for place in places])
     if config is None:
         entries = sorted(entry.name for entry in folder.iterdir())
         raise ValueError(
             f"checkpoint {str(folder)!r}: is a folder without the config.json of a diffusers UNet2DModel, "
-            f"it holds {', '.join(entries[:5]) or 'nothing'}; give a file, or such a folder"
+            f"it holds {brief(', '.join(entries[:5])) or 'nothing'}; give a file, or such a folder"
         )
-    return config.parent
+    notes = ()
+    if config.parent.name == "unet_ema" and config.parent != folder and (folder / "unet").is_dir():
+        notes = ("Its unet_ema/ was taken, the averaged weights; give unet/ for the raw ones",)
+    return config.parent, notes
+
+
+def _weights_file(folder):
+    """(the file of a folder's weights, or the list of its shards; notes on the choice).
+
+    The plain file goes before shards, and these before variants such as fp16; weights that are not averaged come last.
+    """
+    plain = [*_WEIGHT_FILES, *(f"{name}.index.json" for name in _WEIGHT_FILES)]
+    found = _existing([folder / name for name in plain])
+    if found:
+        return found, ()
+    entries = sorted(entry.name for entry in folder.iterdir())
+    variants = {}
+    for name in entries:
+        match = re.fullmatch(rf"{_STEM}\.(?:(\w+)\.(?:{'|'.join(_ENDINGS)})|\w+\.index\.(\w+)\.json)", name)
+        if match and (folder / name).is_file():
+            variants.setdefault(match[1] or match[2], folder / name)
+    if not variants:
+        held = brief(", ".join(name for name in entries if name != "config.json")[:200]) or "nothing else"
+        raise ValueError(
+            f"checkpoint {str(folder)!r}: has a config.json and no weights; expected {' or '.join(_WEIGHT_FILES)}, "
+            f"it holds {held}"
+        )
+    variant = min(variants, key=lambda name: ("non_ema" in name, name))
+    raw = ", the weights that are not averaged" if "non_ema" in variant else ""
+    return variants[variant], (f"Its weights are the variant {variant}{raw}: {variants[variant].name}",)
+
+
+def _read_tensors(file):
+    """{name: tensor} of a file of weights."""
+    tensors = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+    if not is_named_tensors(tensors):
+        raise ValueError(f"checkpoint {str(file)!r}: holds no named tensors")
+    return tensors
+
+
+def _read_shards(index):
+    """{name: tensor} of all files that an index lists; each has to lie beside it, and to hold what the index says."""
+    where, shards = f"checkpoint {str(index)!r}", {}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{where}: has no weight_map, which says where each tensor is")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(rf"{_STEM}[\w.-]*\.(?:{'|'.join(_ENDINGS)})", shard):
+            raise ValueError(f"{where}: {brief(name, 80)} is in {brief(repr(shard), 80)}; expected a file beside it")
+        shards.setdefault(shard, []).append(name)
+    tensors = {}
+    for shard, names in shards.items():
+        file = regular_file(index.parent / shard, f"checkpoint {str(index.parent / shard)!r}")
+        held = _read_tensors(file)
+        missing = [name for name in names if name not in held]
+        if missing:
+            raise ValueError(f"checkpoint {str(file)!r}: lacks {brief(missing[0], 80)}, which {index.name} says it has")
+        tensors.update({name: held[name] for name in names})
+    return tensors
 
 
 def _existing(files):
@@ -123,10 +206,12 @@ def _existing(files):
 
 
 def _read_json(file):
+    if file.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{file}: has {file.stat().st_size} bytes; a configuration has fewer than {_LARGEST_JSON}")
     try:
         value = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({brief(error)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected keys and values, got a {type(value).__name__}")
     return value
@@ -136,24 +221,28 @@ def _network(folder, config):
     """Our description of a UNet2DModel; ValueError that names the first key with which it is none of ours."""
     where = f"checkpoint {str(folder)!r}: its config.json"
     if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"{where} is of a {config.get('_class_name')}, only UNet2DModel can be read")
+        raise ValueError(f"{where} is of a {brief(config.get('_class_name'), 80)}, only UNet2DModel can be read")
     for key in ("block_out_channels", *_BLOCKS):
         if not isinstance(config.get(key), list):
             raise ValueError(f"{where} has no list {key}")
     config = {**_DEFAULTS, **config}
 
     def refuse(key, expected):
-        raise ValueError(f"{where} has {key} = {config[key]!r}, which our DDPM UNet cannot be; it needs {expected}")
+        value = brief(repr(config[key]), 80)
+        raise ValueError(f"{where} has {key} = {value}, which our DDPM UNet cannot be; it needs {expected}")
 
     for key, values in _NEEDED.items():
         if config[key] not in values:
             refuse(key, " or ".join(map(repr, values)))
+    for key, largest in _COUNTS.items():
+        if not _is_count(config[key], largest):
+            refuse(key, f"a whole number from 1 to {largest}")
     widths = config["block_out_channels"]
-    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise ValueError(f"{where}: block_out_channels {widths!r} are no widths")
+    if not 0 < len(widths) <= 16 or not all(_is_count(width, _LARGEST_WIDTH) for width in widths):
+        refuse("block_out_channels", f"up to 16 widths from 1 to {_LARGEST_WIDTH}")
     channels = widths[0]
     for key, types in _BLOCKS.items():
-        if len(config[key]) != len(widths) or not set(config[key]) <= set(types):
+        if len(config[key]) != len(widths) or any(kind not in types for kind in config[key]):
             refuse(key, f"{len(widths)} of {' and '.join(types)}")
     attention = [kind.startswith("Attn") for kind in config["down_block_types"]]
     if [kind.startswith("Attn") for kind in reversed(config["up_block_types"])] != attention:
@@ -172,9 +261,13 @@ def _network(folder, config):
         refuse("attn_norm_num_groups", f"{config['norm_num_groups']}, as norm_num_groups")
     size = config["sample_size"]
     if isinstance(size, list):
-        if len(set(size)) != 1:
+        if len(size) != 2 or size[0] != size[1]:
             refuse("sample_size", "one number, for square images")
         size = size[0]
+    if size is not None and not _is_count(size, _LARGEST_SIZE):
+        refuse("sample_size", f"a whole number from 1 to {_LARGEST_SIZE}")
+    if type(config["norm_eps"]) is not float or not 0 < config["norm_eps"] < 1:
+        refuse("norm_eps", "a number between 0 and 1")
     network = {
         "family": "ddpm",
         "image_channels": config["in_channels"],
@@ -190,6 +283,11 @@ def _network(folder, config):
     return {key: value for key, value in network.items() if value is not None}
 
 
+def _is_count(value, largest):
+    """Whether a value of JSON is a whole number from 1 to `largest`; true is none."""
+    return type(value) is int and 1 <= value <= largest
+
+
 def _noise(folder):
     """{"teacher": {betas, steps}} from the scheduler's configuration, {} where there is none.
 
@@ -199,6 +297,13 @@ def _noise(folder):
     file = _existing([place / "scheduler_config.json" for place in folders])
     if file is None:
         return {}
+    given = _read_json(file)
+    name = given.get("_class_name")
+    if name not in _DISCRETE and not (name is None and "beta_schedule" in given):
+        raise ValueError(
+            f"{file}: is of the scheduler {brief(name, 80)}, whose noise is not given by betas in discrete steps; "
+            "a teacher here needs that, as of DDPMScheduler"
+        )
     config = {
         "num_train_timesteps": 1000,
         "beta_start": 1e-4,
@@ -206,16 +311,29 @@ def _noise(folder):
         "beta_schedule": "linear",
         "trained_betas": None,
         "prediction_type": "epsilon",
-        **_read_json(file),
+        "rescale_betas_zero_snr": False,
+        "use_flow_sigmas": False,
+        **given,
     }
-    needed = {"prediction_type": ("epsilon",), "beta_schedule": tuple(_SCHEDULES), "trained_betas": (None,)}
+    needed = {
+        "prediction_type": ("epsilon",),
+        "beta_schedule": tuple(_SCHEDULES),
+        "trained_betas": (None,),
+        "rescale_betas_zero_snr": (False,),
+        "use_flow_sigmas": (False, None),
+    }
     if config["beta_schedule"] == "linear":
         needed |= {"beta_start": (1e-4,), "beta_end": (0.02,)}
     for key, values in needed.items():
         if config[key] not in values:
             needs = " or ".join(map(repr, values))
-            raise ValueError(f"{file}: {key} = {config[key]!r}, which a teacher here cannot have; it needs {needs}")
-    return {"teacher": {"betas": _SCHEDULES[config["beta_schedule"]], "steps": config["num_train_timesteps"]}}
+            value = brief(repr(config[key]), 80)
+            raise ValueError(f"{file}: {key} = {value}, which a teacher here cannot have; it needs {needs}")
+    steps = config["num_train_timesteps"]
+    if not _is_count(steps, _LARGEST_STEPS) or steps < 2:
+        value = brief(repr(steps), 80)
+        raise ValueError(f"{file}: num_train_timesteps = {value}; expected a whole number from 2 to {_LARGEST_STEPS}")
+    return {"teacher": {"betas": _SCHEDULES[config["beta_schedule"]], "steps": steps}}
 
 
 def _our_tensors(file, tensors, network):
@@ -228,7 +346,7 @@ def _our_tensors(file, tensors, network):
         module, _, parameter = name.rpartition(".")
         place, inner = _our_place(module, network)
         if place is None or parameter not in ("weight", "bias"):
-            raise ValueError(f"checkpoint {str(file)!r}: has {name}, which our DDPM UNet has no place for")
+            raise ValueError(f"checkpoint {str(file)!r}: has {brief(name, 80)}, which our DDPM UNet has no place for")
         if inner in ("q", "k", "v"):
             projections.setdefault(f"{place}.project_in.{parameter}", {})[inner] = tensor
         else:
@@ -237,6 +355,9 @@ def _our_tensors(file, tensors, network):
     for name, qkv in projections.items():
         if len(qkv) < 3:
             raise ValueError(f"checkpoint {str(file)!r}: has of {name} only {' and '.join(qkv)}, not all of q, k and v")
+        if len({tensor.shape for tensor in qkv.values()}) > 1 or not qkv["q"].dim():
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in qkv.values())
+            raise ValueError(f"checkpoint {str(file)!r}: has q, k and v of {name} in the shapes {shapes}; expected one")
         joined = torch.cat([qkv["q"], qkv["k"], qkv["v"]])  # [3 C, C], or [3 C] of biases
         renamed[name] = _as_1x1(joined) if name.endswith("weight") else joined
     return renamed
@@ -269,5 +390,5 @@ def _our_place(module, network):
 
 
 def _as_1x1(weight):
-    """A matrix [M, N] as the weight of a 1x1 convolution, [M, N, 1, 1]."""
-    return weight.reshape(*weight.shape[:2], 1, 1)
+    """A matrix [M, N] as the weight of a 1x1 convolution, [M, N, 1, 1]; others as they are, loading names them."""
+    return weight[:, :, None, None] if weight.dim() == 2 else weight

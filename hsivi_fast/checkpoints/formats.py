@@ -6,11 +6,12 @@ The formats are our own safetensors, ddpm-torch's, improved-diffusion's, diffuse
 import json
 from pathlib import Path
 
-from .checkpoint import Checkpoint
+from ..data import brief, regular_file
+from .checkpoint import Checkpoint, checked_statements
 from .diffusers_format import read_diffusers
 from .published_format import read_published
 from .sizes import describe_network, family_of, known_name
-from .tensor_files import is_named_tensors, read_safetensors, read_torch, without_module_prefix
+from .tensor_files import DamagedFile, is_named_tensors, read_safetensors, read_torch, without_module_prefix
 
 READABLE = (
     "ours (safetensors), ddpm-torch, improved-diffusion, a diffusers UNet2DModel folder, the published HSIVI code's"
@@ -27,16 +28,14 @@ def read_checkpoint(path):
     path = Path(path)
     if path.is_dir():
         return read_diffusers(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r}: no such file")
-    with open(path, "rb") as file:
+    with open(regular_file(path, f"checkpoint {str(path)!r}"), "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # eight bytes of a length, then JSON
         content, metadata = read_safetensors(path)
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # torch's archive, or its format before 1.6
         content, metadata = read_torch(path), None
     else:
-        raise ValueError(
+        raise DamagedFile(
             f"checkpoint {str(path)!r}: is neither a safetensors file nor one of torch.save; readable are {READABLE}"
         )
     return _recognise(path, content, metadata)
@@ -67,7 +66,7 @@ def _recognise(path, content, metadata):
         if family or metadata is not None:  # a safetensors file may hold any network of ours, a classifier too
             formats = {"ddpm": "a DDPM UNet's weights", "adm": "improved-diffusion's", None: "a safetensors file"}
             return _teacher(path, formats[family], content, metadata)
-    keys = [str(key) for key in content]
+    keys = [brief(key, 60) for key in content]
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     raise ValueError(f"{where}: of an unknown layout, it holds {', '.join(keys[:5])}{more}; readable are {READABLE}")
 
@@ -75,12 +74,20 @@ def _recognise(path, content, metadata):
 def _teacher(path, format, tensors, metadata=None):
     """The `Checkpoint` of a file with one network, which counts as a teacher."""
     tensors = without_module_prefix(tensors)
-    try:
-        stated, settings = (json.loads((metadata or {}).get(f"hsivi_{key}", "{}")) for key in ("network", "settings"))
-        network, assumed = describe_network(tensors, stated)
-        by_ddpm_torch = format.startswith("ddpm-torch") or known_name(network or {}) in ("cifar10", "celeba64")
-        if "norm_eps" in assumed and network["family"] == "ddpm" and by_ddpm_torch:
-            network = {**network, "norm_eps": DDPM_TORCH_EPS}
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"checkpoint {str(path)!r}: its metadata are not readable: {metadata}") from None
+    stated, settings = _statements(path, metadata or {})
+    network, assumed = describe_network(tensors, stated)
+    # Ours are safetensors: DDPM weights from torch.save are ddpm-torch's.
+    by_ddpm_torch = metadata is None or known_name(network or {}) in ("cifar10", "celeba64")
+    if "norm_eps" in assumed and network["family"] == "ddpm" and by_ddpm_torch:
+        network = {**network, "norm_eps": DDPM_TORCH_EPS}
     return Checkpoint(str(path), format, {"teacher": tensors}, network, tuple(stated), assumed, settings)
+
+
+def _statements(path, metadata):
+    """(network, settings) that a safetensors file of ours states, two empty dicts for another file."""
+    where = f"checkpoint {str(path)!r}"
+    try:
+        network, settings = (json.loads(metadata.get(f"hsivi_{key}", "{}")) for key in ("network", "settings"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: its metadata are not readable ({brief(error)})") from None
+    return checked_statements(network, settings, where)

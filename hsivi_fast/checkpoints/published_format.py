@@ -5,8 +5,9 @@ import warnings
 import torch
 
 from ..config import resolved_dict
+from ..data import brief
 from ..nets import NETWORKS, network_arguments
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, checked_statements
 from .sizes import NORMS, describe_network, known_name
 from .tensor_files import without_module_prefix
 
@@ -26,8 +27,11 @@ def read_published(path, content):
     log_gamma = tensors["student"].get(LOG_GAMMA)
     if log_gamma is None:
         raise ValueError(f"{where}: its phinet has no {LOG_GAMMA}, as the published HSIVI code's has")
+    if log_gamma.dim() not in (1, 3, 4) or 0 in log_gamma.shape:
+        expected = "[1], [K], [C, H, W] or [K, C, H, W]"
+        raise ValueError(f"{where}: its {LOG_GAMMA} is of shape {list(log_gamma.shape)}; expected {expected}")
     averages, notes = _averages_of(content, tensors)
-    stated, settings = _written_by_us(content)
+    stated, settings = _written_by_us(content, where)
     if log_gamma.dim() >= 3 and "image_size" not in stated:
         stated["image_size"] = log_gamma.shape[-1]
     per_step = log_gamma.dim() == 4 or log_gamma.dim() == 1 and log_gamma.shape[0] > 1
@@ -59,7 +63,8 @@ def _networks_of(where, whole_model):
         if not tensors[role]:
             present = ", ".join(sorted({name.split(".")[0] for name in whole_model}))
             raise ValueError(
-                f"{where}: its whole_model has no {published}, as the published HSIVI code's has; it has {present}"
+                f"{where}: its whole_model has no {published}, as the published HSIVI code's has; "
+                f"it has {brief(present)}"
             )
     return tensors
 
@@ -85,11 +90,11 @@ def _averages_of(content, tensors):
     return averages, notes
 
 
-def _written_by_us(content):
+def _written_by_us(content, where):
     """(network, settings) that `published_content` put into a file of ours, two empty dicts for another file."""
     ours = content.get("hsivi_fast")
     values = [ours.get(key) if isinstance(ours, dict) else None for key in ("network", "settings")]
-    return [dict(value) if isinstance(value, dict) else {} for value in values]
+    return checked_statements(*(dict(value) if isinstance(value, dict) else {} for value in values), where)
 
 
 def published_content(config, step, network, tensors, averages):
@@ -122,10 +127,16 @@ def publishable_network(config):
     """The full description of a run's network.
 
     Raises ValueError where the published code has no network of its kind. It also raises where that code's network has
-    other groups or heads: its file would not show them. Another norm_eps is a warning: it changes the noise by about
-    1e-4 of its size, and that code itself does so to ddpm-torch's teachers.
+    other groups, heads or noise: its file would not show them. Another norm_eps is a warning: it changes the noise by
+    about 1e-4 of its size, and that code itself does so to ddpm-torch's teachers.
     """
-    network = {**NORMS, **network_arguments(config.network)}
+    teacher, network = config.teacher, {**NORMS, **network_arguments(config.network)}
+    if teacher.timestep_scale != 1 or teacher.betas == "cosine_4000":
+        key = "betas" if teacher.timestep_scale == 1 else "timestep_scale"
+        raise ValueError(
+            f"teacher.{key}: {getattr(teacher, key)!r} cannot be published, the published code has its own table of "
+            "noise for 1000 steps and would load the file without a word"
+        )
     if network["family"] == "mlp":
         raise ValueError("network.family: 'mlp' has no place in the published code's layout, which holds UNets")
     network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}

@@ -1,12 +1,22 @@
 """The description of a UNet from the names and shapes of its tensors."""
 
 import inspect
+import re
 
 from ..nets import FAMILIES, NETWORKS
 
 INVISIBLE = ("image_size", "norm_groups", "norm_eps", "heads")  # settings of a UNet that its weights do not show
 # `build_unet`'s values, and the published HSIVI code's. Only diffusers' and our own files say them.
 NORMS = {"norm_groups": 32, "norm_eps": 1e-5}
+# Networks that are known by their sizes: ours, and one of improved-diffusion's that no configuration here has.
+CIFAR10_50M = "improved-diffusion's cifar10_uncond_50M_500K"
+_KNOWN = {
+    **NETWORKS,
+    CIFAR10_50M: {**NETWORKS["imagenet64"], "image_size": 32, "multipliers": (1, 2, 2, 2), "attention": (2, 4)},
+}
+# Of these, the ones that improved-diffusion trained with 4000 steps of the cosine schedule and rescaled timesteps: the
+# network was shown t / 4, so 0 .. 999.75.
+TRAINED_RESCALED = ("imagenet64", CIFAR10_50M)
 _USUAL = {**NORMS, "heads": 4}
 
 
@@ -20,11 +30,19 @@ def describe_network(tensors, stated):
     family = family_of(tensors)
     try:
         sizes = {"ddpm": _ddpm_sizes, "adm": _adm_sizes}[family](tensors)
-    except (KeyError, IndexError, ValueError):  # no UNet, or one with layers that ours has not: loading will name them
+    except (
+        KeyError,
+        IndexError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # no UNet, or one with layers that ours has not: loading will name them
         return dict(stated) or None, ()
-    usual = {**_USUAL, **NETWORKS.get(known_name(sizes), {})}  # a network known by its sizes has its other settings too
+    usual = {**_USUAL, **_KNOWN.get(known_name(sizes), {})}  # a network known by its sizes has its other settings too
     settings = inspect.signature(FAMILIES[family]).parameters
     assumed = tuple(key for key in settings if key not in sizes and key not in stated)
+    for key in ("norm_groups", "heads"):
+        if sizes["channels"] % usual[key]:
+            del usual[key]  # it cannot be that
     return {**sizes, **{key: usual[key] for key in assumed if key in usual}, **stated}, assumed
 
 
@@ -38,9 +56,9 @@ def family_of(tensors):
 
 
 def known_name(description):
-    """The name in `NETWORKS` of the network with a description's sizes, as far as weights show them, or None."""
+    """The name of the known network with a description's sizes, as far as weights show them, or None."""
     visible = {key: _as_list(value) for key, value in description.items() if key not in INVISIBLE}
-    for name, network in NETWORKS.items():
+    for name, network in _KNOWN.items():
         if network["family"] != description.get("family"):
             continue
         complete = {"middle": True, **network} if network["family"] == "ddpm" else network
@@ -55,6 +73,8 @@ def _as_list(value):
 
 def _ddpm_sizes(tensors):
     channels, image_channels = tensors["in_conv.weight"].shape[:2]
+    if not channels or not image_channels:
+        raise ValueError("empty")
     levels = {name.split(".")[1] for name in tensors if name.startswith("upsamples.")}
     multipliers, attention = [], []
     for level in range(len(levels)):
@@ -62,6 +82,8 @@ def _ddpm_sizes(tensors):
         attention.append(f"{stage}.0.conv1.weight" in tensors)
         block = f"{stage}.0" if attention[-1] else stage
         multipliers.append(tensors[f"{block}.conv1.weight"].shape[0] // channels)
+    if not multipliers or not min(multipliers):
+        raise ValueError("a level narrower than the first")
     blocks_up = {name.split(".")[2] for name in tensors if name.startswith("upsamples.level_0.")}
     return {
         "family": "ddpm",
@@ -76,11 +98,13 @@ def _ddpm_sizes(tensors):
 
 def _adm_sizes(tensors):
     channels, image_channels = tensors["input_blocks.0.0.weight"].shape[:2]
-    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks."))
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks.")}
+    if numbers != set(range(len(numbers))):  # a name may say any number
+        raise ValueError("a block without weights")
     widths, attention = [], []
     blocks = [0]  # of each level
     factor = 1  # of downsampling
-    for index in range(1, last + 1):
+    for index in range(1, len(numbers)):
         if f"input_blocks.{index}.0.op.weight" in tensors:
             factor *= 2
             blocks.append(0)
@@ -90,6 +114,8 @@ def _adm_sizes(tensors):
         blocks[-1] += 1
         if f"input_blocks.{index}.1.qkv.weight" in tensors and factor not in attention:
             attention.append(factor)
+    if not image_channels or not min(widths) // channels:
+        raise ValueError("a level narrower than the first")
     return {
         "family": "adm",
         "image_channels": image_channels,
@@ -99,3 +125,48 @@ def _adm_sizes(tensors):
         "attention": attention,
         "out_channels": tensors["out.2.weight"].shape[0],
     }
+
+
+def what_ours_has_not(tensors):
+    """In words what keeps a DDPM or ADM UNet from being one of ours, told by its tensors, or None."""
+    try:
+        return {"ddpm": _ddpm_strangeness, "adm": _adm_strangeness}[family_of(tensors)](tensors)
+    except (KeyError, IndexError, ValueError):  # no UNet, or tensors of other dimensions: the comparison names them
+        return None
+
+
+def _ddpm_strangeness(tensors):
+    image_channels, outputs = tensors["in_conv.weight"].shape[1], tensors["out_conv.2.weight"].shape[0]
+    if outputs != image_channels:
+        return (
+            f"out_conv.2.weight has {outputs} output channels, as where the variance is learned too; "
+            f"our DDPM UNet needs {image_channels}, as many as the image"
+        )
+    levels = {name.split(".")[1] for name in tensors if name.startswith("upsamples.")}
+    if len(levels) > 1 and not any(re.fullmatch(r"downsamples\.level_0\.\d+\.1\.weight", name) for name in tensors):
+        return "downsamples.level_0 ends without a convolution, so it is average pooling; ours needs resample_with_conv"
+    return None
+
+
+def _adm_strangeness(tensors):
+    labels = [name for name in tensors if name.startswith("label_emb.")]
+    if labels:
+        shape = list(tensors[labels[0]].shape)
+        return f"{labels[0]} {shape} makes it class-conditional; ours is unconditional, with class_cond off"
+    image_channels, outputs = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
+    if image_channels > 4 or outputs < image_channels:
+        return (
+            f"input_blocks.0.0.weight takes {image_channels} channels, as of a super-resolution network with a second "
+            "image; ours takes the noisy image alone"
+        )
+    if outputs not in (image_channels, 2 * image_channels):
+        return f"out.2.weight has {outputs} output channels; ours needs {image_channels}, or {2 * image_channels}"
+    block = "input_blocks.1.0"
+    rows, width = tensors[f"{block}.emb_layers.1.weight"].shape[0], tensors[f"{block}.in_layers.2.weight"].shape[0]
+    if rows != 2 * width:
+        return f"{block}.emb_layers.1.weight has {rows} rows; ours needs use_scale_shift_norm, with {2 * width}"
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks.")}
+    gap = min(set(range(len(numbers))) - numbers, default=None)
+    if gap is not None:
+        return f"input_blocks.{gap} has no weights, so it is average pooling; ours needs conv_resample"
+    return None

@@ -2,9 +2,12 @@
 
 import pickle
 import re
+import warnings
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from ..data import brief
 
 
 class _Ignored:
@@ -28,38 +31,96 @@ _NUMPY_NAMES = (
 _PICKLED_NAME = r"(?:GLOBAL |function |but got )<?(?:class |function |built-in function )?'?([\w.]+)"
 
 
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_NVLABS = (b"torch_utils.persistence", b"torch_utils\npersistence", b"_reconstruct_persistent_obj")
+
+
+class DamagedFile(ValueError):
+    """A file that is cut or altered, or no checkpoint at all: if it was downloaded, that may be tried again."""
+
+
 def read_safetensors(path):
-    """({name: tensor}, {key: text}) of a safetensors file; ValueError where it is damaged."""
+    """({name: tensor}, {key: text}) of a safetensors file; DamagedFile, a ValueError, where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: not a readable safetensors file ({error})") from None
+    except Exception as error:  # SafetensorError, and what torch says of types that it has not
+        raise DamagedFile(f"checkpoint {str(path)!r}: not a readable safetensors file ({brief(error)})") from None
 
 
 def read_torch(path):
     """Whatever torch.save wrote, with its tensors mapped from the disk where the format allows that.
 
-    No pickled code is run. Raises ValueError where the file holds some, or is damaged.
+    No pickled code is run. Raises ValueError where the file holds some or is of another program, and DamagedFile, a
+    ValueError, where it is damaged.
     """
     where = f"checkpoint {str(path)!r}"
     try:
-        with open(path, "rb") as file, torch.serialization.safe_globals([(_Ignored, name) for name in _NUMPY_NAMES]):
+        with (
+            open(path, "rb") as file,
+            torch.serialization.safe_globals([(_Ignored, name) for name in _NUMPY_NAMES]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # torch's, of TorchScript and of kinds of tensors that are refused below
             is_archive = file.read(2) == b"PK"
             mapped = is_archive and path.suffix != ".safetensors"  # torch.load goes by that ending, not by the content
             file.seek(0)
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
+        if _is_of_nvlabs(path):
+            raise ValueError(
+                f"{where}: is an EDM (NVlabs) pickle, whose code is never run; such files are not read yet, "
+                "save its tensors alone with that code, torch.save(network.state_dict(), ...)"
+            ) from None
         code = re.search(_PICKLED_NAME, str(error))
         if code:
             raise ValueError(
-                f"{where}: holds pickled code ({code[1]}), which is never run; "
+                f"{where}: holds pickled code ({code[1][:80]}), which is never run; "
                 "save its tensors alone, torch.save(model.state_dict(), ...)"
             ) from None
-        raise ValueError(f"{where}: damaged, or pickled code, which is never run") from None
+        raise DamagedFile(f"{where}: damaged, or pickled code, which is never run") from None
     except Exception as error:  # a cut or altered file: zip, pickle and struct each have errors of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{where}: not a readable torch file ({reason})") from None
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{where}: is a TorchScript program, which is never run; "
+                "save its tensors alone, torch.save(module.state_dict(), ...)"
+            ) from None
+        raise DamagedFile(f"{where}: not a readable torch file ({brief(error)})") from None
+
+
+def _is_of_nvlabs(path):
+    """Whether a pickle is one of NVlabs' codes, which put the classes that they save into the file."""
+    with open(path, "rb") as file:
+        start = file.read(2**16)
+    return any(name in start for name in _NVLABS)
+
+
+def refuse_strange_tensors(tensors, where):
+    """ValueError that begins with `where` for the first of {name: tensor} that cannot be weights.
+
+    Weights are dense floating-point numbers, at least one, which are finite in float32.
+    """
+    for name, tensor in tensors.items():
+        strange = _strangeness(tensor)
+        if strange:
+            raise ValueError(f"{where}: its tensor {brief(name)} is {strange}; weights are dense, finite numbers")
+
+
+def _strangeness(tensor):
+    """What keeps a tensor from being weights, in words, or None."""
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"of the layout {tensor.layout}"
+    if tensor.is_meta:
+        return "without values, on the meta device"
+    if tensor.dtype not in _FLOATS:
+        return f"of the type {tensor.dtype}"
+    if tensor.numel() == 0:
+        return f"empty, {list(tensor.shape)}"
+    if not torch.isfinite(tensor.detach().to(torch.float32)).all():
+        return "not finite: it holds NaN or infinity"
+    return None
 
 
 def is_named_tensors(value):

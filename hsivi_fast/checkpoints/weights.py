@@ -1,9 +1,13 @@
 """Weights from files into networks."""
 
+from pathlib import Path
+
+from ..data import brief
 from ..nets import network_arguments
-from .download import locate_checkpoint
+from .download import forget_download, locate_checkpoint
 from .formats import read_checkpoint
-from .sizes import NORMS
+from .sizes import NORMS, TRAINED_RESCALED, known_name
+from .tensor_files import DamagedFile, refuse_strange_tensors
 
 
 def read_weights(path, role="teacher"):
@@ -11,17 +15,41 @@ def read_weights(path, role="teacher"):
 
     `role` says which network of a published HSIVI file: "teacher", "student", "student_ema", "score_net" or
     "score_net_ema". Other files have one network, their "teacher".
-    Raises ValueError, in one line, where it is missing, damaged, of an unknown layout, or has no such network.
+    Raises ValueError, in one line, where it is missing, damaged, of an unknown layout, has no such network, or holds
+    what cannot be weights.
     """
     return read_checkpoint(path).weights(role)
+
+
+def read_fetched(path, source):
+    """The `Checkpoint` at `path`, where `locate_checkpoint` has found `source`.
+
+    A download that turns out to be damaged is deleted from the cache, so that the next try fetches it again.
+    Raises ValueError, in one line, as `read_checkpoint`.
+    """
+    try:
+        return read_checkpoint(path)
+    except DamagedFile as error:
+        if path != Path(source) and forget_download(path):
+            raise ValueError(f"{error}; it was downloaded, and is deleted: the next try fetches it again") from None
+        raise
 
 
 def load_weights(network, weights, source):
     """Copy `weights`, {name: tensor}, into a network whose parameters they must match exactly.
 
-    `source` names the file in the ValueError that says which names or shapes differ.
+    `source` names the file in the ValueError that says which names or shapes differ, or which tensor cannot be weights:
+    NaN would only be noticed in the images.
     """
-    parameters = dict(network.named_parameters())
+    difference = weights_difference(dict(network.named_parameters()), weights)
+    if difference:
+        raise ValueError(f"checkpoint {str(source)!r}: is of another network, it {difference}")
+    refuse_strange_tensors(weights, f"checkpoint {str(source)!r}")
+    network.load_state_dict(weights, strict=True)
+
+
+def weights_difference(parameters, weights):
+    """In words which names and shapes of `weights` are not those of `parameters`, {name: tensor} both; "" for none."""
     common = [name for name in parameters if name in weights]
     problems = []
     for complaint, names in (
@@ -33,15 +61,13 @@ def load_weights(network, weights, source):
             shown = ", ".join(_described(name, parameters, weights) for name in names[:3])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{complaint} {shown}{more}")
-    if problems:
-        raise ValueError(f"checkpoint {str(source)!r}: is of another network, it {'; it '.join(problems)}")
-    network.load_state_dict(weights, strict=True)
+    return "; it ".join(problems)
 
 
 def _described(name, parameters, weights):
     if name in parameters and name in weights:
         return f"{name} ({list(weights[name].shape)}, expected {list(parameters[name].shape)})"
-    return name
+    return brief(name, 80)
 
 
 def read_teacher(config, network, progress=False):
@@ -55,9 +81,10 @@ def read_teacher(config, network, progress=False):
     path = locate_checkpoint(config.teacher.checkpoint, progress)
     if not path.exists():
         raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_fetched(path, config.teacher.checkpoint)
     load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
     _check_what_weights_do_not_show(checkpoint, config)
+    _check_rescaled_timesteps(checkpoint, config.teacher)
     return network
 
 
@@ -65,10 +92,10 @@ def _check_what_weights_do_not_show(checkpoint, config):
     """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
     network = {**NORMS, **network_arguments(config.network)}
     stated = {key: checkpoint.network[key] for key in checkpoint.stated}
-    noise = {"betas": config.teacher.betas, "steps": config.teacher.steps}
+    noise = {key: getattr(config.teacher, key) for key in ("betas", "steps", "timestep_scale")}
     for group, configured, trained_with, keys in (
         ("network", network, stated, ("norm_eps", "norm_groups", "image_size", "heads")),
-        ("teacher", noise, checkpoint.settings.get("teacher", {}), ("betas", "steps")),
+        ("teacher", noise, checkpoint.settings.get("teacher", {}), tuple(noise)),
     ):
         for key in keys:
             if key in configured and key in trained_with and configured[key] != trained_with[key]:
@@ -76,3 +103,22 @@ def _check_what_weights_do_not_show(checkpoint, config):
                     f"{group}.{key}: {configured[key]!r} is not what the teacher {checkpoint.source!r} was trained "
                     f"with; set {group}.{key}={trained_with[key]}"
                 )
+
+
+def _check_rescaled_timesteps(checkpoint, teacher):
+    """ValueError where a teacher that was shown 0 .. 999.75 would be shown others, or was trained on another noise."""
+    name = known_name(checkpoint.network or {})
+    if name not in TRAINED_RESCALED:
+        return
+    trained = "was trained with 4000 steps of the cosine schedule, and shown t / 4"
+    if teacher.steps * teacher.timestep_scale != 1000:
+        shown = f"shows it timesteps up to {(teacher.steps - 1) * teacher.timestep_scale:g}"
+        raise ValueError(
+            f"teacher.timestep_scale: {teacher.timestep_scale:g} with teacher.steps={teacher.steps} {shown}, and the "
+            f"teacher {checkpoint.source!r} {trained}; set teacher.timestep_scale={1000 / teacher.steps:g}"
+        )
+    if teacher.betas == "linear":
+        raise ValueError(
+            f"teacher.betas: 'linear' is not what the teacher {checkpoint.source!r} was trained with, it {trained}; "
+            "set teacher.betas=cosine_4000 (exact), or cosine as the published HSIVI code"
+        )

@@ -25,7 +25,12 @@ def describe(config, sampler, step, weights):
         "kind": KIND,
         "hsivi_fast": version("hsivi_fast"),
         "network": _all_arguments(config.network),
-        "teacher": {**source, "betas": teacher.betas, "steps": teacher.steps},
+        "teacher": {
+            **source,
+            "betas": teacher.betas,
+            "steps": teacher.steps,
+            "timestep_scale": teacher.timestep_scale,
+        },
         "nfe": layers.nfe,
         "spacing": config.spacing,
         "timesteps": layers.tau.tolist(),  # tau_0 .. tau_K

@@ -27,7 +27,11 @@ def write_diffusers(sampler, config, description, folder):
     except ImportError as error:
         raise ValueError(str(error)) from None
     network = HSIVINetwork(
-        description["network"], description["log_scaled_gamma"], config.precision, config.channels_last
+        description["network"],
+        description["log_scaled_gamma"],
+        config.precision,
+        config.channels_last,
+        config.teacher.timestep_scale,
     )
     network.load_student(sampler.network.state_dict())
     scheduler = HSIVIScheduler(

@@ -39,18 +39,18 @@ PUBLIC_PATH = "hsivi_fast.diffusers"
 class HSIVINetwork(ModelMixin, ConfigMixin):
     """The student with its learned noise scale, as a model of diffusers.
 
-    network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision and
-    channels_last: how the network computes. Its weights are float32 and have the names of a run's checkpoint after
-    "student.".
+    network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision,
+    channels_last and timestep_scale: how the network computes. Its weights are float32 and have the names of a run's
+    checkpoint after "student.".
     """
 
     __module__ = PUBLIC_PATH
 
     @register_to_config
-    def __init__(self, network, log_scaled_gamma, precision="fp32", channels_last=False):
+    def __init__(self, network, log_scaled_gamma, precision="fp32", channels_last=False, timestep_scale=1.0):
         super().__init__()
         self.student = build_unet(network)
-        self.student.precision = precision
+        self.student.precision, self.student.timestep_scale = precision, timestep_scale
         self.student.channels_last = channels_last  # of what lies inside; files of weights are row-major
         self.student.register_parameter("log_scaled_gamma", torch.nn.Parameter(torch.zeros(tuple(log_scaled_gamma))))
 
@@ -72,8 +72,8 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """The K semi-implicit layers as a scheduler: layer k maps x_k at timestep tau_k to x_{k-1}.
 
-    num_train_timesteps and betas ("linear", "cosine"): the teacher's; nfe: K, fixed by the distillation; spacing:
-    "quad" or "uniform"; eta: DDIM's; per_step, per_pixel: the noise scale's shape.
+    num_train_timesteps and betas ("linear", "cosine", "cosine_4000"): the teacher's; nfe: K, fixed by the
+    distillation; spacing: "quad" or "uniform"; eta: DDIM's; per_step, per_pixel: the noise scale's shape.
     """
 
     __module__ = PUBLIC_PATH

@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from ..checkpoints.files import make_folder, write_arrays
+from ..data import brief, npz_arrays, read_npz_array
 
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
 FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
+LARGEST_FEATURES = 2**13  # of a reference
+LARGEST_STATISTIC = 1e12  # in a reference: squares and sums of it are finite
+ROUNDING = 1e-5  # of a reference's covariance, relative to its largest entry
 NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
 
 
@@ -150,25 +154,58 @@ def sliced_wasserstein(points, exact):
 
 
 def load_statistics(path):
-    """Reference statistics from an npz file, as EDM publishes them: `mu` [D] and `sigma` [D, D].
+    """Reference statistics from an npz file, as EDM publishes them: `mu` [D] and `sigma` [D, D], float64.
 
-    `features` too where the file says what made them.
+    `features` too where the file says what made them. Raises ValueError, in one line that names the file and the array,
+    where they cannot be a mean and a covariance: see `_check_statistics`.
     """
     where = f"reference {str(path)!r}"
-    try:
-        with np.load(path) as file:
-            statistics = {"mu": file["mu"], "sigma": file["sigma"]}
-            if "features" in file:
-                statistics["features"] = str(file["features"])
-    except FileNotFoundError:
-        raise ValueError(f"{where}: no such file") from None
-    except Exception as error:  # not a zip, no such array, pickled objects: numpy raises many kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: expected an npz file with mu and sigma ({reason})") from None
-    mu, sigma = statistics["mu"], statistics["sigma"]
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise ValueError(f"{where}: mu {mu.shape} and sigma {sigma.shape} do not fit each other")
+    arrays = npz_arrays(path, where, "mu and sigma")
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise ValueError(
+                f"{where}: expected an npz file with mu and sigma, it holds {', '.join(arrays) or 'nothing'}"
+            )
+        shape, dtype = arrays[name]
+        if dtype.kind != "f":
+            raise ValueError(f"{where}: {name} is {brief(dtype)}; expected numbers of type float64 or float32")
+    mu, sigma = arrays["mu"][0], arrays["sigma"][0]
+    if len(mu) != 1 or sigma != 2 * mu or not 0 < mu[0] <= LARGEST_FEATURES:
+        raise ValueError(
+            f"{where}: mu {brief(mu)} and sigma {brief(sigma)} do not fit each other; "
+            f"expected [D] and [D, D] with D from 1 to {LARGEST_FEATURES}"
+        )
+    statistics = {name: read_npz_array(path, name, where).astype(np.float64) for name in ("mu", "sigma")}
+    _check_statistics(where, statistics)
+    if arrays.get("features", (None, None))[0] == ():  # one text
+        statistics["features"] = brief(read_npz_array(path, "features", where))
     return statistics
+
+
+def _check_statistics(where, statistics):
+    """ValueError where they are not finite, or sigma is no covariance.
+
+    That is where it is asymmetric or has a negative eigenvalue, each beyond what rounding does to float32 sums.
+    """
+    for name, values in statistics.items():
+        strange = np.argwhere(~(np.abs(values) <= LARGEST_STATISTIC))  # NaN is among them
+        if len(strange):
+            at = strange[0].tolist()
+            raise ValueError(
+                f"{where}: {name} at {at} is {values[tuple(at)]:g}; expected finite numbers below {LARGEST_STATISTIC:g}"
+            )
+    sigma = statistics["sigma"]
+    allowed = ROUNDING * np.abs(sigma).max()
+    difference = np.abs(sigma - sigma.T)
+    if difference.max() > allowed:
+        i, j = np.unravel_index(difference.argmax(), difference.shape)
+        raise ValueError(
+            f"{where}: sigma at {[int(i), int(j)]} is {sigma[i, j]:g} and at {[int(j), int(i)]} {sigma[j, i]:g}; "
+            "a covariance is symmetric"
+        )
+    smallest = float(np.linalg.eigvalsh(sigma)[0])
+    if smallest < -allowed:
+        raise ValueError(f"{where}: sigma has the eigenvalue {smallest:g}; a covariance has none below 0")
 
 
 def save_statistics(path, statistics):

@@ -1,5 +1,6 @@
 """Measuring samplers: the metric of a run, the rows that it gives, and the table that a run ends with."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -137,7 +138,7 @@ class ImageMetric:
             start += len(batch)
 
     def cached_statistics(self, images):
-        """Statistics of reference images [N, C, H, W], from $HSIVI_CACHE (~/.cache/hsivi_fast) if they are there.
+        """Statistics of reference images [N, C, H, W], from $HSIVI_CACHE (~/.cache/hsivi_fast) if whole there.
 
         A file's name is a hash of the rounded images, the feature network with its weights, and what else its numbers
         depend on.
@@ -150,8 +151,10 @@ class ImageMetric:
             digest.update(self.rounded(batch).numpy().tobytes())
         folder = cache_folder(Path.home() / ".cache" / "hsivi_fast")
         file = folder / f"statistics_{self.name}_{digest.hexdigest()[:20]}.npz"
-        if file.is_file():
-            return load_statistics(file)
+        with contextlib.suppress(ValueError):  # not there, or damaged: measured again
+            kept = load_statistics(file)
+            if kept.get("features") == features and len(kept["mu"]) == SIZES[self.name]:
+                return kept
         statistics = {**self.statistics(images), "features": features}
         save_statistics(file, statistics)
         return statistics

@@ -15,6 +15,7 @@ has:
 
 import torch
 
+from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..execution import EAGER, frozen_view
 from .optim import EMA, adam
 
@@ -121,11 +122,23 @@ def laid_out_as(parameter, moment):
 def read_state(name, read, expected):
     """(weights, average, optimizer state) of a checkpoint.
 
-    Raises ValueError where a tensor of `expected` {name: tensor} is missing or has another shape.
+    Raises ValueError where a tensor of `expected` {name: tensor} is missing, of another shape or not finite, and where
+    the optimizer's state is not that of all of them, or of none before the first update.
     """
     weights, average, optimizer = read(name), read(f"{name}_ema"), read(f"{name}_optimizer")
-    for stem, values in ((name, weights), (f"{name}_ema", average)):
-        for key, tensor in expected.items():
-            if key not in values or values[key].shape != tensor.shape:
-                raise ValueError(f"checkpoint: {stem} is of another network, first at {key}")
+    moments = {f"{slot}.{key}": tensor.shape for slot in SLOTS for key, tensor in expected.items()}
+    counters = {f"step.{key}": torch.Size() for key in expected}
+    shapes = {key: tensor.shape for key, tensor in expected.items()}
+    for stem, values, wanted in (
+        (name, weights, shapes),
+        (f"{name}_ema", average, shapes),
+        (f"{name}_optimizer", optimizer, {**moments, **counters} if optimizer else {}),
+    ):
+        for key, shape in wanted.items():
+            if key not in values or values[key].shape not in (shape, shape or (1,)):  # a counter may be [] or [1]
+                found = f"of shape {list(values[key].shape)}" if key in values else "missing"
+                raise ValueError(
+                    f"checkpoint: {stem} is of another network, first at {key}: {found}, expected {list(shape)}"
+                )
+        refuse_strange_tensors(values, f"checkpoint: {stem}")
     return weights, average, optimizer

@@ -1,5 +1,6 @@
 """Folders of diffusers' UNet2DModel: they predict the same noise, and those that ours cannot be are refused."""
 
+import inspect
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from small_checkpoints import DDPM, run_config
 
 from hsivi_fast.build import load_teacher
 from hsivi_fast.checkpoints.convert import convert_checkpoint
+from hsivi_fast.checkpoints.diffusers_format import _DISCRETE
 from hsivi_fast.checkpoints.formats import read_checkpoint
 from hsivi_fast.checkpoints.weights import read_weights
 
@@ -216,3 +218,213 @@ def test_diffusers_weights_without_a_place_or_incomplete_are_named(tmp_path):
     save_file({name: tensor for name, tensor in whole.items() if name != "mid_block.attentions.0.to_k.bias"}, file)
     with pytest.raises(ValueError, match="has of middle.1.project_in.bias only q and v"):
         read_weights(tmp_path)
+
+
+CONFIG = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "layers_per_block",
+            "2",
+            "layers_per_block = '2', which our DDPM UNet cannot be; it needs a whole number from 1",
+        ),
+        ("layers_per_block", -1, "layers_per_block = -1"),
+        ("layers_per_block", 10**9, "layers_per_block = 1000000000"),
+        ("layers_per_block", True, "layers_per_block = True"),
+        ("layers_per_block", [1, 2], r"layers_per_block = \[1, 2\]"),
+        ("in_channels", 1.5, "in_channels = 1.5"),
+        ("norm_num_groups", 0, "norm_num_groups = 0"),
+        (
+            "norm_num_groups",
+            7,
+            r"network cannot be built \(network.channels: 32 is not a multiple of norm_groups = 7\)",
+        ),
+        ("norm_eps", "1e-6", "norm_eps = '1e-6', .* a number between 0 and 1"),
+        ("norm_eps", float("nan"), "norm_eps = nan"),
+        ("block_out_channels", [32, 10**9], r"block_out_channels = \[32, 1000000000\]"),
+        ("block_out_channels", [32, True], "block_out_channels"),
+        ("block_out_channels", [], "block_out_channels = .* up to 16 widths"),
+        ("down_block_types", [["DownBlock2D"], {}], "down_block_types"),
+        ("sample_size", [], r"sample_size = \[\]"),
+        ("sample_size", "8", "sample_size = '8'"),
+        ("sample_size", 7, r"network cannot be built \(network.image_size: 7"),
+        ("act_fn", list(range(5000)), r"act_fn = \[0, 1, .* \.\.\., which our DDPM UNet cannot be"),
+        ("_class_name", ["UNet2DModel"] * 1000, r"is of a \['UNet2DModel', .* \.\.\., only UNet2DModel can be read"),
+    ],
+)
+def test_a_value_that_no_unet_has_is_refused_before_a_network_is_built(tmp_path, key, value, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+    save_file({"conv_in.weight": torch.ones(32, 3, 3, 3)}, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        convert_checkpoint(folder, tmp_path / "new" / "ours")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        *(
+            ({"_class_name": name}, f"is of the scheduler {name}, whose noise is not given by betas in discrete steps")
+            for name in (
+                "FlowMatchEulerDiscreteScheduler",
+                "FlowMatchHeunDiscreteScheduler",
+                "EDMEulerScheduler",
+                "EDMDPMSolverMultistepScheduler",
+                "ScoreSdeVeScheduler",
+                "ScoreSdeVpScheduler",
+                "CMStochasticIterativeScheduler",
+                "IPNDMScheduler",
+                "KarrasVeScheduler",
+                "DDPMWuerstchenScheduler",
+                "VQDiffusionScheduler",
+            )
+        ),
+        ({"_class_name": ["DDPMScheduler"]}, r"is of the scheduler \['DDPMScheduler'\]"),
+        ({"_class_name": None, "num_train_timesteps": 10}, "is of the scheduler None"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr = True, which a teacher here cannot have; it needs False",
+        ),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        (
+            {"trained_betas": [0.1] * 1000},
+            r"trained_betas = \[0.1, .* \.\.\., which a teacher here cannot have; it needs None",
+        ),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps = '1000'; expected a whole number from 2"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps = 1;"),
+        ({"beta_start": [1e-4]}, "beta_start"),
+    ],
+)
+def test_a_scheduler_without_discrete_betas_is_refused_by_its_class(tmp_path, scheduler, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"conv_in.weight": torch.ones(32, 3, 3, 3)}, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler", **scheduler}))
+    with pytest.raises(ValueError, match=message) as error:
+        convert_checkpoint(folder, tmp_path / "new" / "ours")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 5000, "[1]", "3", '{"a": NaN', b"\xff\xfe", " " * 2**25], ids=range(7))
+def test_json_of_another_shape_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"config.json: ") as error:
+        read_checkpoint(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_schedulers_that_are_taken_say_their_betas():
+    import diffusers  # here: it is an optional package
+
+    for name in _DISCRETE:
+        if hasattr(diffusers, name):
+            parameters = inspect.signature(getattr(diffusers, name)).parameters
+            needs_more_packages = set(parameters) == {"args", "kwargs"}
+            assert needs_more_packages or {"beta_start", "beta_schedule", "num_train_timesteps"} <= set(parameters), (
+                name
+            )
+
+
+def _saved(folder, model, *renamed):
+    """Save a model, and rename its file of weights."""
+    model.save_pretrained(folder)
+    for name in renamed:
+        (folder / "diffusion_pytorch_model.safetensors").rename(folder / name)
+
+
+def _weights(source):
+    return read_checkpoint(source).weights()["in_conv.weight"]
+
+
+@pytest.mark.parametrize(
+    "names, taken, note",
+    [
+        (["diffusion_pytorch_model.fp16.safetensors"], 0, "Its weights are the variant fp16: diff"),
+        (
+            ["diffusion_pytorch_model.non_ema.safetensors"],
+            0,
+            "variant non_ema, the weights that are not averaged: diff",
+        ),
+        (
+            ["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+            1,
+            "variant fp16",
+        ),
+        (["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"], 1, None),
+    ],
+)
+def test_a_variant_of_the_weights_is_read_and_noted(tmp_path, names, taken, note):
+    weights = []
+    for number, name in enumerate(names):
+        model = _unet2d(norm_eps=1e-5)
+        model.conv_in.weight.data.fill_(number)
+        _saved(tmp_path / "saved", model, name)
+        weights.append(model.conv_in.weight.detach())
+    assert torch.equal(_weights(tmp_path / "saved"), weights[taken])
+    text = convert_checkpoint(tmp_path / "saved", tmp_path / "ours")[-1].read_text()
+    assert (note or "") in text and ("Its weights are" in text) == (note is not None)
+
+
+def test_the_averaged_weights_of_a_training_go_before_the_raw_ones(tmp_path):
+    for number, name in enumerate(("unet", "unet_ema")):
+        model = _unet2d()
+        model.conv_in.weight.data.fill_(number)
+        model.save_pretrained(tmp_path / "checkpoint-500" / name)
+    assert (_weights(tmp_path / "checkpoint-500") == 1).all() and (
+        _weights(tmp_path / "checkpoint-500" / "unet") == 0
+    ).all()
+    text = convert_checkpoint(tmp_path / "checkpoint-500", tmp_path / "ours")[-1].read_text()
+    assert "# Its unet_ema/ was taken, the averaged weights; give unet/ for the raw ones." in text
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    model, folder = _unet2d(), tmp_path / "sharded"
+    model.save_pretrained(folder, max_shard_size="100KB")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    assert index.is_file() and len(shards) > 2
+    assert torch.equal(_weights(folder), model.conv_in.weight)
+    whole = json.loads(index.read_text())
+    first = next(iter(whole["weight_map"]))
+    for weight_map, message in (
+        (
+            {**whole["weight_map"], first: "../other.safetensors"},
+            f"{first} is in '../other.safetensors'; expected a file",
+        ),
+        ({**whole["weight_map"], first: 3}, f"{first} is in 3; expected a file beside it"),
+        ({**whole["weight_map"], "more": whole["weight_map"][first]}, "lacks more, which .* says it has"),
+        ({first: "diffusion_pytorch_model-9.safetensors"}, "model-9.safetensors': no such file"),
+        ([1], "has no weight_map"),
+    ):
+        index.write_text(json.dumps({**whole, "weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(folder)
+
+
+def test_weights_of_another_kind_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "diffusion_flax_model.msgpack").touch()
+    with pytest.raises(
+        ValueError, match="has a config.json and no weights; expected .*, it holds diffusion_flax_model"
+    ):
+        read_checkpoint(tmp_path)

@@ -1,6 +1,8 @@
 """Checkpoints by name or address: they are fetched once, and their sums are checked."""
 
+import base64
 import hashlib
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -9,6 +11,8 @@ import torch
 from small_checkpoints import DDPM, random_weights, teacher_has
 
 from hsivi_fast.checkpoints import download
+from hsivi_fast.checkpoints.convert import convert_checkpoint
+from hsivi_fast.config import config_difference, without_password
 
 
 @pytest.fixture
@@ -93,3 +97,90 @@ def test_a_cut_answer_and_a_missing_page_leave_nothing(tmp_path, served):
         server.server_close()
     with pytest.raises(ValueError, match=r"other.pt: cannot be downloaded \(.*Connection refused\)"):
         download.fetch_checkpoint(f"{base}/other.pt")
+
+
+@pytest.mark.parametrize("content", [b"<html>sign in</html>", b"PK\x03\x04 cut", b"\x80\x02\0", b"\0" * 8 + b"{cut"])
+def test_a_bad_download_leaves_the_cache_and_is_fetched_again(tmp_path, served, content):
+    address, file, _ = served
+    whole = file.read_bytes()
+    file.write_bytes(content)
+    for read in (
+        lambda: teacher_has(tmp_path, DDPM, address, random_weights(DDPM)),
+        lambda: convert_checkpoint(address, tmp_path / "ours"),
+    ):
+        with pytest.raises(ValueError, match="it was downloaded, and is deleted: the next try fetches it again"):
+            read()
+        assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    file.write_bytes(whole)
+    assert teacher_has(tmp_path, DDPM, address, random_weights(DDPM))
+
+
+def test_a_bad_file_that_was_put_there_by_hand_stays(tmp_path, monkeypatch, served):
+    monkeypatch.setitem(download.PUBLISHED_TEACHERS, "cifar10", "file:///nowhere/cifar10_2040.pt")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cifar10_2040.pt").write_bytes(b"bad")
+    with pytest.raises(ValueError, match="is neither a safetensors file") as error:
+        teacher_has(tmp_path, DDPM, "cifar10", random_weights(DDPM))
+    assert "deleted" not in str(error.value) and (tmp_path / "cache" / "cifar10_2040.pt").is_file()
+
+
+def test_a_user_and_password_go_to_their_host_and_into_no_message(tmp_path, served):
+    _, file, found = served
+    seen = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            if self.path == "/moved.pt":
+                self.send_response(302)
+                self.send_header("Location", "/served.pt")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(file.read_bytes())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://anna:s%40cret@127.0.0.1:{server.server_port}/moved.pt"
+        assert download.fetch_checkpoint(f"{address}#sha256={found}").read_bytes() == file.read_bytes()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert seen == [("/moved.pt", f"Basic {base64.b64encode(b'anna:s@cret').decode()}"), ("/served.pt", None)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://anna:s3cret@127.0.0.1:9/a.pt",
+        "http://anna:s3cret@127.0.0.1:9/a.pt#sha256=12",
+        "http://anna:s3cret@127.0.0.1:port/a.pt",
+        "http://anna:s3cret@/a.pt",
+        "http://127.0.0.1:9/a.pt?token=s3cret&key=s3cret",
+        "https://[anna:s3cret@/a.pt",
+        "file://anna:s3cret@/nowhere/a.pt",
+        "ftp://anna:s3cret@host/a.pt",
+    ],
+)
+def test_no_message_shows_a_password(served, address):
+    with pytest.raises(ValueError) as error:
+        download.fetch_checkpoint(address)
+    assert "s3cret" not in str(error.value) and "***" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_difference_of_two_runs_shows_no_password():
+    difference = config_difference({"checkpoint": "https://a:s3cret@h/x"}, {"checkpoint": "https://a:other@h/x?k=1"})
+    assert difference == "checkpoint = 'https://***@h/x', not 'https://***@h/x?***'"
+    assert without_password("a?b=1 c@d.e") == "a?b=1 c@d.e"
+
+
+def test_addresses_of_pipes_and_devices_are_not_opened(tmp_path, served):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="is a pipe, socket or device; give a regular file"):
+            download.fetch_checkpoint(f"file://{path}")

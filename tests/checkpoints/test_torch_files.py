@@ -145,4 +145,4 @@ def test_the_norm_eps_of_ddpm_torch_is_the_guess_for_its_teachers(tmp_path):
     torch.save(published_file(DDPM, (1,))[0], tmp_path / "c.pt")
     with torch.device("meta"):
         torch.save(dict(build_unet("cifar10").named_parameters()), tmp_path / "d.pt")
-    assert [read_checkpoint(tmp_path / f"{name}.pt").network["norm_eps"] for name in "abcd"] == [1e-6, 1e-5, 1e-5, 1e-6]
+    assert [read_checkpoint(tmp_path / f"{name}.pt").network["norm_eps"] for name in "abcd"] == [1e-6, 1e-6, 1e-5, 1e-6]

@@ -35,12 +35,25 @@ def test_repeated_knots_are_refused_in_training_and_dropped_in_a_baseline():
         (lambda: knots("quad", 0, 1000), "nfe: 0"),
         (lambda: knots("uniform", 1000, 1000), "nfe: 1000"),
         (lambda: signal_levels("sigmoid", 1000), "betas: 'sigmoid'"),
+        (lambda: signal_levels("cosine_4000", 4000), "teacher.steps: 4000 does not go with teacher.betas=cosine_4000"),
         (lambda: Layers(make_schedule("linear", 1000, "quad", 5), 1.5), "eta: 1.5"),
     ],
 )
 def test_bad_schedules_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_cosine_4000_is_the_noise_of_a_teacher_that_was_shown_t_over_4():
+    """Its levels by hand, from F(u) = cos^2((u + 0.008) / 1.008 * pi / 2): at t they are F((t + 1/4) / 1000) / F(0)."""
+    level, published = signal_levels("cosine_4000", 1000), signal_levels("cosine", 1000)
+    by_hand = {0: 0.9999901341811863, 500: 0.49345397967426585, 999: 1.3661818690274595e-06}
+    assert len(level) == 1000
+    for t, value in by_hand.items():
+        assert level[t] == pytest.approx(value, rel=1e-12)
+    # The published table is that of 3/4 of a step later, and 2.05 times too much noise at tau_0.
+    np.testing.assert_allclose(published[:990], signal_levels("cosine", 4000)[3::4][:990], rtol=1e-12)
+    assert np.sqrt((1 - published[0]) / (1 - level[0])) == pytest.approx(2.0456, abs=1e-4)
 
 
 @pytest.mark.parametrize("eta", ["0.2", "1.0"])
