@@ -3,6 +3,8 @@
 import statistics
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..config import resolved_dict
@@ -20,9 +22,11 @@ GPU = [("power (W)", "gpu_power_watts"), ("utilisation (%)", "gpu_utilisation_pe
 SCALE = "The learned factor exp(log_gamma) on the noise of each layer, in the averaged student: 1 is where training starts, below it a layer adds less noise than DDIM with the run's eta."
 
 
-def write_report(folder, teacher=None, backend=None):
+def write_report(folder, teacher=None, backend=None, beside_teacher=True, progress=False):
     """Draw a run's pictures into its samples/ folder and write report.html. Returns the page's path.
 
+    beside_teacher: draw the teacher's samples beside the run's, which takes many more evaluations.
+    progress: show a bar on stderr where drawing takes more than 5 seconds.
     backend: as of `load_sampler`. The run needs a checkpoint; the table and its picture are left out where it was not measured.
     """
     config = folder.config()
@@ -33,13 +37,13 @@ def write_report(folder, teacher=None, backend=None):
     teacher_nfe = max(
         config.eval.ddim_nfe
     )  # what "teacher" means beside a few-step sampler: DDIM with the most evaluations of the table
-    samplers = {
-        _ddim_title(teacher_nfe, "teacher"): ddim_sampler(context, teacher_nfe, 0.0),
-        _ddim_title(config.nfe): ddim_sampler(context, config.nfe, 0.0),
-        f"HSIVI, {config.nfe} evaluations": student,
-    }
+    samplers = {}
+    if beside_teacher:
+        samplers[_ddim_title(teacher_nfe, "teacher")] = ddim_sampler(context, teacher_nfe, 0.0)
+        samplers[_ddim_title(config.nfe)] = ddim_sampler(context, config.nfe, 0.0)
+    samplers[f"HSIVI, {config.nfe} evaluations"] = student
     sections, pictures = {}, {}
-    samples = {title: _drawn(sampler) for title, sampler in samplers.items()}
+    samples = _all_drawn(samplers, progress)
     if config.teacher.target is not None:
         pictures["density"] = figures.densities({"target": teacher.samples(PLANE_POINTS), **samples})
         sections["Samples"] = page.paragraph("The same seeds for every sampler.") + page.chart(
@@ -47,7 +51,10 @@ def write_report(folder, teacher=None, backend=None):
         )
     else:
         grids = {title: image_grid(images) for title, images in samples.items()}
-        pictures.update(zip(("teacher", "ddim", "hsivi"), grids.values()), comparison=figures.comparison(samples))
+        names = ("teacher", "ddim", "hsivi") if beside_teacher else ("hsivi",)
+        pictures.update(zip(names, grids.values()))
+        if beside_teacher:
+            pictures["comparison"] = figures.comparison(samples)
         sections["Samples"] = page.paragraph("The same seeds for every sampler.") + page.gallery(grids)
     if results:
         pictures["distance_vs_nfe"] = figures.distance_against_nfe(results)
@@ -391,8 +398,19 @@ def _ddim_title(nfe, name="DDIM"):
     return f"{name} (DDIM, {nfe} evaluations)" if name != "DDIM" else f"DDIM, {nfe} evaluations"
 
 
-def _drawn(sampler):
+def _all_drawn(samplers, progress):
+    """{title: what is shown of a sampler}, with a bar where it takes more than 5 seconds."""
+    samples, shown = {}, {"desc": "report", "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True}
+    plane = any(len(sampler.network.event_shape) == 1 for sampler in samplers.values())
+    total = sum(sampler.nfe for sampler in samplers.values()) * (PLANE_POINTS if plane else GRID**2)
+    with tqdm(total=total, disable=not progress, delay=5, leave=False, **shown) as bar:
+        for title, sampler in samplers.items():
+            samples[title] = _drawn(sampler, lambda images, sampler=sampler: bar.update(images * sampler.nfe))
+    return samples
+
+
+def _drawn(sampler, on_batch=None):
     """What is shown of a sampler, on the CPU: uint8 images [64, C, H, W] as an array, or points [N, 2]."""
     if len(sampler.network.event_shape) == 1:
-        return sampler(range(PLANE_POINTS), PLANE_POINTS).cpu()
-    return to_uint8(sampler(range(GRID**2))).cpu().numpy()
+        return sampler(range(PLANE_POINTS), PLANE_POINTS, on_batch).cpu()
+    return to_uint8(sampler(range(GRID**2), GRID**2 // 4, on_batch)).cpu().numpy()

@@ -123,7 +123,11 @@ class Training:
             if self.world.is_main:
                 (self.folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
             self.world.mark(f"step {self.step}")
-            self.rollout.start_cycle(self.step // self.config.train.f_learning_times)
+            evaluations = getattr(self.rollout, "share", 0) * self.config.nfe
+            with self.journal.bar_of_first_pool(evaluations) as told:
+                self.rollout.on_layer = told
+                self.rollout.start_cycle(self.step // self.config.train.f_learning_times)
+                self.rollout.on_layer = None
 
     def advance(self):
         """One step: at the end of a cycle an update of the student and a new pool, and always one of the score network.
@@ -167,7 +171,9 @@ class Training:
             if self.world.is_main:
                 self.folder.write_json("results.json", table)
         if self.world.is_main:
-            write_report(self.folder, self.context.teacher)
+            # Where nothing is measured, the teacher's samples were not asked for; `hsivi report` draws them.
+            beside = self.config.eval.num_samples > 0
+            write_report(self.folder, self.context.teacher, beside_teacher=beside, progress=self.progress)
 
     def _due(self, stop):
         """What this step ends with. Ranks that are to do something together have to agree on it."""
