@@ -12,6 +12,7 @@ from pathlib import Path
 from ..build import build_context, build_score_net, build_student, choose_device
 from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
+from ..data import check_image_size
 from ..metrics.evaluation import build_metric, final_table
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
@@ -90,6 +91,7 @@ class Training:
         self.step = 0
         check_memory(config, world.size, choose_device(config.device) if world.size == 1 else world.device)
         self.context = context = build_context(config, world, teacher=True)
+        check_image_size(config, context.teacher.event_shape)
         # A machine may have another file under that name.
         world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
         # A run that goes on has its own checkpoint: what it started from may be gone.
