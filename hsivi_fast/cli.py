@@ -331,7 +331,7 @@ def report(runs, out, backend):
 
     folders = [RunFolder(run) for run in runs]
     if len(folders) == 1 and out is None:
-        click.echo(f"report: {write_report(folders[0], backend=backend)}")
+        click.echo(f"report: {write_report(folders[0], backend=backend, progress=True)}")
     else:
         click.echo(f"report: {compare_runs(folders, out or 'comparison.html', backend=backend)}")
 
@@ -381,34 +381,35 @@ def main(arguments=None):
 
     Exit code 0 on success, 2 and one line on a user's error, 128 + signal after a saved interruption.
     arguments: those of the command line by default. Of several processes that a launcher has started, rank 0 speaks.
-    A reader of the output that has gone (`hsivi ... | head`) ends the command with 141, as SIGPIPE ends others.
+    A reader of the output that has gone (`hsivi ... | head`) ends the command with 1, without a word.
     """
     _open_closed_streams()
     _only_ours()
-    stderr, sys.stderr = sys.stderr, _Forgiving(sys.stderr)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = output, _ = _Stream(sys.stdout, forgiving=False), _Stream(sys.stderr, forgiving=True)
     try:
         hsivi.main(arguments, standalone_mode=False)
-        sys.stdout.flush()
+        output.flush()
+        if output.failed:  # click leaves out what it cannot write
+            raise output.failed
     except click.exceptions.Abort:
         _fail("interrupted; a run that was training goes on from its newest checkpoint with the same command", 130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except BrokenPipeError:
-        _to_nowhere(sys.stdout)
-        sys.exit(141)
+        sys.exit(1)  # as click itself does where it writes
     except Interrupted as error:
         _fail(str(error), 128 + error.signal_number)
     except Exception as error:
-        if isinstance(error, OSError) and _cannot_write(sys.stdout):
-            _to_nowhere(sys.stdout)
-            _fail(f"cannot write the output: {error.strerror or error}", 2)
+        if isinstance(error, OSError) and output.failed:
+            _fail(f"cannot write the output: {output.failed}", 2)
         if is_out_of_memory(error):
             _fail(_out_of_memory(error), 2)
         if not isinstance(error, (ValueError, OSError, FloatingPointError)):
             raise
         _fail(" ".join(str(error).split()), 2)
     finally:
-        sys.stderr = stderr
+        sys.stdout, sys.stderr = streams
 
 
 def launched(command):
@@ -422,28 +423,33 @@ def launched(command):
     disconnect()
 
 
-class _Forgiving:
-    """stderr, where what cannot be written is left out: a full disk, a closed pipe or a terminal that has gone must not
-    end a training.
+class _Stream:
+    """stdout or stderr; `failed` is the first error of writing to it.
+
+    forgiving: what cannot be written is left out. So is stderr, since a full disk, a closed pipe or a terminal that has
+    gone must not end a training.
     """
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, forgiving):
+        self.stream, self.forgiving, self.failed = stream, forgiving, None
 
     def write(self, text):
-        """As of a stream; never raises for want of a reader or of room."""
-        try:
-            return self.stream.write(text)
-        except (OSError, ValueError):
-            _to_nowhere(self.stream)
-            return len(text)
+        """As of a stream."""
+        return self._try(lambda: self.stream.write(text), len(text))
 
     def flush(self):
-        """As of a stream; never raises for want of a reader or of room."""
+        """As of a stream."""
+        self._try(self.stream.flush, None)
+
+    def _try(self, call, otherwise):
         try:
-            self.stream.flush()
-        except (OSError, ValueError):
+            return call()
+        except (OSError, ValueError) as error:
+            self.failed = self.failed or error
             _to_nowhere(self.stream)
+            if not self.forgiving:
+                raise
+            return otherwise
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -456,15 +462,6 @@ def _to_nowhere(stream):
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
         stream.flush()
-
-
-def _cannot_write(stream):
-    """Whether a stream holds what it cannot write."""
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        return True
-    return False
 
 
 def _open_closed_streams():

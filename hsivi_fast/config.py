@@ -89,7 +89,7 @@ Seconds = Annotated[Number, Field(gt=0, le=1_000_000)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = _count(1_000_000_000)
 Natural = _count(1_000_000_000, least=0)
-BatchSize = _count(1_000_000)
+BatchSize = _count(100_000)
 Evaluations = _count(10_000)
 Channels = _count(65_536)
 

@@ -66,6 +66,21 @@ def load_data(name, path=None):
     return DataSet(_scaled(pixels), None, levels=256)
 
 
+IMAGES_OF = {"digits": (1, 8, 8), "mnist": (1, 32, 32)}  # [C, H, W] of the data sets that have one size
+
+
+def check_image_size(config, event_shape):
+    """ValueError where a run makes other images than those of its data set."""
+    known = IMAGES_OF.get(config.data)
+    if known is None or tuple(event_shape) == known or len(event_shape) != 3:
+        return
+    key, place = ("image_channels", 0) if event_shape[0] != known[0] else ("image_size", 1)
+    raise ValueError(
+        f"network.{key}: {event_shape[place]} is not that of data={config.data}, whose images are {list(known)}; "
+        f"set network.{key}={known[place]}"
+    )
+
+
 def has_data(config):
     """Whether a run's data set can be loaded: it comes with the package, or the run says where it is."""
     return config.data == "digits" or config.data_path is not None

@@ -259,10 +259,12 @@ def disconnect():
 
 def _from_environment(name, default=None, least=None, most=None):
     text = os.environ.get(name, default)
+    if text is None:
+        raise ValueError(f"{name}: not set, and WORLD_SIZE is; {LAUNCHER}")
     try:
         number = int(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: {text!r} in the environment is not a number; {LAUNCHER}") from None
+    except ValueError:
+        raise ValueError(f"{name}: {text[:80]!r} in the environment is not a number; {LAUNCHER}") from None
     if least is not None and not least <= number <= most:
         raise ValueError(f"{name}: {number} in the environment is not between {least} and {most}; {LAUNCHER}")
     return number
@@ -317,9 +319,10 @@ def _device(name, local_rank):
 def _reach_master(rank, timeout):
     """(address, store): the key-value store that rank 0 serves at MASTER_ADDR and MASTER_PORT."""
     global _met
-    host, port = os.environ.get("MASTER_ADDR"), _from_environment("MASTER_PORT", least=1, most=65535)
+    host = os.environ.get("MASTER_ADDR")
     if not host:
-        raise ValueError(f"MASTER_ADDR: not set; {LAUNCHER}")
+        raise ValueError(f"MASTER_ADDR: not set, and WORLD_SIZE is; {LAUNCHER}")
+    port = _from_environment("MASTER_PORT", least=1, most=65535)
     address = f"{host}:{port}"
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun serves one by itself
     try:

@@ -2,6 +2,8 @@
 
 import datetime
 
+from tqdm import tqdm
+
 from ..metrics.features import network_of
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
@@ -20,17 +22,20 @@ from .sections import (
 STEMS = ("teacher", "ddim", "hsivi")  # of the pictures with the samples of these three
 
 
-def write_report(folder, teacher=None, backend=None):
+def write_report(folder, teacher=None, backend=None, beside_teacher=True, progress=False):
     """Draw a run's pictures into its samples/ folder and write report.html. Returns the page's path.
 
     folder: `RunFolder`, with a checkpoint; teacher: the run's, if it is loaded already; backend: as of `load_sampler`.
+    beside_teacher: draw the teacher's samples beside the run's, which takes many more evaluations.
+    progress: show a bar on stderr where drawing takes more than 5 seconds.
     The table and its picture are left out where the run was not measured. Raises ValueError as `load_sampler`.
     """
     config = folder.config()
     student, context, step = load_sampler_to_draw(folder, backend)
     context = context.with_teacher(teacher)
     results, metrics = folder.read_json("results.json", []), folder.metrics()
-    pictures, content = _sample_pictures(context, _samples(context, student))  # {stem of a file: PNG bytes}, HTML
+    samples = _drawn(_samplers(context, student, beside_teacher), progress)
+    pictures, content = _sample_pictures(context, samples)  # {stem of a file: PNG bytes}, HTML
     sections = {"Samples": page.paragraph("The same seeds for every sampler.") + content}
     if results:
         pictures["distance_vs_nfe"] = figures.distance_against_nfe(results)
@@ -74,15 +79,25 @@ def _circumstances(folder, metrics):
     return "; ".join([*told, f"this page is of {datetime.date.today().isoformat()}"]) + "."
 
 
-def _samples(context, student):
-    """{title: samples} of the teacher at its best, of DDIM with the student's evaluations, and of the student."""
+def _samplers(context, student, beside_teacher):
+    """{title: sampler}: the teacher at its best and DDIM with the student's evaluations, if asked for; the student."""
     config = context.config
-    most = max(config.eval.ddim_nfe)
-    return {
-        teacher_title(most): draw_samples(ddim_sampler(context, most, 0.0)),
-        ddim_title(config.nfe): draw_samples(ddim_sampler(context, config.nfe, 0.0)),
-        f"HSIVI, {config.nfe} evaluations": draw_samples(student),
-    }
+    samplers = {}
+    if beside_teacher:
+        most = max(config.eval.ddim_nfe)
+        samplers[teacher_title(most)] = ddim_sampler(context, most, 0.0)
+        samplers[ddim_title(config.nfe)] = ddim_sampler(context, config.nfe, 0.0)
+    return {**samplers, f"HSIVI, {config.nfe} evaluations": student}
+
+
+def _drawn(samplers, progress):
+    """{title: what is shown of a sampler}, with a bar where that takes more than 5 seconds."""
+    samples, total = {}, sum(sampler.nfe for sampler in samplers.values())
+    with tqdm(total=total, desc="report", disable=not progress, delay=5, leave=False, dynamic_ncols=True) as bar:
+        for title, sampler in samplers.items():
+            samples[title] = draw_samples(sampler)
+            bar.update(sampler.nfe)
+    return samples
 
 
 def _sample_pictures(context, samples):
@@ -92,5 +107,7 @@ def _sample_pictures(context, samples):
         density = figures.densities({"target": target, **samples})
         return {"density": density}, page.chart(density, "density of the target and of each sampler")
     grids = {title: figures.image_grid(images) for title, images in samples.items()}
-    pictures = dict(zip(STEMS, grids.values(), strict=True))
-    return {**pictures, "comparison": figures.side_by_side(samples)}, page.gallery(grids)
+    pictures = dict(zip(STEMS[-len(grids) :], grids.values(), strict=True))
+    if len(grids) > 1:
+        pictures["comparison"] = figures.side_by_side(samples)
+    return pictures, page.gallery(grids)

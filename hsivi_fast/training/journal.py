@@ -1,5 +1,6 @@
 """What a training leaves for the eye: bar, metrics.jsonl, TensorBoard, Weights & Biases, and pictures on the way."""
 
+import contextlib
 import io
 import secrets
 import sys
@@ -94,6 +95,18 @@ class Journal:
         if step and not stopped and step not in [record["step"] for record in self.folder.read_lines("saves.jsonl")]:
             size = sum(file.stat().st_size for file in self.folder.checkpoint_path(step).iterdir())
             self.folder.append("saves.jsonl", {"step": step, "seconds": None, "bytes": size})
+
+    @contextlib.contextmanager
+    def bar_of_first_pool(self, evaluations):
+        """A bar of its own while the first pool is rolled, where that takes more than 5 seconds.
+
+        evaluations: of the network, by this rank. It gives what has to be called with the samples of each layer.
+        """
+        from tqdm import tqdm  # here: as in `start`
+
+        shown = {"desc": "first pool", "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True, "leave": False}
+        with tqdm(total=evaluations, disable=not self.progress, delay=5, **shown) as bar:
+            yield bar.update
 
     def _opening(self, step):
         """The line above the bar: what runs where."""

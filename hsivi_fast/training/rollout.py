@@ -86,6 +86,8 @@ def one_layer_on(predict, layers, log_gamma, batch):
 class FreshRollout:
     """New trajectories of the whole batch for every update, as the published code does."""
 
+    on_layer = None  # nothing is rolled beforehand
+
     def __init__(self, context, student):
         config, self.layers, self.student = context.config, context.layers, student
         self.predict = context.execution.compiled(student)
@@ -121,7 +123,10 @@ class PooledRollout:
 
     All their transitions, shuffled, are the cycle's minibatches. With `redraw` r > 1 each stored mean is used r times,
     with new noise each time. The next student update takes its x_k from the same pool: they are still on-policy.
+    on_layer(n), where it is set, is told of n samples that have come one layer further.
     """
+
+    on_layer = None
 
     def __init__(self, context, student):
         config, self.layers, self.student, self.world = context.config, context.layers, student, context.world
@@ -180,6 +185,8 @@ class PooledRollout:
                     means[current - 1, chunk] = self.layers.mean(x, eps_hat, k)
                 x = self.layers.step(x, eps_hat, self.student.log_scaled_gamma, ops.Noise(seeds, k))
                 states[current - 1, chunk] = x
+                if self.on_layer:
+                    self.on_layer(len(seeds))
 
     @torch.no_grad()
     def score_net_batch(self, step):

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..build import build_context, build_score_net, build_student, choose_device
 from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
+from ..data import check_image_size
 from ..metrics.evaluation import build_metric, final_table
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
@@ -93,6 +94,7 @@ class Training:
         # Told before anything is built. The folder is made and held in `in_its_folder`.
         has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
         self.context = context = build_context(config, world, teacher=True)
+        check_image_size(config, context.teacher.event_shape)
         # A machine may have another file under that name.
         world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
         # A run that goes on has its own checkpoint: what it started from may be gone.
@@ -134,7 +136,11 @@ class Training:
             if self.world.is_main:
                 (self.folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
             self.world.mark(f"step {self.step}")
-            self.rollout.start_cycle(self.step // self.config.train.f_learning_times)
+            evaluations = getattr(self.rollout, "share", 0) * self.config.nfe
+            with self.journal.bar_of_first_pool(evaluations) as told:
+                self.rollout.on_layer = told
+                self.rollout.start_cycle(self.step // self.config.train.f_learning_times)
+                self.rollout.on_layer = None
 
     def advance(self):
         """One step: at the end of a cycle an update of the student and a new pool, and always one of the score network.
@@ -179,7 +185,9 @@ class Training:
             if self.world.is_main:
                 self.folder.write_json("results.json", table)
         if self.world.is_main:
-            write_report(self.folder, self.context.teacher)
+            # Where nothing is measured, the teacher's samples were not asked for; `hsivi report` draws them.
+            beside = self.config.eval.num_samples > 0
+            write_report(self.folder, self.context.teacher, beside_teacher=beside, progress=self.progress)
 
     def _due(self, stop):
         """What this step ends with. Ranks that are to do something together have to agree on it."""

@@ -30,6 +30,8 @@ TAKEN = (
     "bf16",
     "amp",
 )
+# Timers of DeepSpeed's own forward, which a run does not call, and gradients that no layer of ours has.
+UNSUPPORTED = ("wall_clock_breakdown", "sparse_gradients")
 TAKEN_OF_ZERO = ("stage", "offload_optimizer", "offload_param", "cpu_offload")
 
 
@@ -337,6 +339,17 @@ def _settings_file(path):
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
         raise ValueError(f"{where}: expected an object with settings")
     zero = given.get("zero_optimization", {})
+    for settings, prefix in ((given, ""), (zero, "zero_optimization.")):
+        for key, value in settings.items():
+            if value is None:
+                raise ValueError(f"{where}: {prefix}{key} is null; give it a value, or leave it out")
+    for key in UNSUPPORTED:
+        if given.get(key):
+            raise ValueError(f"{where}: sets {key}, which does not go with how a run calls its networks; remove it")
+    persistent = zero.get("stage3_param_persistence_threshold", 0)
+    if isinstance(persistent, bool) or not isinstance(persistent, (int, float)) or not 0 <= persistent < 2**62:
+        name = "zero_optimization.stage3_param_persistence_threshold"
+        raise ValueError(f"{where}: {name}: {persistent!r} is not a number of elements")
     taken = [key for key in TAKEN if key in given]
     taken += [f"zero_optimization.{key}" for key in TAKEN_OF_ZERO if key in zero]
     if taken:
