@@ -51,11 +51,12 @@ setup(
         "tqdm",
         "tensorboard",
         "omegaconf>=2.3",
+        "pyyaml",
         "pydantic>=2.5",
         "click>=8.1",
     ],
     extras_require={
-        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "diffusers"],
+        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "diffusers", "scipy"],
         "diffusers": ["diffusers"],
         "wandb": ["wandb"],
     },

@@ -125,7 +125,7 @@ class Measured:
         )
 
 
-def training_rows(network, batch, nfe, f_updates, rounds, device):
+def training_rows(network, batch, nfe, f_learning_times, rounds, device):
     """Rows of a training cycle; the published side is one of them."""
     teacher = small_teacher(network, device)
     published = published_training(teacher, nfe)
@@ -134,10 +134,10 @@ def training_rows(network, batch, nfe, f_updates, rounds, device):
         sides["published", part] = (function, PUBLISHED_CALLS[part])
     state = torch.zeros(batch, *teacher.event_shape, device=device)
     forward = counted_flops(lambda: teacher(state, published.tau[:1].expand(batch)))
-    published_work = cycle_work(nfe, batch, f_updates) * forward
+    published_work = cycle_work(nfe, batch, f_learning_times) * forward
     work, preparing = {}, {}
     for name, (_, changes) in runnable(TRAINING, device).items():
-        ours = OurTraining(name, {"backend": "torch", **changes}, teacher, network, batch, nfe, f_updates)
+        ours = OurTraining(name, {"backend": "torch", **changes}, teacher, network, batch, nfe, f_learning_times)
         ours.check(published_training(teacher, nfe))  # a new one: a check trains both sides
         parts = ours.parts()
         for _ in range(WARM_UP if changes.get("cuda_graphs") else 1):
@@ -148,14 +148,16 @@ def training_rows(network, batch, nfe, f_updates, rounds, device):
             del parts["rollout"]  # it is within its updates
             work[name] = published_work
         elif changes.keys() <= {"rollout"}:  # the others do the work of `pooled`
-            work[name] = counted_of_parts(counted_flops, parts, f_updates)
+            work[name] = counted_of_parts(counted_flops, parts, f_learning_times)
         preparing[name] = ours.context.execution.seconds
         for part, function in parts.items():
             sides[name, part] = (function, CALLS[part])
     medians = {side: statistics.median(values) for side, values in timed_rounds(sides, device, rounds).items()}
     seconds = {}
     for name in ("published", *preparing):
-        seconds[name] = cycle_sum({part: value for (of, part), value in medians.items() if of == name}, f_updates)
+        seconds[name] = cycle_sum(
+            {part: value for (of, part), value in medians.items() if of == name}, f_learning_times
+        )
     counted_ratio = {name: published_work / work.get(name, work.get("pooled")) for name in preparing}
     return Measured(seconds, preparing, counted_ratio).rows("training", "s a cycle", TRAINING)
 
@@ -195,12 +197,12 @@ def main():
         "nfe": arguments.nfe,
         "f_learning_times": arguments.f_learning_times,
     }
-    network, batch, images, nfe, f_updates = settings.values()
+    network, batch, images, nfe, f_learning_times = settings.values()
     rows = []
     if arguments.only != "training":
         rows += sampling_rows(network, images, nfe, arguments.rounds, device)
     if arguments.only != "sampling":
-        rows += training_rows(network, batch, nfe, f_updates, arguments.rounds, device)
+        rows += training_rows(network, batch, nfe, f_learning_times, arguments.rounds, device)
     rows = [replace(row, extras={**row.extras, **settings}, **facts) for row in rows]
     write_rows(arguments.json, rows)
     without = "; kernels and graphs need a GPU" if device.type == "cpu" else ""

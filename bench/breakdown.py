@@ -25,7 +25,7 @@ from bench.train_step import OurTraining, small_teacher
 from hsivi_fast.build import choose_device
 from hsivi_fast.sampling.sampler import Sampler
 
-NFE, F_UPDATES, IMAGES = 10, 20, 64
+NFE, F_LEARNING_TIMES, IMAGES = 10, 20, 64
 OURS = "hsivi_fast::"
 KINDS = {  # kind -> parts of operators' names, the first that fits
     "the method's own": (
@@ -80,7 +80,7 @@ def _name_for_kind(event):
 def parts_of(precision, network, batch, device):
     """{part: function of nothing}: the parts of a training cycle, and sampling."""
     teacher = small_teacher(network, device)
-    ours = OurTraining(precision, {"precision": precision}, teacher, network, batch, NFE, F_UPDATES)
+    ours = OurTraining(precision, {"precision": precision}, teacher, network, batch, NFE, F_LEARNING_TIMES)
     context = ours.context
     log_gamma = torch.zeros(ours.student.network.event_shape, device=device)
     sampler = Sampler(context.teacher, context.layers, log_gamma)

@@ -2,8 +2,8 @@
 
     python -m bench.cluster        prints the tables and fills them into bench/scaling.md
 
-A cycle is `F_UPDATES` updates of the score network and one of the student, on a pool that the ranks roll in equal
-shares and gather (`pooled`, redraw 1).
+A cycle is `F_LEARNING_TIMES` updates of the score network and one of the student, on a pool that the ranks roll in
+equal shares and gather (`pooled`, redraw 1).
 
 * Counted, on tensors without memory: floating-point operations of matrix products and convolutions, parameters, the
   size of an event.
@@ -33,7 +33,7 @@ from hsivi_fast.nets import build_unet
 
 REPORT = Path(__file__).resolve().parent / "scaling.md"
 GPUS = (8, 64, 512)
-F_UPDATES, NFE, CHUNK = 20, 10, 4096  # f_learning_times and K of the published runs; rollout.chunk's default
+F_LEARNING_TIMES, NFE, CHUNK = 20, 10, 4096  # f_learning_times and K of the published runs; rollout.chunk's default
 FLOAT = 4  # bytes: weights, gradients and the pool are float32 in every precision of a run
 # network -> (samples a GPU, batch) of the published settings
 PUBLISHED = {"cifar10": (16, 128), "celeba64": (16, 128), "imagenet64": (32, 2048)}
@@ -261,7 +261,7 @@ class Case:
     @property
     def trajectories(self):
         """How many a GPU rolls: ceil(f_learning_times B / K), split and filled up to equal shares."""
-        return -(-math.ceil(F_UPDATES * self.batch / NFE) // self.gpus)
+        return -(-math.ceil(F_LEARNING_TIMES * self.batch / NFE) // self.gpus)
 
     @property
     def pool_floats(self):
@@ -271,7 +271,7 @@ class Case:
     @property
     def own_floats(self):
         """Numbers of the samples that a GPU's own updates take from the pool in a cycle."""
-        return (F_UPDATES + 1) * self.samples * self.network.event
+        return (F_LEARNING_TIMES + 1) * self.samples * self.network.event
 
     def passes(self):
         """{pass: its work on a GPU in a cycle, in forwards of one sample}.
@@ -284,8 +284,8 @@ class Case:
             "frozen forward": 2 * self.samples,
             "frozen backward": 2 * self.samples,
             "student backward": 2 * self.samples,
-            "score_net forward": F_UPDATES * self.samples,
-            "score_net backward": 2 * F_UPDATES * self.samples,
+            "score_net forward": F_LEARNING_TIMES * self.samples,
+            "score_net backward": 2 * F_LEARNING_TIMES * self.samples,
         }
 
     @property
@@ -298,12 +298,12 @@ class Case:
 
         spread: each GPU is sent only its own samples of the pool, which is not built.
         """
-        found = collectives(*self._numbers, zero, F_UPDATES, 1, self.rollout_calls, reduction, cluster)
+        found = collectives(*self._numbers, zero, F_LEARNING_TIMES, 1, self.rollout_calls, reduction, cluster)
         return [*found[:-1], Collective("pool", "all_to_all", self.own_floats)] if spread else found
 
     def sent(self, zero, reduction, accumulation=1):
         """`sent_per_cycle` of this case."""
-        return sent_per_cycle(*self._numbers, zero, F_UPDATES, accumulation, self.rollout_calls, reduction)
+        return sent_per_cycle(*self._numbers, zero, F_LEARNING_TIMES, accumulation, self.rollout_calls, reduction)
 
     @property
     def _numbers(self):
@@ -360,7 +360,7 @@ def cycle(case, zero, reduction="reduce_scatter", cluster=H100, spread=False):
     network = case.network
     passes = {name: forwards * network.forward_flops / cluster.rate() for name, forwards in case.passes().items()}
     of_student = update_bytes(network.student_parameters, case.gpus, zero)
-    of_score_net = F_UPDATES * update_bytes(network.parameters, case.gpus, zero)
+    of_score_net = F_LEARNING_TIMES * update_bytes(network.parameters, case.gpus, zero)
     update = (of_student + of_score_net) / cluster.memory_bandwidth
     times, hidden = dict.fromkeys(("gradients", "parameters", "pool"), 0.0), dict.fromkeys(passes, 0.0)
     for each in case.collectives(zero, reduction, spread, cluster):
@@ -398,7 +398,7 @@ def needed_samples(network, gpus, share, cluster=H100, spread=False):
     """The least number of samples a GPU from which communication takes at most `share` of a cycle.
 
     With ZeRO 0 and no overlap; None where no batch reaches that. Work and communication both grow linearly with the
-    samples, of which each has F_UPDATES / NFE trajectories exactly.
+    samples, of which each has F_LEARNING_TIMES / NFE trajectories exactly.
     """
 
     def parts(samples):
@@ -426,7 +426,7 @@ def pool_limit_gpus(network, cluster=H100):
 
 def pool_limit_batch(network, limit=POOL_LIMIT):
     """The largest batch of an update whose pool has at most so many bytes."""
-    return int(limit // (FLOAT * (NFE + 1) * network.event)) * NFE // F_UPDATES
+    return int(limit // (FLOAT * (NFE + 1) * network.event)) * NFE // F_LEARNING_TIMES
 
 
 # What DeepSpeed has today, smallest stage first: ZeRO stage and how its gradients are averaged. ZeRO 2 differs from
@@ -649,7 +649,7 @@ def _step_line(network, gpus, batch, cluster):
         milliseconds(times["gradients"] + times["parameters"]),
         milliseconds(times["pool"]),
         bounds(times),
-        " / ".join(f"{batch * F_UPDATES / seconds:,.0f}" for seconds in both),
+        " / ".join(f"{batch * F_LEARNING_TIMES / seconds:,.0f}" for seconds in both),
         " / ".join(f"{alone * case.samples / seconds:.0%}" for seconds in both),
         f"{times['share']:.0%}",
     ]
@@ -809,7 +809,7 @@ def alone_table(study):
     def images_per_second(network):
         samples = PUBLISHED[network.name][0]
         times = cycle(Case(network, 1, samples), 0, cluster=study.cluster)
-        return f"{F_UPDATES * samples / times['no_overlap']:,.0f}"
+        return f"{F_LEARNING_TIMES * samples / times['no_overlap']:,.0f}"
 
     lines = [[network.name, images_per_second(network)] for network in study.networks]
     return markdown(["network", "images/s of one GPU"], lines)

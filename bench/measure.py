@@ -85,12 +85,15 @@ def use_modes_of(context):
 
 def has_fast_bfloat16():
     """Whether this machine computes in bfloat16: a GPU, or a CPU with avx512_bf16 or amx_bf16."""
-    if torch.cuda.is_available():
-        return True
+    return torch.cuda.is_available() or bool(cpu_bfloat16_flags())
+
+
+def cpu_bfloat16_flags():
+    """Those of the flags avx512_bf16 and amx_bf16 that this CPU has."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        flags = file.read()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+        flags = set(file.read().split())
+        return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return []
 
 
 def copy_bandwidth(device, size=512 * 2**20):
@@ -248,12 +251,16 @@ def counted_flops(function):
     return counter.flops
 
 
-def describe(device):
-    """Commit, device and versions, as every row of a results file has them: see `Row`."""
+def describe(device, threads=None):
+    """Commit, device and versions, as every row of a results file has them: see `Row`.
+
+    A CPU is named with its threads (this process's by default) and its flags for bfloat16.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        count = threads or torch.get_num_threads()
+        name = ", ".join([_cpu_name(), f"{count} thread{'s' * (count > 1)}", *cpu_bfloat16_flags()])
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "hsivi_fast"):
         versions[package] = metadata.version(package)

@@ -1,7 +1,7 @@
 """Every operation against plain torch, eager and compiled, on the same work.
 
     python -m bench.ops [--json bench/results/ops_h100.jsonl]      a table; on a GPU in under ten minutes
-    pytest bench/ops.py --benchmark-only                           the same cases in pytest-benchmark
+    pytest -n 0 bench/test_ops.py --benchmark-only                 six of the cases in pytest-benchmark
 
 On a GPU "ours" is the Triton backend, with its rate against the bytes that it must move and the share that this is of a
 plain copy's rate, measured in the same run. On a CPU "ours" is the torch backend. The plain formula draws its noise
@@ -19,7 +19,6 @@ from pathlib import Path
 if not __package__:  # started by its path: `bench` is found from the root of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import pytest
 import torch
 from torch.nn import functional as F
 
@@ -408,30 +407,6 @@ def _said(row):
     if row.failed is not None:
         return row.failed
     return f"{row.ours:.1f} us, x{row.ratio:.2f} eager, x{row.extras['ratio_compiled']:.2f} compiled"
-
-
-# ---- pytest-benchmark ------------------------------------------------------------------------------------------------
-
-_DEVICE = choose_device("auto")
-
-
-@pytest.mark.parametrize("side", ["ours", "eager", "compiled"])
-@pytest.mark.parametrize("index", range(6))
-def test_operation(benchmark, index, side):
-    """The first six cases of the device: the draw, the step, its backward and the losses."""
-    case = next(case for number, case in enumerate(all_cases(_DEVICE)) if number == index)
-    case.check()
-    sides = {"ours": case.ours, "eager": case.plain, "compiled": torch.compile(case.plain, dynamic=False)}
-    function = sides[side]
-    benchmark.group = case.name
-    function()
-
-    def run():
-        function()
-        if _DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(run)
 
 
 if __name__ == "__main__":

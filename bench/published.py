@@ -126,10 +126,10 @@ class PublishedTraining:
             # Once an iteration, and each of those updates the score network. What the host waits for is the loss.
             torch.cuda.empty_cache()
 
-    def cycle(self, step, batch, f_updates):
-        """One cycle as a run has it: an update of the student and `f_updates` of the score network."""
+    def cycle(self, step, batch, f_learning_times):
+        """One cycle as a run has it: an update of the student and `f_learning_times` of the score network."""
         self.update_student(step, *self.draw(batch))
-        for index in range(f_updates):
+        for index in range(f_learning_times):
             self.update_score_net(step + index, *self.draw(batch))
 
 
@@ -198,17 +198,17 @@ def expected_layers(nfe, batch):
     return nfe - lowest + 1
 
 
-def cycle_work(nfe, batch, f_updates):
+def cycle_work(nfe, batch, f_learning_times):
     """Expected work of a published cycle, in forwards over the batch (backward = 2, input-only backward = 1).
 
     An update runs `expected_layers`. The score network's then costs a forward and a backward (3). The student's costs
     its backward (2), and two forwards and two input-only backwards (4).
     """
     layers = expected_layers(nfe, batch)
-    return f_updates * (layers + 3) + layers + 2 + 4
+    return f_learning_times * (layers + 3) + layers + 2 + 4
 
 
-def cycle_calls(nfe, batch, f_updates):
+def cycle_calls(nfe, batch, f_learning_times):
     """Expected calls of networks in a published cycle."""
     layers = expected_layers(nfe, batch)
-    return f_updates * (layers + 1) + layers + 2
+    return f_learning_times * (layers + 1) + layers + 2

@@ -4,11 +4,13 @@
     python -m bench.report --print    prints the tables; of other files too, as in --print runs/h100/*.jsonl
 
 A table stands in bench/README.md between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in
-bench/results. What kind of table it is says the word before the device. The page is held to the files by
+bench/results: of rows (NAME.jsonl), or of a run's own table (NAME.json). What kind of table it is says the word before
+the device. The page is held to the files by
 tests/bench/test_bench_figures.py.
 """
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from matplotlib.figure import Figure
 from bench import breakdown, quality, scaling
 from bench.measure import read_records
 from bench.options import command_line
-from bench.tables import Column, filled, markdown_table, peak_megabytes, table_names
+from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
+from hsivi_fast.metrics.table import sampler_title, table_lines
 
 README = Path(__file__).resolve().parent / "README.md"
 RESULTS = README.parent / "results"
@@ -143,6 +146,20 @@ def scaling_columns(rows):
     return scaling.COLUMNS
 
 
+def ops_columns(rows):
+    """The columns of a table of operations; with rates, where they were set against a copy's."""
+    columns = [
+        Column("operation", "{case}"),
+        Column("ours", "{ours:.0f}"),
+        Column("eager", "{published:.0f}"),
+        Column("torch.compile", "{compiled:.0f}"),
+    ]
+    if any(row["share_of_copy"] is not None for row in rows):
+        columns.append(Column("GB/s", "{gigabytes_per_second:.0f}"))
+        columns.append(Column("of a copy", "{share_of_copy:.0%}", needs="share_of_copy"))
+    return columns
+
+
 KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "train_step": train_step_columns,
     "sampling": sampling_columns,
@@ -151,6 +168,7 @@ KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "start": start_columns,
     "breakdown": breakdown_columns,
     "scaling": scaling_columns,
+    "ops": ops_columns,
 }
 
 
@@ -165,9 +183,41 @@ def table(name, rows):
     raise ValueError(f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, quality")
 
 
+def run_table(rows):
+    """The table that a run ends with (its results.json), as Markdown."""
+    titles, *lines = table_lines(rows)
+    return markdown(titles, [_shown(row["sampler"], line) for row, line in zip(rows, lines)])
+
+
+def mnist_table(rows):
+    """The distances of two runs on MNIST, a line a sampler and a column a number of evaluations."""
+    cells = {}
+    for row in rows:
+        cells[row["sampler"], row["nfe"]] = f"{row['frechet_distance']:.1f} +- {row['frechet_std']:.1f}"
+    counts = sorted({nfe for _, nfe in cells})
+    lines = []
+    for name in dict.fromkeys(name for name, _ in cells):
+        lines.append(_shown(name, [sampler_title(name), *(cells.get((name, nfe), "") for nfe in counts)]))
+    return markdown(["sampler", *(f"{nfe} evaluations" for nfe in counts)], lines)
+
+
+def _shown(sampler, cells):
+    """A line of a run's table: bold where it is the sampler that a run is for."""
+    return [f"**{cell}**" if cell and sampler == "hsivi_ema" else cell for cell in cells]
+
+
 def table_of_results(name):
     """The table of the file of this stem in bench/results."""
+    if name == "mnist":
+        return mnist_table(run_rows("mnist") + run_rows("mnist_nfe5"))
+    if (RESULTS / f"{name}.json").is_file():
+        return run_table(run_rows(name))
     return table(name, read_records(RESULTS / f"{name}.jsonl"))
+
+
+def run_rows(name):
+    """The rows of a run's own table in bench/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def picture(device):
@@ -215,16 +265,14 @@ def main():
     parser.add_argument("files", nargs="*", type=Path, help=text)
     arguments = parser.parse_args()
     if arguments.print:
-        for file in arguments.files or _files_of(README):
+        for name in [] if arguments.files else table_names(README.read_text()):
+            print(f"{name}\n\n{table_of_results(name)}")
+        for file in arguments.files:
             print(f"{file.stem}\n\n{table(file.stem, read_records(file))}")
         return 0
     README.write_text(filled(README.read_text(), table_of_results))
     (RESULTS / "speed.png").write_bytes(picture(arguments.device))
     return 0
-
-
-def _files_of(document):
-    return [RESULTS / f"{name}.jsonl" for name in table_names(document.read_text())]
 
 
 if __name__ == "__main__":

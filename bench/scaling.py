@@ -46,7 +46,8 @@ from hsivi_fast.training.updates import Updates
 from hsivi_fast.training.zero import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-NFE, F_UPDATES = 5, 4
+NFE, F_LEARNING_TIMES = 5, 4
+THREADS = 1  # of a rank
 # collective -> which argument has the tensor whose bytes count, and the ring's factor of (W-1)/W of them
 COLLECTIVES = {
     "all_reduce": (0, 2),
@@ -139,12 +140,12 @@ def measure_rank(case):
     recorder = Recorder()  # before DeepSpeed takes hold of the functions
     config = config_from_dict(
         {
-            "network": {"name": "cifar10", "channels": case["channels"]},
+            "network": {"name": "cifar10", "channels": case["width"]},
             "teacher": {"checkpoint": "random weights"},
             "nfe": NFE,
             "name": "scaling",
             "device": "cpu",
-            "train": {"batch_size": case["batch"], "f_learning_times": F_UPDATES},
+            "train": {"batch_size": case["batch"], "f_learning_times": F_LEARNING_TIMES},
             "distributed": {"engine": case["engine"], "zero": case["zero"], "deepspeed": case["settings"]},
         }
     )
@@ -161,7 +162,7 @@ def measure_rank(case):
     def cycle():
         updates.student(rollout.student_batch(0), RATE)
         rollout.start_cycle(1)
-        for step in range(F_UPDATES):
+        for step in range(F_LEARNING_TIMES):
             updates.score_net(rollout.score_net_batch(step), RATE)
 
     def timed(function):
@@ -218,7 +219,7 @@ def run_case(case):
             "WORLD_SIZE": str(case["ranks"]),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(THREADS),
             "DS_ACCELERATOR": "cpu",
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -229,11 +230,11 @@ def run_case(case):
     return json.loads(outputs[0][0].splitlines()[-1])
 
 
-def cases(ranks, samples, channels, cycles):
+def cases(ranks, samples, width, cycles):
     """The cases to be measured, the yardsticks first: {name: case}."""
 
     def case(engine, zero, size, batch, kind):
-        numbers = {"channels": channels, "cycles": cycles, "settings": None}
+        numbers = {"width": width, "cycles": cycles, "settings": None}
         return {**numbers, "engine": engine, "zero": zero, "ranks": size, "batch": batch, "kind": kind}
 
     largest = samples * max(ranks)
@@ -265,7 +266,7 @@ class Medians:
 
 def rows_of(found, results):
     """The rows of a results file: {name: case} and {name: [what each round gave]} -> a list."""
-    facts = describe(torch.device("cpu"))
+    facts = describe(torch.device("cpu"), THREADS)
     return [_row(name, case, Medians(results), facts) for name, case in found.items()]
 
 
@@ -291,9 +292,9 @@ def _row(name, case, medians, facts):
         "in_collectives": medians.of(name, "in_collectives"),
         "overlapped": _overlapped(seconds, computing, communicating),
         "cores": os.cpu_count(),
-        "threads": 1,
+        "threads": THREADS,
     }
-    return Row(name, ours=seconds, ratio=ratio, unit="s", counted_ratio=size, extras=extras, **facts)
+    return Row(name, ours=seconds, ratio=ratio, unit="s", extras=extras, **facts)
 
 
 def _modelled_bytes(case, parameters):
@@ -301,9 +302,9 @@ def _modelled_bytes(case, parameters):
     size = case["ranks"]
     if size == 1:
         return 0.0
-    pool = (NFE + 1) * -(-F_UPDATES * case["batch"] // NFE) * 3 * 32 * 32
+    pool = (NFE + 1) * -(-F_LEARNING_TIMES * case["batch"] // NFE) * 3 * 32 * 32
     modelled = sent_per_cycle(
-        *parameters, pool, size, case["zero"], F_UPDATES, rollout_calls=NFE, reduction="all_reduce"
+        *parameters, pool, size, case["zero"], F_LEARNING_TIMES, rollout_calls=NFE, reduction="all_reduce"
     )
     return sum(modelled.values())
 
@@ -316,18 +317,17 @@ def _overlapped(seconds, computing, communicating):
 
 
 def main():
-    parser = command_line(__doc__, rounds=3, json=None)
+    parser = command_line(__doc__, width=32, rounds=3, json=None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=8, help="of a rank")
-    parser.add_argument("--channels", type=int, default=32, help="of CIFAR-10's network; 128 is its own")
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # a process of a case, which this script starts itself
     arguments = parser.parse_args()
     if arguments.rank:
-        torch.set_num_threads(1)
+        torch.set_num_threads(THREADS)
         print(json.dumps(measure_rank(json.loads(arguments.rank))))
         return 0
-    found = cases(arguments.ranks, arguments.samples, arguments.channels, arguments.cycles)
+    found = cases(arguments.ranks, arguments.samples, arguments.width, arguments.cycles)
     results = {name: [] for name in found}
     for _ in range(arguments.rounds):
         for name, case in found.items():

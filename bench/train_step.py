@@ -136,9 +136,9 @@ def published_training(teacher, nfe, upstream=None):
 class OurTraining:
     """Our side of one case, on copies of the teacher. `changes`: what of the configuration is not its default."""
 
-    def __init__(self, case, changes, teacher, network, batch, nfe, f_updates):
-        self.batch, self.f_updates = batch, f_updates
-        train = {"batch_size": batch, "f_learning_times": f_updates}
+    def __init__(self, case, changes, teacher, network, batch, nfe, f_learning_times):
+        self.batch, self.f_learning_times = batch, f_learning_times
+        train = {"batch_size": batch, "f_learning_times": f_learning_times}
         self.config = bench_config(network, nfe, name=case, train=train, **changes)
         context = build_context(self.config, ALONE)
         networks = three_networks(teacher)
@@ -196,11 +196,11 @@ class OurTraining:
 
         def student_update():
             use_modes_of(self.context)
-            self.updates.student(self.rollout.student_batch(self.cycle * self.f_updates), RATE)
+            self.updates.student(self.rollout.student_batch(self.cycle * self.f_learning_times), RATE)
 
         def score_net_update():
             use_modes_of(self.context)
-            self.updates.score_net(self.rollout.score_net_batch(self.cycle * self.f_updates + 1), RATE)
+            self.updates.score_net(self.rollout.score_net_batch(self.cycle * self.f_learning_times + 1), RATE)
 
         start_cycle()
         return {"rollout": start_cycle, "student": student_update, "score_net": score_net_update}
@@ -219,22 +219,22 @@ def published_parts(published, batch):
     return {"student": part(published.update_student), "score_net": part(published.update_score_net)}
 
 
-def cycle_sum(values, f_updates):
+def cycle_sum(values, f_learning_times):
     """A cycle from its parts, {part: value}."""
-    return sum(value * (f_updates if part == "score_net" else 1) for part, value in values.items())
+    return sum(value * (f_learning_times if part == "score_net" else 1) for part, value in values.items())
 
 
-def counted_of_parts(count, parts, f_updates):
+def counted_of_parts(count, parts, f_learning_times):
     """What `count(function)` counts of a cycle, from its parts."""
-    return cycle_sum({part: count(function) for part, function in parts.items()}, f_updates)
+    return cycle_sum({part: count(function) for part, function in parts.items()}, f_learning_times)
 
 
-def measure(case, network, batch, nfe, f_updates, rounds, facts, upstream=None):
+def measure(case, network, batch, nfe, f_learning_times, rounds, facts, upstream=None):
     """The row of one case."""
     device = choose_device("auto")
     teacher = small_teacher(network, device)
     published = published_training(teacher, nfe, upstream)
-    ours = OurTraining(case, CASES[case], teacher, network, batch, nfe, f_updates)
+    ours = OurTraining(case, CASES[case], teacher, network, batch, nfe, f_learning_times)
     try:
         ours.check(published)
     except AssertionError as error:
@@ -249,21 +249,21 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts, upstream=None):
 
     def cycle(side, value):
         parts = {part: value(values) for (of, part), values in seconds.items() if of == side}
-        return cycle_sum(parts, f_updates)
+        return cycle_sum(parts, f_learning_times)
 
     median = {side: cycle(side, statistics.median) for side in ("ours", "published")}
     # What is compiled or recorded does the same products and convolutions as its eager twin, which can be counted.
     eager = ours
     if ours.context.execution.fixed_shapes:
         changes = {**CASES[case], "compile": False, "cuda_graphs": False}
-        eager = OurTraining(case, changes, teacher, network, batch, nfe, f_updates)
+        eager = OurTraining(case, changes, teacher, network, batch, nfe, f_learning_times)
     # Published work depends on the lowest layer drawn. Its expectation is known, in forwards, and is checked against
     # counts in tests/bench/test_published.py.
     state = torch.zeros(batch, *teacher.event_shape, device=device)
     forward = counted_flops(lambda: teacher(state, ours.context.layers.tau[:1].expand(batch)))
-    published_work = cycle_work(nfe, batch, f_updates) * forward
-    our_work = counted_of_parts(counted_flops, eager.parts(), f_updates)
-    our_calls = counted_of_parts(counted_calls, eager.parts(), f_updates)
+    published_work = cycle_work(nfe, batch, f_learning_times) * forward
+    our_work = counted_of_parts(counted_flops, eager.parts(), f_learning_times)
+    our_calls = counted_of_parts(counted_calls, eager.parts(), f_learning_times)
     our_peak = max(peak_bytes(function, device) for function in mine.values())
     published_peak = max(peak_bytes(function, device) for function in theirs.values())
     rate = product_rate(device, torch.bfloat16 if ours.config.precision == "bf16" else torch.float32)
@@ -273,19 +273,19 @@ def measure(case, network, batch, nfe, f_updates, rounds, facts, upstream=None):
         "ours_flops": our_work,
         "published_flops": published_work,
         "ours_network_calls": our_calls,
-        "published_network_calls": cycle_calls(nfe, batch, f_updates),
+        "published_network_calls": cycle_calls(nfe, batch, f_learning_times),
         "ours_peak_bytes": our_peak,
         "published_peak_bytes": published_peak,
         "joules_per_image": joules_per_image(mine["score_net"], device, batch),
         "product_flops_per_second": rate,
         "utilisation": our_work / median["ours"] / rate,
-        "ours_images_per_second": batch * f_updates / median["ours"],
+        "ours_images_per_second": batch * f_learning_times / median["ours"],
         "parts": {f"{side} {part}": statistics.median(values) for (side, part), values in seconds.items()},
         "preparing_seconds": ours.context.execution.seconds,
         "baseline": "a clone of the published code" if upstream else "bench/published.py",
         "batch": batch,
         "nfe": nfe,
-        "f_learning_times": f_updates,
+        "f_learning_times": f_learning_times,
         "network": network,
         "backend": ours.context.backend,
     }
@@ -323,7 +323,7 @@ def main():
         network={"name": "cifar10", "channels": arguments.width},
         batch=arguments.batch,
         nfe=arguments.nfe,
-        f_updates=arguments.f_learning_times,
+        f_learning_times=arguments.f_learning_times,
         rounds=arguments.rounds,
         facts=facts,
         upstream=arguments.upstream,

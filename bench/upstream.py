@@ -129,14 +129,14 @@ class UpstreamTraining:
         with self._given(k, x_top, noise, rollout_noise):
             return self.iterate(self.state, self._shape(len(k)))[1].item()
 
-    def cycle(self, step, batch, f_updates):
-        """`f_updates` of their iterations, the first of which has number `step`.
+    def cycle(self, step, batch, f_learning_times):
+        """`f_learning_times` of their iterations, the first of which has number `step`.
 
-        One of them, whose number is a multiple of `f_updates`, updates the student first.
+        One of them, whose number is a multiple of `f_learning_times`, updates the student first.
         """
-        self.config.f_learning_times = f_updates
+        self.config.f_learning_times = f_learning_times
         self.state["step"] = step
-        for _ in range(f_updates):
+        for _ in range(f_learning_times):
             self.iterate(self.state, self._shape(batch))
 
     def _shape(self, batch):

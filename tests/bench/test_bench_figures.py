@@ -4,6 +4,7 @@ import pytest
 from bench_cases import ROOT, committed
 
 from bench import ablation, breakdown, fid, quality, report, sampling, train_step
+from bench import all as run_all
 from bench.measure import read_records
 from bench.published import cycle_work
 from bench.tables import filled, table_names
@@ -51,14 +52,43 @@ def test_operators_are_of_the_first_kind_that_fits():
 
 def test_the_page_has_the_tables_of_the_results():
     page = report.README.read_text()
-    tables = {"train_step_cpu", "sampling_cpu", "fid_cpu", "ablation_cpu", "quality", "start_cpu"}
-    assert set(table_names(page)) >= tables
+    files = {file.stem for file in report.RESULTS.glob("*.jsonl")} - {"aot"}  # which stands in kernels/README.md
+    assert set(table_names(page)) == files | {"digits", "mnist"}
     assert filled(page, report.table_of_results) == page, "run python -m bench.report"
 
 
 def test_a_file_of_no_kind_has_no_table():
     with pytest.raises(ValueError, match="must begin with one of train_step"):
         report.table("other", [])
+
+
+def test_the_headline_of_the_readme_has_the_figures_of_the_results():
+    distances = {}
+    for name in ("digits", "mnist"):
+        for row in report.run_rows(name):
+            distances[name, row["sampler"], row["nfe"]] = row["frechet_distance"]
+    digits, digits_ddim = distances["digits", "hsivi_ema", 5], distances["digits", "ddim", 5]
+    mnist, mnist_ddim = distances["mnist", "hsivi_ema", 10], distances["mnist", "ddim", 20]
+    ratios = {row["case"]: row["ratio"] for row in [*committed("train_step_cpu"), *committed("sampling_cpu")]}
+    wanted = {
+        "digits": f"distance at 5 evaluations | {digits:.2f} | DDIM with 5: {digits_ddim:.2f} |",
+        "mnist": f"distance at 10 evaluations | {mnist:.1f} | DDIM with 20: {mnist_ddim:.1f} |",
+        "training": f"bfloat16 | {ratios['train_cycle_bf16']:.2f} times as fast |",
+        "sampling": f"{ratios['sampling_bf16_eager']:.1f} to {ratios['sampling_bf16']:.1f} times as fast |",
+    }
+    headline = (ROOT / "README.md").read_text().partition("## What it gets you")[2].partition("\n## ")[0]
+    lines = [line for line in headline.splitlines() if "](bench/README.md#" in line and line.startswith("|")]
+    assert len(lines) == len(wanted)
+    for line, (section, figures) in zip(lines, wanted.items()):
+        assert f"](bench/README.md#{section})" in line and figures in line
+
+
+def test_every_file_that_the_jobs_of_a_machine_write_can_be_printed():
+    for name, module, _ in [*run_all.gpu_jobs("h100"), *run_all.cpu_jobs("cpu")]:
+        rows = committed(f"{module}_cpu")
+        assert report.table(name, rows).count("\n") == 2 + len(rows)
+    on_a_gpu = [{**row, "share_of_copy": 0.91, "gigabytes_per_second": 3000.4} for row in committed("ops_cpu")]
+    assert report.table("ops_h100", on_a_gpu).splitlines()[2].endswith("| 3950 | 3000 | 91% |")
 
 
 FACTS = {"case", "ours", "published", "ratio", "unit", "counted_ratio", "commit", "device", "versions"}

@@ -96,6 +96,16 @@ def test_energy_is_the_driver_s_counter(monkeypatch):
     assert telemetry.EnergyMeter(torch.device("cuda", 0)).joules() is None
 
 
+def test_a_cpu_is_named_with_its_threads_and_what_it_has_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(measure, "_cpu_name", lambda: "a CPU")
+    monkeypatch.setattr(measure, "cpu_bfloat16_flags", lambda: ["avx512_bf16"])
+    cpu = torch.device("cpu")
+    assert measure.describe(cpu, threads=1)["device"] == "a CPU, 1 thread, avx512_bf16"
+    monkeypatch.setattr(measure, "cpu_bfloat16_flags", list)
+    assert measure.describe(cpu, threads=2)["device"] == "a CPU, 2 threads"
+    assert measure.describe(cpu).keys() == {"commit", "device", "versions"}
+
+
 FACTS = {"commit": "abc", "device": "a CPU", "versions": {"torch": "2"}}
 TIMED = Row("one", ours=2.0, published=6.0, ratio=3.0, unit="s", extras={"batch": 4}, **FACTS)
 

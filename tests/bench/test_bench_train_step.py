@@ -14,7 +14,7 @@ EAGER_CASES = [name for name, changes in train_step.CASES.items() if not changes
 
 
 def _measured(case):
-    return train_step.measure(case, TINY, batch=4, nfe=3, f_updates=4, rounds=2, facts={}).record()
+    return train_step.measure(case, TINY, batch=4, nfe=3, f_learning_times=4, rounds=2, facts={}).record()
 
 
 @pytest.mark.parametrize("case", EAGER_CASES)

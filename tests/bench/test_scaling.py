@@ -78,6 +78,7 @@ def test_rows_of_measured_cases():
     assert weak.keys() == committed("scaling_cpu")[0].keys()
     # 16 samples in 1.25 s against 8 in 1 s.
     assert weak["batch"] == 16
+    assert "1 thread" in weak["device"] and weak["threads"] == 1 and weak["counted_ratio"] is None
     assert (weak["ratio"], weak["efficiency"]) == (pytest.approx(1.6), pytest.approx(0.8))
     assert weak["overlapped"] == pytest.approx(0.5)  # 0.25 s more than computing, of 0.5 s of collectives
     assert strong["batch"] == 16 and strong["overlapped"] is None
