@@ -31,7 +31,7 @@ def no_report():
     from hsivi_fast.training import trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_report", lambda folder, teacher: None)
+        patch.setattr(trainer, "write_report", lambda *arguments, **options: None)
         yield
 
 

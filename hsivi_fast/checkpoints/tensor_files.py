@@ -95,18 +95,18 @@ def _is_of_nvlabs(path):
     return any(name in start for name in _NVLABS)
 
 
-def refuse_strange_tensors(tensors, where):
+def refuse_strange_tensors(tensors, where, finite=True):
     """ValueError that begins with `where` for the first of {name: tensor} that cannot be weights.
 
-    Weights are dense floating-point numbers, at least one, which are finite in float32.
+    Weights are dense floating-point numbers, at least one, and with `finite` such that are finite in float32.
     """
     for name, tensor in tensors.items():
-        strange = _strangeness(tensor)
+        strange = _strangeness(tensor, finite)
         if strange:
             raise ValueError(f"{where}: its tensor {brief(name)} is {strange}; weights are dense, finite numbers")
 
 
-def _strangeness(tensor):
+def _strangeness(tensor, finite):
     """What keeps a tensor from being weights, in words, or None."""
     if tensor.is_quantized:
         return "quantized"
@@ -118,7 +118,7 @@ def _strangeness(tensor):
         return f"of the type {tensor.dtype}"
     if tensor.numel() == 0:
         return f"empty, {list(tensor.shape)}"
-    if not torch.isfinite(tensor.detach().to(torch.float32)).all():
+    if finite and not torch.isfinite(tensor.detach().to(torch.float32)).all():
         return "not finite: it holds NaN or infinity"
     return None
 

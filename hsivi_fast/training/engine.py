@@ -122,8 +122,9 @@ def laid_out_as(parameter, moment):
 def read_state(name, read, expected):
     """(weights, average, optimizer state) of a checkpoint.
 
-    Raises ValueError where a tensor of `expected` {name: tensor} is missing, of another shape or not finite, and where
-    the optimizer's state is not that of all of them, or of none before the first update.
+    Raises ValueError where a tensor of `expected` {name: tensor} is missing, of another shape or of another kind, and
+    where the optimizer's state is not that of all of them, or of none before the first update. Whether they are finite
+    is the guard's matter, which names the step.
     """
     weights, average, optimizer = read(name), read(f"{name}_ema"), read(f"{name}_optimizer")
     moments = {f"{slot}.{key}": tensor.shape for slot in SLOTS for key, tensor in expected.items()}
@@ -140,5 +141,5 @@ def read_state(name, read, expected):
                 raise ValueError(
                     f"checkpoint: {stem} is of another network, first at {key}: {found}, expected {list(shape)}"
                 )
-        refuse_strange_tensors(values, f"checkpoint: {stem}")
+        refuse_strange_tensors(values, f"checkpoint: {stem}", finite=False)
     return weights, average, optimizer

@@ -170,9 +170,9 @@ STRANGE_STATES = {
     ),
     "a counter is missing": (lambda tensors: tensors["student_optimizer"].pop("step.bias"), "at step.bias: missing"),
     "many counters": (_set("student_optimizer", "step.bias", torch.ones(3)), "at step.bias: of shape [3], expected []"),
-    "NaN in a moment": (
-        _set("student_optimizer", "exp_avg.bias", torch.full((3,), float("nan"))),
-        "student_optimizer: its tensor exp_avg.bias is not finite",
+    "a sparse moment": (
+        _set("student_optimizer", "exp_avg.bias", torch.ones(3).to_sparse()),
+        "student_optimizer: its tensor exp_avg.bias is of the layout torch.sparse_coo",
     ),
     "integers": (
         _set("student", "bias", torch.ones(3, dtype=torch.int32)),
