@@ -57,7 +57,7 @@ def test_nothing_writes_a_file_past_the_writer():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hsivi_fast.training.trainer.write_report", lambda folder, teacher: None)
+        patched.setattr("hsivi_fast.training.trainer.write_report", lambda *arguments, **options: None)
         config = load_config("smoke", ["train.steps=1", "device=cpu", "log.images_every=1"])
         return train(config, tmp_path_factory.mktemp("runs") / "run").path
 
@@ -105,7 +105,7 @@ def test_a_full_disk_is_a_line_that_names_the_file_and_leaves_nothing(
 def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, run, monkeypatch):
     run = Path(shutil.copytree(run, tmp_path / "run"))
     (run / "results.json").unlink(missing_ok=True)
-    monkeypatch.setattr("hsivi_fast.training.trainer.write_report", lambda folder, teacher: None)
+    monkeypatch.setattr("hsivi_fast.training.trainer.write_report", lambda *arguments, **options: None)
     before = os.umask(0o026)
     try:
         started = set(tmp_path.rglob("*"))

@@ -121,7 +121,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path, run, name, what):
 def test_the_commands_say_it_in_a_line_and_change_nothing(tmp_path, capsys, command):
     config = load_config("smoke", ["train.steps=1"])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hsivi_fast.training.trainer.write_report", lambda folder, teacher: None)
+        patched.setattr("hsivi_fast.training.trainer.write_report", lambda *arguments, **options: None)
         run = train(config, tmp_path / "run").path
     (run / "results.json").write_text("[3]")
     (run / "metrics.jsonl").write_text("3\n")

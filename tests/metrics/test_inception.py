@@ -112,7 +112,7 @@ def test_grey_images_are_seen_in_three_channels(weights):
 
 def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, tmp_path, monkeypatch):
     """Against statistics, in the place of the run's own network and data."""
-    monkeypatch.setattr(trainer, "write_report", lambda *_: None)  # nobody looks at the page
+    monkeypatch.setattr(trainer, "write_report", lambda *arguments, **options: None)  # nobody looks at the page
     run = train(load_config("smoke", ["train.steps=2", "eval.num_samples=0", "device=cpu"]), tmp_path / "run")
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     row = evaluate(
