@@ -113,7 +113,16 @@ def test_samples_are_written_as_they_come(run, tmp_path, monkeypatch):
     write = image_files.write_pictures
     monkeypatch.setattr(image_files, "write_pictures", lambda *given: (held.append(len(given[2])), write(*given)))
     cli.main(
-        ["sample", str(run.path), "--seeds", "40-45,3,1000000-1000020", "--batch", "16", "--outdir", str(tmp_path / "a")]
+        [
+            "sample",
+            str(run.path),
+            "--seeds",
+            "40-45,3,1000000-1000020",
+            "--batch",
+            "16",
+            "--outdir",
+            str(tmp_path / "a"),
+        ]
     )
     seeds = [*range(40, 46), 3, *range(1000000, 1000021)]
     images = sample(run, seeds).numpy()
