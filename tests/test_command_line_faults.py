@@ -4,6 +4,7 @@ In the process, but for the streams: these belong to a process of its own.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import rewrite
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hsivi_fast import cli, load_config, sample
 from hsivi_fast.metrics.table import format_table
@@ -132,13 +134,11 @@ def test_samples_are_written_as_they_come(run, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_neither_drawn_nor_measured_nor_exported(run, tmp_path, capfd):
-    import shutil
-
     shutil.copytree(run.path, tmp_path / "nan")
-    file = tmp_path / "nan" / "checkpoints" / "step_4" / "student_ema.safetensors"
-    weights = load_file(file)
+    checkpoint = tmp_path / "nan" / "checkpoints" / "step_4"
+    weights = load_file(checkpoint / "student_ema.safetensors")
     weights["in_conv.bias"][0] = float("nan")
-    save_file(weights, file)
+    rewrite(checkpoint, "student_ema", weights)
     nan, out = tmp_path / "nan", tmp_path / "out"
     for arguments in (
         ["sample", nan, "--seeds", "0", "--outdir", out],

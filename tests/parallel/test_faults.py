@@ -80,7 +80,8 @@ def test_a_checkpoint_of_another_network_is_refused_by_all(tmp_path):
     rewrite(checkpoint, "student", weights)
     (code, output), (other_code, other_output) = on_two_ranks(tmp_path)
     assert (code, other_code) == (2, 2)
-    assert said(output) == ["hsivi: checkpoint: student is of another network, first at in_conv.weight"]
+    shapes = f"of shape {list(weights['in_conv.weight'].shape)}, expected [8, 1, 3, 3]"
+    assert said(output) == [f"hsivi: checkpoint: student is of another network, first at in_conv.weight: {shapes}"]
     assert said(other_output) == []
 
 
