@@ -5,6 +5,7 @@ They are a classifier of digits in two sizes, and torch-fidelity's port of Incep
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpoints.download import file_sha256
+from ..checkpoints.tensor_files import is_named_tensors, read_torch
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import ASSETS
 
@@ -146,16 +148,32 @@ def _classifier_features():
     return ClassifierFeatures
 
 
+def _inception_from(create, file):
+    """torch-fidelity's Inception with the weights of a file, in which no pickled code is run.
+
+    torch-fidelity unpickles what it is given. So the tensors are read here, and it is given a copy that we wrote.
+    """
+    problem = f"eval.inception: {str(file)!r} does not hold torch-fidelity's Inception"
+    try:
+        tensors = read_torch(file)
+    except ValueError as error:
+        raise ValueError(f"{problem} ({str(error).partition(': ')[2]})") from None
+    if not is_named_tensors(tensors):
+        raise ValueError(f"{problem} (it is no dict of tensors)")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, copy)
+        try:
+            return create(INCEPTION, ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=str(copy))
+        except Exception as error:  # loading raises many kinds, some over hundreds of lines
+            raise ValueError(f"{problem} ({type(error).__name__})") from None
+
+
 def _inception(create, weights):
     """torch-fidelity's Inception with its last pooled layer, from a file or by torch-fidelity's own download."""
     file = weights_file("inception", weights)
     if file.is_file():
-        try:
-            return create(INCEPTION, ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=str(file))
-        except Exception as error:  # unpickling and loading raise many kinds, some over hundreds of lines
-            raise ValueError(
-                f"eval.inception: {str(file)!r} does not hold torch-fidelity's Inception ({type(error).__name__})"
-            ) from None
+        return _inception_from(create, file)
     if weights:
         raise ValueError(f"eval.inception: {str(file)!r} is not there")
     patience = socket.getdefaulttimeout()

@@ -178,6 +178,25 @@ def test_files_of_something_else_are_named_and_nothing_is_downloaded(downloads, 
     assert downloads == []
 
 
+class Planted:
+    """Code that leaves a file where it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_a_file_of_inceptions_weights_is_never_run(tmp_path, archive):
+    file, trace = tmp_path / "weights.pth", tmp_path / "planted"
+    torch.save({"a": torch.zeros(1), "b": Planted(trace)}, file, _use_new_zipfile_serialization=archive)
+    with pytest.raises(ValueError, match="eval.inception: .*does not hold torch-fidelity's Inception") as caught:
+        feature_extractor("inception", CPU, file)
+    assert not trace.exists() and "\n" not in str(caught.value)
+
+
 def test_an_unknown_feature_network_is_named():
     with pytest.raises(ValueError, match="eval.metric: 'vgg' is unknown; choose digits, mnist, inception"):
         feature_extractor("vgg", CPU)
