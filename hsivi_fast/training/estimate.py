@@ -7,7 +7,6 @@ machine, before anything is allocated or written.
 import math
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..nets import build_unet
 from ..parallel.machine import memory_of, refuse_beyond_disk, refuse_beyond_memory
@@ -185,6 +184,8 @@ def _forward_of_one(network):
 
     Two images, halved: a batch of one has layouts of its own.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here: a training imports this module, and rarely counts
+
     x = torch.zeros(2, *network.event_shape, device="meta", requires_grad=True)
     t = torch.zeros(2, dtype=torch.int64, device="meta")
     weights = {id(parameter) for parameter in network.parameters()}
