@@ -5,7 +5,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from ..checkpoints.download import file_sha256
+from ..checkpoints.files import file_sha256
 from ..nets import FAMILIES, network_arguments
 
 KIND = "hsivi_fast sampler, 1"  # what config.json describes, and the version of the description

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..build import build_context, build_untrained_student
-from ..checkpoints.download import file_sha256
+from ..checkpoints.files import file_sha256
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..parallel.world import ALONE

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints.download import file_sha256
+from ..checkpoints.files import file_sha256
 from ..checkpoints.tensor_files import is_named_tensors, read_torch
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import ASSETS
