@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import re
 import shutil
 from unittest import mock
 
@@ -122,7 +123,8 @@ def _checked(path):
     page = Page(path)
     assert page.open == [] and page.images
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images)
-    assert "http" not in page.source and "url(" not in page.source
+    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page.source)  # a picture's bytes may spell anything
+    assert "http" not in words and "url(" not in words
     assert {link.removeprefix("#") for link in page.links} <= set(page.anchors)
     for word in ("width=device-width", "prefers-color-scheme: dark", "max-width: 100%"):
         assert word in page.source
