@@ -336,6 +336,15 @@ def without_password(text):
     return re.sub(r"(://[^\s?#'\"]*\?)[^\s#'\"]*", r"\1***", re.sub(r"://[^\s/?#'\"]*@", "://***@", text))
 
 
+def without_passwords(values):
+    """Nested dicts and lists, as of `resolved_dict`, for others to read: `without_password` of every text."""
+    if isinstance(values, dict):
+        return {key: without_passwords(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [without_passwords(value) for value in values]
+    return without_password(values) if isinstance(values, str) else values
+
+
 def uses_deepspeed(config, world_size):
     """Whether the networks of a run on `world_size` processes are trained by DeepSpeed."""
     engine = config.distributed.engine

@@ -34,6 +34,7 @@ OURS = re.compile(r"^(backend |warning: |step \d+: |compiling |accuracy on |load
 
 def prepare():
     """Import once what all processes need: they are forked from this one."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # as the command does; torch reads it when it is imported
     import matplotlib.figure  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch

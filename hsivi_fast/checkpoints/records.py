@@ -102,6 +102,10 @@ class Environment:
     device: StrictStr | None = None
     device_name: StrictStr | None = None
     world_size: Natural | None = None
+    threads: Natural | None = None
+    backend: StrictStr | None = None
+    precision: StrictStr | None = None
+    versions: dict[StrictStr, StrictStr | None] | None = None
 
 
 # Columns of a table that are measured.

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..checkpoints.files import file_sha256
+from ..config import without_password
 from ..nets import FAMILIES, network_arguments
 
 KIND = "hsivi_fast sampler, 1"  # what config.json describes, and the version of the description
@@ -20,7 +21,10 @@ SEEDS = (
 def describe(config, sampler, step, weights):
     """The description of a run's sampler, without the hash of the file that holds the weights."""
     network, teacher, layers = sampler.network, config.teacher, sampler.layers
-    source = {"target": teacher.target} if teacher.target else {"checkpoint": Path(teacher.checkpoint).name}
+    if teacher.target:
+        source = {"target": teacher.target}
+    else:
+        source = {"checkpoint": Path(without_password(teacher.checkpoint)).name}
     return {
         "kind": KIND,
         "hsivi_fast": version("hsivi_fast"),

@@ -1,10 +1,28 @@
 """The export as a folder that `HSIVIPipeline.from_pretrained` loads."""
 
+import json
+
 import torch
 
 from ..data import to_uint8
 from .check import CHECKED, check_samples
 from .description import write_description
+
+# diffusers copies the file into its cache and runs it there, after the user has agreed to that.
+PIPELINE = '''\
+"""The class of this folder's pipeline, for `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`."""
+
+try:
+    from hsivi_fast.diffusers import HSIVIPipeline
+except ModuleNotFoundError as error:
+    if error.name != "hsivi_fast":
+        raise
+    raise ImportError(
+        "hsivi_fast: is not installed, and this pipeline is its code; install hsivi_fast {version}, which wrote it"
+    ) from None
+
+__all__ = ["HSIVIPipeline"]
+'''
 
 
 def refuse_diffusers(config):
@@ -23,7 +41,7 @@ def write_diffusers(sampler, config, description, folder):
     """
     try:
         # Late: diffusers is an optional package, and importing it takes seconds.
-        from .pipeline import HSIVINetwork, HSIVIPipeline, HSIVIScheduler
+        from .pipeline import PIPELINE_FILE, HSIVINetwork, HSIVIPipeline, HSIVIScheduler
     except ImportError as error:
         raise ValueError(str(error)) from None
     network = HSIVINetwork(
@@ -44,6 +62,11 @@ def write_diffusers(sampler, config, description, folder):
         config.gamma.per_pixel,
     )
     HSIVIPipeline(network, scheduler).save_pretrained(folder)
+    (folder / PIPELINE_FILE).write_text(PIPELINE.format(version=description["hsivi_fast"]))
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text())
+    content["_class_name"] = [PIPELINE_FILE.removesuffix(".py"), HSIVIPipeline.__name__]
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     pipeline = HSIVIPipeline.from_pretrained(folder).to(sampler.layers.tau.device)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(seeds=range(CHECKED), output_type="pt").images

@@ -48,6 +48,8 @@ images = pipeline(seeds=range(16)).images  # those of `hsivi sample`
 ```
 
 Or with torch generators, as `pipeline(batch_size=16, generator=torch.Generator().manual_seed(0))`. \
+`DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)` is the same pipeline: \
+it runs `pipeline.py`, which imports the class.
 It needs hsivi_fast and `pip install diffusers`.""",
     "aoti": """\
 ```python

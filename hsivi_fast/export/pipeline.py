@@ -35,19 +35,34 @@ SEEDS = 2**63  # there are so many: 0 .. 2^63 - 1
 # loaded. The classes name the documented path, so that exported folders do not depend on where this file lies.
 PUBLIC_PATH = "hsivi_fast.diffusers"
 
+# The file in an exported folder that diffusers takes the class from.
+PIPELINE_FILE = "pipeline.py"
+
+# What UNet2DModel would make of the network's folder is one of random weights, and a warning. It refuses this text in
+# the place of its list of blocks, and prints it.
+NO_UNET2D = "none: this is no UNet2DModel; load the pipeline with hsivi_fast.diffusers.HSIVIPipeline"
+
 
 class HSIVINetwork(ModelMixin, ConfigMixin):
     """The student with its learned noise scale, as a model of diffusers.
 
     network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision,
     channels_last and timestep_scale: how the network computes. Its weights are float32 and have the names of a run's
-    checkpoint after "student.".
+    checkpoint after "student.". down_block_types: a text for those who read config.json as another class's.
     """
 
     __module__ = PUBLIC_PATH
 
     @register_to_config
-    def __init__(self, network, log_scaled_gamma, precision="fp32", channels_last=False, timestep_scale=1.0):
+    def __init__(
+        self,
+        network,
+        log_scaled_gamma,
+        precision="fp32",
+        channels_last=False,
+        timestep_scale=1.0,
+        down_block_types=NO_UNET2D,
+    ):
         super().__init__()
         self.student = build_unet(network)
         self.student.precision, self.student.timestep_scale = precision, timestep_scale
@@ -124,6 +139,19 @@ class HSIVIPipeline(DiffusionPipeline):
     def __init__(self, unet, scheduler):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def load_config(cls, *arguments, **options):
+        """model_index.json, where the class is this one.
+
+        There it is [file, class], for those who load the folder by `DiffusionPipeline`. To take it from that file is to
+        run the file, for which they have to be asked; whoever imported this class need not be.
+        """
+        loaded = super().load_config(*arguments, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.get("_class_name") == [PIPELINE_FILE.removesuffix(".py"), cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return loaded
 
     @classmethod
     def from_pretrained(cls, folder, **options):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from ..build import build_context, build_untrained_student
 from ..checkpoints.files import file_sha256
+from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..parallel.world import ALONE
@@ -40,6 +41,7 @@ def load_exported(folder, device="auto", backend="auto"):
     description = _read_description(folder)
     file = folder / "model.safetensors"
     weights = read_weights(file)
+    refuse_strange_tensors(weights, f"export {str(folder)!r}: {file.name}")
     if file_sha256(file) != description["sha256"]:
         raise ValueError(
             f"export {str(folder)!r}: model.safetensors is not the file that config.json describes "

@@ -32,13 +32,13 @@ def spread_key(column):
 
 def table_lines(rows):
     """Rows of results.json as lists of cells, the heading first: it says on how many samples a set was measured."""
-    columns = [column for column in TITLES if column in rows[0]]
+    columns = [column for column in TITLES if rows[0].get(column) is not None]
     counts = sorted({row["num_samples"] for row in rows})
     counts = " and ".join(f"{count:,}" for count in counts)
     heading = f"sampler, on {counts} {'points' if 'js_divergence' in columns else 'images'}"
     lines = [[heading, "NFE", *[TITLES[column] for column in columns], "images/s"]]
     for row in rows:
-        nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if "evaluations" in row else str(row["nfe"])
+        nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if row.get("evaluations") is not None else str(row["nfe"])
         cells = [_cell(row, column) for column in columns]
         lines.append([sampler_title(row["sampler"]), nfe, *cells, f"{row['images_per_second']:.0f}"])
     return lines

@@ -8,7 +8,7 @@ import yaml
 
 from ..checkpoints.files import as_written, make_folder, write_atomically
 from ..checkpoints.run_folder import RunFolder
-from ..config import Config, resolved_dict
+from ..config import Config, resolved_dict, without_password, without_passwords
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
 from . import figures, page
@@ -188,7 +188,7 @@ def _rollout_title(rollout):
 
 def _differences(runs):
     """The table of the keys in which configurations differ."""
-    values = {run.label: _flat(resolved_dict(run.config)) for run in runs}
+    values = {run.label: _flat(without_passwords(resolved_dict(run.config))) for run in runs}
     keys = dict.fromkeys(key for of_run in values.values() for key in of_run)
     lines = []
     for key in keys:
@@ -223,7 +223,7 @@ def _table(run):
 
 
 def _configuration(run):
-    return page.folded(run.label, page.preformatted((run.folder.path / "config.yaml").read_text()))
+    return page.folded(run.label, page.preformatted(without_password((run.folder.path / "config.yaml").read_text())))
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def is_of_student(row):
 
 def distance_column(row):
     """The key of the distance that is drawn of a row of results.json."""
-    return next(column for column in DISTANCES if column in row)
+    return next(column for column in DISTANCES if row.get(column) is not None)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def curves(runs, panels, x="step", x_title="step", colors=None):
     figure, axes = _figure(1, len(panels), width=max(4.2 * len(panels), 5), height=3.3 + legend_height)
     for axis, (title, key) in zip(axes.flat, panels):
         for number, (label, records) in enumerate(runs.items()):
-            points = [(record[x], record[key]) for record in records if record.get(key) is not None]
+            points = [(record[x], record[key]) for record in records if None not in (record.get(x), record.get(key))]
             if points:
                 axis.plot(
                     *zip(*points),

@@ -4,6 +4,7 @@ import datetime
 
 from tqdm import tqdm
 
+from ..config import without_password
 from ..metrics.features import network_of
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
@@ -52,7 +53,7 @@ def write_report(folder, teacher=None, backend=None, beside_teacher=True, progre
     sections["Noise scale"] = page.paragraph(NOISE_SCALE) + page.chart(pictures["log_gamma"], "exp(log_gamma)")
     sections["GPU"] = gpu_section({config.name: metrics})
     sections["Where and when"] = page.paragraph(_circumstances(folder, metrics))
-    text = page.preformatted((folder.path / "config.yaml").read_text())
+    text = page.preformatted(without_password((folder.path / "config.yaml").read_text()))
     sections["Configuration"] = page.folded("config.yaml, every key", text)
 
     for stem, png in pictures.items():
@@ -70,12 +71,15 @@ def _circumstances(folder, metrics):
     environment = folder.read_json("environment.json", {})
     told = []
     if environment:
-        threads, processes = environment["threads"], environment["world_size"]
-        told.append(f"Trained on {environment['device_name']} ({threads} CPU threads, {processes} processes)")
-        told.append(f"backend {environment['backend']}, precision {environment['precision']}")
-        told.append(f"torch {environment['versions']['torch']}")
-    if metrics:
-        told.append(f"{max(record['seconds'] for record in metrics):.0f} seconds of training")
+        known = {
+            key: environment.get(key) or "?" for key in ("threads", "world_size", "device_name", "backend", "precision")
+        }
+        told.append("Trained on {device_name} ({threads} CPU threads, {world_size} processes)".format(**known))
+        told.append("backend {backend}, precision {precision}".format(**known))
+        told.append(f"torch {(environment.get('versions') or {}).get('torch') or '?'}")
+    seconds = [record["seconds"] for record in metrics if record.get("seconds") is not None]
+    if seconds:
+        told.append(f"{max(seconds):.0f} seconds of training")
     return "; ".join([*told, f"this page is of {datetime.date.today().isoformat()}"]) + "."
 
 

@@ -66,8 +66,8 @@ def _is_of_gpu(record):
 
 def _memory_and_energy(label, records):
     """A paragraph on one run; "" where nothing of it is known."""
-    memory = [record["gpu_memory_bytes"] for record in records if "gpu_memory_bytes" in record]
-    energy = [record["joules_per_image"] for record in records if "joules_per_image" in record]
+    memory = [record["gpu_memory_bytes"] for record in records if record.get("gpu_memory_bytes") is not None]
+    energy = [record["joules_per_image"] for record in records if record.get("joules_per_image") is not None]
     known = []
     if memory:
         known.append(f"{max(memory) / 1e9:.1f} GB of memory")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import ops
 from ..build import checkpoint_to_start_from
-from ..config import resolved_dict
+from ..config import resolved_dict, without_passwords
 from ..data import to_uint8
 from ..report.figures import image_grid, log_gamma_picture
 from .telemetry import GpuMonitor
@@ -256,7 +256,7 @@ class WandbRun:
             resume="allow",
             name=config.name,
             dir=str(folder.path),
-            config=resolved_dict(config),
+            config=without_passwords(resolved_dict(config)),
         )
         # Our own step on all x axes: wandb's may only grow, and a resumed run repeats the steps since its checkpoint.
         self.run.define_metric("step")

@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from ..config import uses_deepspeed
+from ..data import regular_file
 from ..execution import frozen_view
 from ..parallel.world import meet_alone, samples_per_rank
 from .engine import SLOTS, PlainEngine, laid_out_as, read_state
@@ -332,9 +333,8 @@ def _settings_file(path):
     """DeepSpeed's settings from a JSON file, without what the run's own keys say."""
     where = f"distributed.deepspeed {path!r}"
     try:
-        with open(path) as file:
-            given = json.load(file)
-    except (OSError, ValueError) as error:
+        given = json.loads(regular_file(path, where).read_text())
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{where}: not readable as JSON: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
         raise ValueError(f"{where}: expected an object with settings")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hsivi_fast import load_config, sample, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
@@ -137,6 +138,11 @@ def test_a_changed_export_is_not_loaded(run, tmp_path):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="sha256"):
         load_exported(folder)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite"):
+        load_exported(folder)
     with pytest.raises(ValueError, match="config.json"):
         load_exported(tmp_path)
     (folder / "config.json").write_text('{"kind": "of another program"}')
@@ -236,12 +242,13 @@ def test_a_pipeline_s_folder_names_the_documented_module(pipeline_folder, pipeli
     from diffusers import DiffusionPipeline  # late: as above
 
     index = json.loads((pipeline_folder / "model_index.json").read_text())
-    assert index["_class_name"] == "HSIVIPipeline"
+    assert index["_class_name"] == ["pipeline", "HSIVIPipeline"]
     assert index["unet"] == ["hsivi_fast.diffusers", "HSIVINetwork"]
     assert index["scheduler"] == ["hsivi_fast.diffusers", "HSIVIScheduler"]
     assert isinstance(pipeline, DiffusionPipeline)
     assert {str(file.relative_to(pipeline_folder)) for file in pipeline_folder.rglob("*") if file.is_file()} == {
         "model_index.json",
+        "pipeline.py",
         "config.json",
         "README.md",
         "scheduler/scheduler_config.json",
@@ -255,6 +262,52 @@ def test_a_pipeline_in_a_fresh_process_gives_the_run_s_samples(run, pipeline_fol
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.float32 and images.shape == (20, 8, 8, 1)
     assert np.array_equal((images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2), sample(run, SEEDS).numpy())
+
+
+FROM_DIFFUSERS = """
+import os, sys
+os.environ["HF_HOME"] = sys.argv[2]
+from diffusers import DiffusionPipeline, UNet2DModel
+assert "hsivi_fast" not in sys.modules
+folder = sys.argv[1]
+def refused(call):
+    try:
+        call()
+    except Exception as error:
+        return " ".join(str(error).split())
+print(refused(lambda: DiffusionPipeline.from_pretrained(folder)))
+print(refused(lambda: UNet2DModel.from_pretrained(folder + "/unet")))
+if len(sys.argv) > 3:
+    class Hidden:
+        def find_spec(name, *others):
+            if name.partition(".")[0] == "hsivi_fast":
+                raise ModuleNotFoundError(name="hsivi_fast")
+    sys.meta_path.insert(0, Hidden)
+    print(refused(lambda: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)))
+else:
+    for words in ({}, {"custom_pipeline": folder}):
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **words)
+        pixels = (pipeline(seeds=range(100, 104), output_type="pt").images * 255).round().int()
+        print(type(pipeline).__module__, pixels.flatten().tolist())
+"""
+
+
+def test_diffusers_alone_loads_the_folder_when_its_code_may_run(run, pipeline_folder, tmp_path):
+    asked, no_unet, first, second = _python(FROM_DIFFUSERS, pipeline_folder, tmp_path / "home").splitlines()
+    assert "contains custom code in pipeline.py" in asked and "trust_remote_code=True" in asked
+    assert "this is no UNet2DModel; load the pipeline with hsivi_fast.diffusers.HSIVIPipeline" in no_unet
+    expected = sample(run, range(100, 104)).flatten().tolist()
+    assert first == second == f"hsivi_fast.diffusers {expected}"
+    *_, missing = _python(FROM_DIFFUSERS, pipeline_folder, tmp_path / "home", "without").splitlines()
+    assert missing.startswith("hsivi_fast: is not installed, and this pipeline is its code; install hsivi_fast ")
+
+
+def test_a_pipeline_saved_again_and_an_older_folder_load(run, pipeline, pipeline_folder, tmp_path):
+    """Older folders name the class alone and have no pipeline.py; a pipeline that is saved anew writes such a one."""
+    pipeline.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "pipeline.py").exists()
+    expected = _drawn(pipeline, seeds=range(4))
+    assert torch.equal(_drawn(_load_pipeline(tmp_path / "again"), seeds=range(4)), expected)
 
 
 def test_an_image_depends_on_its_own_generator_alone(pipeline):

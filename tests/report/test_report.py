@@ -1,5 +1,6 @@
 """Pages about runs: what stands on them, that nothing is fetched, and that a missing piece is a missing section."""
 
+import dataclasses
 import html.parser
 import io
 import json
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hsivi_fast import load_config, train
+from hsivi_fast.checkpoints import records
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.metrics.table import SAMPLERS
 from hsivi_fast.report.comparison import compare_runs
@@ -260,6 +262,40 @@ def test_records_of_a_gpu_are_drawn(runs, tmp_path):
         page = _checked(path)
         assert "4.2 GB of memory, 0.5 J per training image" in page.text
         assert any("power and utilisation" in text for text in page.descriptions)
+
+
+SMALL_FILES = {"results.json": records.Row, "metrics.jsonl": records.Record, "environment.json": records.Environment}
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_what_a_record_need_not_have_is_drawn_without(runs, tmp_path, name):
+    """Keys of a run's small files that have a default in records.py may be missing, or null where they may be that."""
+    folder = RunFolder(shutil.copytree(runs["three"], tmp_path / "run"))
+    fields = [field for field in dataclasses.fields(SMALL_FILES[name]) if field.name != "frechet_distance"]
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    nullable = {field.name for field in fields if field.default is None}
+    whole = folder.metrics() if name == "metrics.jsonl" else folder.read_json(name)
+    records_of_file = whole if isinstance(whole, list) else [whole]
+    assert any(optional & record.keys() for record in records_of_file)
+    missing = [{key: value for key, value in record.items() if key not in optional} for record in records_of_file]
+    null = [record | dict.fromkeys(nullable) for record in records_of_file]
+    for written in (missing, null):
+        text = json.dumps(written if isinstance(whole, list) else written[0])
+        if name == "metrics.jsonl":
+            text = "".join(json.dumps(record) + "\n" for record in written)
+        (folder.path / name).write_text(text)
+        _checked(write_report(folder))
+        _checked(compare_runs([folder, runs["six"]], tmp_path / "page.html"))
+
+
+def test_no_page_shows_a_password(runs, tmp_path):
+    folder = shutil.copytree(runs["three"], tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    assert "wandb: null" in config
+    (folder / "config.yaml").write_text(config.replace("wandb: null", "wandb: https://anna:s3cret@host/x?token=s3cret"))
+    for path in (write_report(RunFolder(folder)), compare_runs([folder, runs["six"]], tmp_path / "page.html")):
+        page = Page(path).source
+        assert "https://***@host/x?***" in page and "s3cret" not in page
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

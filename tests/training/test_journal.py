@@ -152,6 +152,14 @@ def test_weights_and_biases_gets_the_records_and_pictures_and_goes_on_with_the_s
     assert wandb.of("init")[1]["id"] == start["id"] and [values["step"] for values in wandb.of("log")] == [2, 2, 4, 4]
 
 
+def test_weights_and_biases_gets_no_password(tmp_path, wandb):
+    teacher = load_config("smoke").teacher.checkpoint
+    address = f"file://anna:s3cret@{teacher}"
+    train(load_config("smoke", [*RUN, "log.wandb=few-steps", f"teacher.checkpoint={address}"]), tmp_path / "run")
+    (start,) = wandb.of("init")
+    assert start["config"]["teacher"]["checkpoint"] == f"file://***@{teacher}"
+
+
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_trouble_there_is_one_warning(tmp_path, wandb, capsys, failing):
     wandb.failing = (failing,)
