@@ -21,6 +21,7 @@ from .parallel.seeds import Seeds
 
 MOST_SEEDS = 1_000_000_000
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
+LONGEST_MESSAGE = 900  # characters of an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LEGEND = """\
 start: the student before training, which is DDIM with the run's eta. EMA: averaged weights, the ones to use; raw: as
@@ -532,6 +533,9 @@ def _fail(message, code):
         if connected() or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(code)
         message = f"rank {os.environ['RANK']}: {message}"  # on a machine of its own, before the ranks have met
+    message = str(message)
+    if len(message) > LONGEST_MESSAGE:  # of a path that somebody gave, say; what is wrong stands first, advice last
+        message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
     with contextlib.suppress(OSError):
         click.echo(f"hsivi: {message}", err=True)
     sys.stderr.flush()

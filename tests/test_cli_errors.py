@@ -106,6 +106,22 @@ def test_a_process_ends_with_the_same_line_and_code(run, tmp_path, arguments, me
     assert line.startswith("hsivi: ") and message in line
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "RUN", "--num-samples", "4", "--ref", "x" * 5000],
+        ["sample", "x" * 5000, "--seeds", "0"],
+        ["train", "x" * 5000],
+        ["train", "digits", f"data_path={'x' * 5000}", "data=images"],
+        ["train", "digits", f"teacher.checkpoint={'x' * 5000}"],
+        ["train", "digits", "--outdir", "x" * 5000],
+    ],
+)
+def test_no_line_is_longer_than_a_screen(run, hsivi, arguments):
+    line = _only_line(hsivi(*[{"RUN": str(run)}.get(word, word) for word in arguments]))
+    assert line.startswith("hsivi: ") and len(line) < 1000
+
+
 def test_what_the_machine_cannot_do_is_one_line(run, hsivi, tmp_path, monkeypatch):
     for done in (
         hsivi("train", "smoke", "cuda_graphs=true", "device=cpu", "--outdir", tmp_path / "a"),
