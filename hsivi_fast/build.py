@@ -4,6 +4,7 @@
 mathematics, the networks, checkpoints/, parallel/, config.py and execution.py.
 """
 
+import functools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch import nn
 from . import ops
 from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
-from .config import Config
+from .config import Config, ObjectiveConfig
 from .execution import Execution
 from .method.layers import Layers, attach_log_gamma
 from .method.schedule import make_schedule, signal_levels
+from .method.windows import Windows
 from .nets import build_unet
 from .nets.mixture import CorrectedTeacher, MixtureTeacher
 from .parallel.world import World
@@ -39,6 +41,20 @@ class Context:
     execution: Execution
     layers: Layers
     teacher: nn.Module | None = None
+
+    @property
+    def objective(self):
+        """The run's objective; the published one without a configuration."""
+        return self.config.objective if self.config is not None else ObjectiveConfig()
+
+    @functools.cached_property
+    def matching(self):
+        """Where the student is compared with the teacher: the layers themselves, or `Windows` of them."""
+        if self.objective.match == "knots":
+            return self.layers
+        teacher = self.config.teacher
+        levels = signal_levels(teacher.betas, teacher.steps)
+        return Windows(self.layers, self.layers.tau.tolist(), levels, self.objective.gamma_min)
 
     def with_teacher(self, teacher=None):
         """The same with a teacher: the one given, or the one that the configuration names."""

@@ -92,6 +92,7 @@ Natural = _count(1_000_000_000, least=0)
 BatchSize = _count(100_000)
 Evaluations = _count(10_000)
 Channels = _count(65_536)
+Knots = Annotated[tuple[_count(1_000_000, least=0), ...], Field(max_length=10_001)]  # by hand
 
 
 @settings
@@ -137,6 +138,37 @@ class GammaConfig:
 
 
 @settings
+class StartConfig:
+    """What the networks are before the distillation.
+
+    `ddim`: the student is the teacher. `trajectory`: it has learned the teacher's own paths, layer by layer.
+    """
+
+    kind: Literal["ddim", "trajectory"] = "ddim"
+    updates: Count = 300  # of the student, on the paths
+    trajectories: _count(100_000_000) = 2000
+    substeps: _count(1000) = 4  # of the solver in each layer
+    solver: Literal["dpmpp", "ddim"] = "dpmpp"
+    lr: Rate = 4.0e-4
+    batch_size: BatchSize | None = None  # train.batch_size, unless it is said
+    # Updates of the score network alone before the student moves, with either kind.
+    score_net_updates: Natural = 0
+
+
+@settings
+class ObjectiveConfig:
+    """Where the student is compared with the teacher, and by what loss."""
+
+    # knots: at tau_{k-1}, as published; windows: at timesteps from there to below tau_k.
+    match: Literal["knots", "windows"] = "knots"
+    gamma_min: Annotated[Number, Field(ge=0, le=1)] = 0.5  # windows only
+    alpha: Annotated[Number, Field(ge=0, le=2)] = 0.5  # 1/2 is the published form
+    # The start's regression beside the loss: this share of the loss's own gradient. 0: none.
+    anchor: Annotated[Number, Field(ge=0, le=1000)] = 0.0
+    anchor_batch: BatchSize | None = None  # train.batch_size, unless it is said
+
+
+@settings
 class RolloutConfig:
     """How training states are made: `fresh` for every update, or `pooled`, one rollout for all updates of a cycle."""
 
@@ -156,6 +188,7 @@ class TrainConfig:
     score_net_lr: Rate = 8.0e-5
     warmup: Natural = 2500
     lr_rule: Literal["decay", "cosine", "linear", "constant"] = "decay"
+    beta1: Fraction = 0.9  # Adam's, of both networks
     clip: Positive = 1.0
     ema: Fraction = 0.999
 
@@ -229,9 +262,11 @@ class Config:
     init: StrictStr | None = None
     # Which of that run's checkpoints: the newest, the best by its own distance, or the one of a step.
     init_step: Annotated[StrictStr | StrictInt, AfterValidator(_step_to_start_from)] = "newest"
-    spacing: Literal["quad", "uniform"] = "quad"
+    spacing: Literal["quad", "uniform"] | Knots = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     backend: Literal["auto", "torch", "triton"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -248,6 +283,26 @@ class Config:
     log_every: Count = 100
     save_every: Count = 5000
     name: Annotated[StrictStr, AfterValidator(_file_name)] = "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """What a run's steps are: `start` updates of the student on paths, `head` of the score network alone, `train`."""
+
+    start: int
+    head: int
+    train: int
+
+    @property
+    def total(self):
+        """All steps of the run."""
+        return self.start + self.head + self.train
+
+
+def phases_of(config):
+    """The `Phases` of a configuration; without a start, all steps are the distillation's."""
+    start = config.start.updates if config.start.kind == "trajectory" else 0
+    return Phases(start, config.start.score_net_updates, config.train.steps)
 
 
 def load_config(config, overrides=()):
@@ -518,7 +573,27 @@ def _validated(values):
         raise ValueError(_first_problem(error)) from None
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
+    if not isinstance(config.spacing, str):
+        _check_knots(config)
+    if config.objective.anchor and config.start.kind == "ddim":
+        raise ValueError(
+            f"objective.anchor: {config.objective.anchor} keeps the regression of a start on trajectories, and "
+            "start.kind is ddim; choose start.kind=trajectory, or leave it 0"
+        )
     return config
+
+
+def _check_knots(config):
+    """ValueError where timesteps that are given by hand are no knots tau_0 < ... < tau_K of the teacher."""
+    knots, steps = config.spacing, config.teacher.steps
+    if len(knots) != config.nfe + 1:
+        wanted = f"nfe: {config.nfe} layers stand between {config.nfe + 1}"
+        raise ValueError(f"spacing: {_shortened(list(knots))} are {len(knots)} timesteps, and {wanted}")
+    for low, high in zip(knots, knots[1:]):
+        if low >= high:
+            raise ValueError(f"spacing: {_shortened(list(knots))} does not rise, first at {low}, {high}")
+    if knots[-1] >= steps:
+        raise ValueError(f"spacing: {knots[-1]} is no timestep of the teacher, whose last is {steps - 1}")
 
 
 def _first_problem(error):

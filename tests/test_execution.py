@@ -17,6 +17,7 @@ from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, Graph
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
 from hsivi_fast.training.rollout import build_rollout
+from hsivi_fast.training.start import Paths
 from hsivi_fast.training.updates import Updates
 from hsivi_fast.training.zero import build_engine
 
@@ -81,6 +82,47 @@ def test_recorded_training_is_the_eager_one(device, recording, settings):
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
     assert execution.recorded == (2 if "rollout.mode=fresh" in settings else 3) and execution.seconds > 0
+
+
+STARTED = [
+    *("start.kind=trajectory", "start.updates=6", "start.trajectories=24", "start.batch_size=8", "train.beta1=0.5"),
+    *("objective.match=windows", "objective.gamma_min=0.2", "objective.alpha=1.0"),
+    *("objective.anchor=0.5", "objective.anchor_batch=8"),
+]
+
+
+def _start_and_iterate(student, score_net, rollout, updates, context):
+    """Losses of a start, of a head start, and of the distillation with an anchor after it."""
+    paths, losses = Paths(context), []
+    for update in range(1, 7):
+        paths.prepare(update)
+        losses.append(updates.start(paths.batch(update), 1e-3 / update)[0].mean())
+    student.restart()
+    rollout.start_cycle(0)
+    for step in range(1, 19):
+        if step % 3 == 0 and step > 3:
+            anchored = paths.anchor_batch(step)
+            losses.append(updates.student(rollout.student_batch(step), 1e-3 / step, anchored)[0].mean())
+            rollout.start_cycle(step // 3)
+        batch = rollout.score_net_batch(step)
+        losses += [updates.teacher(batch)[0].mean(), updates.score_net(batch, 2e-3 / step)[0].mean()]
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("device, recording", RECORDED)
+def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording):
+    execution = Execution(device, cuda_graphs=True, recording=recording)
+    results = []
+    for way in (EAGER, execution):
+        trained = _training(way, device, STARTED)
+        results.append((_start_and_iterate(*trained, _context(way, device, STARTED)), _state(*trained[:2])))
+    (expected, first), (losses, second) = results
+    torch.testing.assert_close(losses, expected, rtol=5e-4, atol=1e-5)
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
+    # The teacher of the paths, the update on them, the teacher's losses, the score network's update, the pull-back,
+    # the rollout.
+    assert execution.recorded == 6
 
 
 def recorded_and_eager_on_ranks(settings):

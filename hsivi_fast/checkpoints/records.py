@@ -32,6 +32,10 @@ class State:
     teacher_updates: Natural | None = None
     # Written because the run was stopped there, at a step at which it saves nothing by itself.
     stopped: StrictBool = False
+    # Written at the end of a start, whose student is a row of the table: it is kept.
+    start: StrictBool = False
+    # Of the start's regression beside the student's loss: two running squares, and how many updates are in them.
+    anchor: tuple[Number, Number, Natural] | None = None
     # {name: (sum, how many)} of the losses since the last record.
     losses: dict[StrictStr, tuple[Number, Natural]] | None = None
     # {file name: sum} of the files that stand beside it; older checkpoints have none.
@@ -68,6 +72,8 @@ class Record:
     seconds: Number = 0.0
     loss_student: Number | None = None
     loss_score_net: Number | None = None
+    loss_start: Number | None = None
+    loss_teacher: Number | None = None
     loss: Number | None = None
     images_per_second: Number | None = None
     preparing_seconds: Number | None = None

@@ -6,7 +6,7 @@ metrics.jsonl          one record per log step
 saves.jsonl            what each checkpoint took: seconds, bytes
 inputs.json            sums of the files that the configuration names, as they were when the run began
 wandb.json             the run's id at Weights & Biases, where log.wandb is set
-checkpoints/step_N/    state.json and safetensors files; the last two checkpoints and the best are kept
+checkpoints/step_N/    state.json and safetensors files; two, the best and that of the start are kept
 """
 
 import contextlib
@@ -288,6 +288,10 @@ class RunFolder(os.PathLike):
                 best = step, metric
         return best
 
+    def start_checkpoint(self):
+        """The step of the checkpoint at the end of the run's start, or None."""
+        return next((step for step in self.checkpoints() if self._known(step).get("start")), None)
+
     def _known(self, step):
         """state.json of a checkpoint, empty where it is not readable."""
         try:
@@ -311,14 +315,15 @@ class RunFolder(os.PathLike):
             raise ValueError(f"checkpoint {file}: damaged ({reason}); {advice}") from None
 
     def drop_old_checkpoints(self):
-        """Delete all but the last two checkpoints and the best.
+        """Delete all but the last two checkpoints, the best, and that of the end of the start.
 
         One that was written because the run was stopped does not count among these, and stays while it is the newest:
         the run that went on keeps what it would have kept without the stop.
         """
         steps, best = self.checkpoints(), self.best_checkpoint()
         scheduled = [step for step in steps if not self._known(step).get("stopped")]
-        kept = {*scheduled[-CHECKPOINTS_KEPT:], *steps[-1:]}
+        ends_of_start = [step for step in steps if self._known(step).get("start")]
+        kept = {*scheduled[-CHECKPOINTS_KEPT:], *steps[-1:], *ends_of_start}
         if best is not None:
             kept.add(best[0])
         for step in steps:

@@ -17,6 +17,8 @@ class Layers(nn.Module):
     a, b, c1: A_k, B_k and DDIM's sigma; tau: the knots, int64.
     weight: sigma_{k-1}^2, of the losses; scale: sigma_{k-1} / c1_k, so that z / gamma = z scale exp(-log_gamma).
     one: ones, for a step from a stored mean.
+    layer, t: k itself and tau_{k-1}, the timestep of what layer k makes: with `choose` and `pull_back_rows` they are
+    what `Windows` has too, so that training does not ask where it compares.
 
     schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0).
     per_step, per_pixel: the shape of log_gamma.
@@ -50,6 +52,8 @@ class Layers(nn.Module):
             self.register_buffer(name, values, persistent=False)
         self.register_buffer("one", torch.ones(schedule.nfe + 1), persistent=False)
         self.register_buffer("tau", torch.from_numpy(schedule.timesteps), persistent=False)
+        self.register_buffer("layer", torch.arange(schedule.nfe + 1), persistent=False)
+        self.register_buffer("t", torch.cat([self.tau[:1], self.tau[:-1]]), persistent=False)
 
     def log_gamma_shape(self, event_shape):
         """The shape of log_gamma: [1], [K], [*event] or [K, *event]."""
@@ -60,6 +64,14 @@ class Layers(nn.Module):
     def rows(self, log_gamma):
         """log_gamma as `ops` take it, [1 or K, 1 or event size]."""
         return log_gamma.reshape(self.nfe if self.per_step else 1, -1)
+
+    def pull_back_rows(self, log_gamma, grad_rows):
+        """The gradient at log_gamma, from that at `rows`."""
+        return grad_rows.reshape(log_gamma.shape)
+
+    def choose(self, k, bits):
+        """Where layers k [B] are compared with the teacher: at their knots, so k itself; bits [B] are not used."""
+        return k
 
     def step(self, x, eps_hat, log_gamma, noise):
         """x_{k-1} of samples x = x_k [B, *event]; differentiable in eps_hat and log_gamma.

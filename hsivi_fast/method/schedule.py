@@ -33,12 +33,17 @@ def signal_levels(betas, steps):
 def knots(spacing, nfe, steps, drop_doubles=False):
     """tau_0 < ... < tau_K, int64 [K + 1], K = nfe.
 
-    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)).
+    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)). A sequence of K + 1 timesteps
+    is these knots; for another number of layers than it is of, as a baseline has, `quad` takes its place.
     Raises ValueError where two knots fall together. With `drop_doubles` there are fewer than K layers then, which a
     DDIM baseline of many steps wants.
     """
     if nfe < 1 or nfe >= steps:
         raise ValueError(f"nfe: {nfe} layers do not fit a teacher of {steps} steps")
+    if not isinstance(spacing, str):
+        if len(spacing) == nfe + 1:
+            return np.array(spacing, dtype=np.int64)
+        spacing = "quad"
     if spacing == "quad":
         times = np.round(np.linspace(0, np.sqrt(0.8 * steps), nfe + 1) ** 2).astype(np.int64)
     elif spacing == "uniform":

@@ -278,14 +278,17 @@ class _Drawing:
 def final_table(context, run, metric, progress=False):
     """The table that a run ends with, a list of rows, see `measure_row`; every row uses the same seeds.
 
-    It has `eval.baselines`, each at all of `eval.ddim_nfe`, the start (DDIM with the run's eta), and the student, EMA
-    and raw.
+    It has `eval.baselines`, each at all of `eval.ddim_nfe`, DDIM with the run's eta, the student at the end of its
+    start, if it had one, and at the end, EMA and raw.
     """
     config, settings = context.config, context.config.eval
     samplers = []
     for name in settings.baselines:
         samplers += [(NAMES[name], nfe, baseline_sampler(context, name, nfe)) for nfe in settings.ddim_nfe]
     samplers.append(("ddim_eta", config.nfe, ddim_sampler(context, config.nfe, config.eta)))
+    start = context.world.from_main(run.start_checkpoint)
+    if start is not None:
+        samplers.append(("start", config.nfe, load_sampler(run, context.world, "raw", start)[0]))
     for weights in ("ema", "raw"):
         samplers.append((f"hsivi_{weights}", config.nfe, load_sampler(run, context.world, weights)[0]))
     total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples

@@ -12,6 +12,7 @@ TITLES = {
 SAMPLERS = {
     "ddim": "DDIM",
     "ddim_eta": "start (DDIM, run's eta)",
+    "start": "start (teacher's paths)",
     "ddpm": "DDPM (ancestral)",
     "dpmpp_2m": "DPM-Solver++(2M)",
     "unipc": "UniPC",

@@ -8,7 +8,7 @@ import yaml
 
 from ..checkpoints.files import as_written, make_folder, write_atomically
 from ..checkpoints.run_folder import RunFolder
-from ..config import Config, resolved_dict, without_password, without_passwords
+from ..config import Config, phases_of, resolved_dict, without_password, without_passwords
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
 from . import figures, page
@@ -164,7 +164,7 @@ def _summary(run):
         run.label,
         _data_title(config),
         config.nfe,
-        step if step == config.train.steps else f"{step} of {config.train.steps}",
+        step if step == phases_of(config).total else f"{step} of {phases_of(config).total}",
         config.train.batch_size,
         config.precision,
         _rollout_title(config.rollout),

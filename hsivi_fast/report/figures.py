@@ -30,6 +30,7 @@ class Style(NamedTuple):
 STYLES = {
     "ddim": Style("o"),
     "ddim_eta": Style("v", filled=False, of_student=True),
+    "start": Style("<", filled=False, of_student=True),
     "ddpm": Style("^"),
     "dpmpp_2m": Style("s"),
     "unipc": Style("P"),
@@ -178,8 +179,10 @@ def _draw_sampler(axis, rows, key, column, color, label):
 
 
 def loss_curves(metrics):
-    """Both losses of one run, and the distance where it was measured; metrics: records of metrics.jsonl."""
+    """The losses of one run, and the distance where it was measured; metrics: records of metrics.jsonl."""
     panels = list(LOSSES)
+    if any(record.get("loss_start") is not None for record in metrics):
+        panels.insert(0, ("start's loss", "loss_start"))
     if any(record.get("metric") is not None for record in metrics):
         panels.append(("distance during training", "metric"))
     return curves({"": metrics}, panels)

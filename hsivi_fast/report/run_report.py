@@ -4,7 +4,7 @@ import datetime
 
 from tqdm import tqdm
 
-from ..config import without_password
+from ..config import phases_of, without_password
 from ..metrics.features import network_of
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
@@ -58,12 +58,18 @@ def write_report(folder, teacher=None, backend=None, beside_teacher=True, progre
 
     for stem, png in pictures.items():
         folder.write(f"samples/{stem}.png", png)
-    summary = (
-        f"{config.nfe} network evaluations per sample; {step} updates of the score network, "
-        f"{step // config.train.f_learning_times} of the student."
-    )
+    summary = f"{config.nfe} network evaluations per sample; {_updates(config, step)}."
     folder.write("report.html", page.html_page(f"hsivi_fast: {config.name}", summary, sections))
     return folder.path / "report.html"
+
+
+def _updates(config, step):
+    """What a run has done until a step, in words."""
+    phases, cycle = phases_of(config), config.train.f_learning_times
+    start = f"{min(step, phases.start)} updates of the student on the teacher's paths, then " if phases.start else ""
+    step = max(step - phases.start, 0)
+    of_student = step // cycle - min(step, phases.head) // cycle
+    return f"{start}{step} updates of the score network, {of_student} of the student"
 
 
 def _circumstances(folder, metrics):

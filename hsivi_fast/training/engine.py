@@ -8,6 +8,7 @@ has:
     graphed(f)     f, a whole update, from a CUDA graph where this engine's steps can be recorded
     backward       cotangents in, parameter gradients out; `accumulation` times for one step, each for a micro-batch
     step(lr)       clip, optimizer, EMA: prepare_step(lr) is what the host does of it, apply_step() the device
+    restart()      forget moments and average: what follows is another training of the same weights
     averaged()     {name: tensor}, the EMA
     state, load    the whole state by parameter, whatever the processes and the ZeRO stage: any engine loads what
                    another one saved
@@ -17,7 +18,7 @@ import torch
 
 from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..execution import EAGER, frozen_view
-from .optim import EMA, adam
+from .optim import EMA, adam, forget_moments
 
 # Adam's moments with amsgrad, in torch's names; "step" is its counter.
 SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -27,10 +28,10 @@ class PlainEngine:
     """One network in one process.
 
     network: the module; clip: the largest gradient norm; ema: the decay of the average (see `EMA`).
-    execution: how the network is called; accumulation: the number of `backward`s before a `step`.
+    execution: how the network is called; accumulation: the number of `backward`s before a `step`; beta1: Adam's.
     """
 
-    def __init__(self, network, clip, ema, execution=EAGER, accumulation=1):
+    def __init__(self, network, clip, ema, execution=EAGER, accumulation=1, beta1=0.9):
         self.network, self.execution = network, execution
         self.predict = execution.compiled(network)
         self.clip, self.accumulation = clip, accumulation
@@ -40,7 +41,7 @@ class PlainEngine:
         self.lr = torch.zeros((), device=device) if recorded else None
         ema_weight = torch.zeros((), device=device) if recorded else None
         capturable = recorded and device.type == "cuda"
-        self.optimizer = adam(self.parameters, self.lr if recorded else 0.0, capturable)
+        self.optimizer = adam(self.parameters, beta1, self.lr if recorded else 0.0, capturable)
         self.ema = EMA(network.named_parameters(), ema, ema_weight)
 
     def frozen(self):
@@ -77,6 +78,11 @@ class PlainEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.parameters)
+
+    def restart(self):
+        """Forget the moments and the average: the next step is the first one, from the present parameters."""
+        forget_moments(self.optimizer)
+        self.ema.restart(self.parameters)
 
     def averaged(self):
         """{name: tensor}: the averaged parameters."""

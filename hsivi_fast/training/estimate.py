@@ -8,8 +8,10 @@ import math
 
 import torch
 
+from ..config import phases_of
 from ..nets import build_unet
 from ..parallel.machine import memory_of, refuse_beyond_disk, refuse_beyond_memory
+from .start import parts_of
 
 MIB = 2**20
 
@@ -24,8 +26,8 @@ def estimate_run(config, world_size=1):
 
     parameters: of one network.
     forward_flops: floating-point operations of one forward call with one image (products and convolutions).
-    cycle_flops, training_flops: of a cycle of `train.f_learning_times` updates and of the whole training, over all
-    processes.
+    cycle_flops, start_flops, training_flops: of a cycle of `train.f_learning_times` updates, of the start with its
+    paths and the score network's head start, and of the whole training, over all processes.
     evaluations_per_update: forward calls with the whole batch that one update of the score network costs on average. A
     backward counts 2, an input-only one 1.
     event_size: numbers of one image or point.
@@ -47,6 +49,8 @@ def estimate_run(config, world_size=1):
     memory = _memory(config, world_size, weight_bytes=4 * parameters)
     memory["noise_scale_bytes"] = 6 * 4 * _noise_scale_size(config, event_size)
     memory["pool_bytes"] = pool_bytes
+    memory["paths_bytes"] = _path_bytes(config, event_size, world_size)
+    start = _start_evaluations(config, event_size)
     # The student's update keeps most: its own graph, then f's and the teacher's.
     memory["activations_bytes"] = 3 * activation_bytes * settings.batch_size // micro_batches
     return {
@@ -54,7 +58,8 @@ def estimate_run(config, world_size=1):
         "event_size": event_size,
         "forward_flops": flops,
         "cycle_flops": evaluations * flops,
-        "training_flops": round(evaluations * cycles * flops),
+        "training_flops": round((evaluations * cycles + start) * flops),
+        "start_flops": start * flops,
         "evaluations_per_update": evaluations / settings.f_learning_times / settings.batch_size,
         "world_size": world_size,
         "samples_per_rank": settings.batch_size // world_size,
@@ -69,6 +74,29 @@ def _network_needs(config):
         network = build_unet(config.network)  # in float32: no autocast knows the meta device
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return parameters, *_forward_of_one(network), math.prod(network.event_shape)
+
+
+def _path_bytes(config, event_size, world_size):
+    """Of the teacher's paths that are held at once."""
+    if phases_of(config).start == 0:
+        return 0
+    held = parts_of(config, event_size)[1] * (config.nfe + 1) * event_size * 4
+    return held if world_size == 1 else held + held // world_size  # and what a process rolls of it
+
+
+def _start_evaluations(config, event_size):
+    """Forward calls with one image before the distillation."""
+    phases, settings = phases_of(config), config.start
+    evaluations = 0
+    if phases.start:
+        parts, count = parts_of(config, event_size)
+        evaluations = parts * count * config.nfe * settings.substeps
+        evaluations += 3 * phases.start * (settings.batch_size or config.train.batch_size)
+    # Of the head start: as a cycle, without the student's update and with one call of the teacher.
+    cycle, _ = _cycle(config, event_size)
+    updates, batch_size = config.train.f_learning_times, config.train.batch_size
+    of_student = 7 * batch_size
+    return evaluations + round(phases.head * ((cycle - of_student) / updates + batch_size))
 
 
 def _noise_scale_size(config, event_size):
@@ -91,6 +119,10 @@ def check_memory(config, world_size, device):
         "activations_bytes": (
             f"train.batch_size: {settings.batch_size}",
             "lower it or the network's sizes, raise distributed.accumulation, or start more processes",
+        ),
+        "paths_bytes": (
+            f"start.trajectories: {config.start.trajectories} over nfe {config.nfe}",
+            "lower it, or start more processes",
         ),
         "pool_bytes": (
             f"train.f_learning_times: {settings.f_learning_times} with train.batch_size {settings.batch_size}",
@@ -130,7 +162,8 @@ def _is_small(config, batch_size, updates, device):
         1 + 1 / config.nfe
     ) + config.nfe * event_size * 4
     noise_scale = 6 * _noise_scale_size(config, event_size)
-    return 4 * (activations + 13 * parameters + pool + noise_scale) < memory_of(device)
+    paths = _path_bytes(config, event_size, 1) // 4
+    return 4 * (activations + 13 * parameters + pool + paths + noise_scale) < memory_of(device)
 
 
 def _surely_kept(config, activation_bytes):
@@ -153,7 +186,8 @@ def _cycle(config, event_size):
     if config.rollout.mode == "pooled":
         trajectories = -(-updates * batch_size // (nfe * config.rollout.redraw))
         rolled = trajectories * nfe
-        kept = nfe + 1 + (nfe if config.rollout.redraw > 1 else 0)  # states, and means where they are used again
+        uses_means = config.rollout.redraw > 1 or config.objective.match == "windows"
+        kept = nfe + 1 + (nfe if uses_means else 0)  # states, and means where they are noised anew
         transitions = trajectories * nfe * config.rollout.redraw
         pool_bytes = trajectories * event_size * 4 * kept + 8 * transitions  # with the order that they are taken in
     else:  # at most: a rollout ends at the lowest layer that its batch needs
@@ -206,6 +240,13 @@ def _forward_of_one(network):
     return counter.get_total_flops() // 2, kept_bytes // 2
 
 
+def _parts_text(config, event_size):
+    if not phases_of(config).start:
+        return "for a start: none"
+    parts, count = parts_of(config, event_size)
+    return f"for the start: {parts * count} trajectories" + (f" in {parts} parts" if parts > 1 else "")
+
+
 def estimate_text(config, world_size=1):
     """The estimate in words, for a terminal."""
     e = estimate_run(config, world_size)
@@ -217,6 +258,7 @@ def estimate_text(config, world_size=1):
         "averages": "",
         "noise_scale": "log_gamma",
         "pool": "states of one rollout" + ("" if config.rollout.mode == "pooled" else ": none, each is used once"),
+        "paths": f"of the teacher, {_parts_text(config, e['event_size'])}",
         "activations": "of the student's update",
     }
     memory = [f"  {name:<14} {e[f'{name}_bytes'] / MIB:8.1f} MiB   {what}".rstrip() for name, what in rows.items()]
@@ -229,6 +271,7 @@ def estimate_text(config, world_size=1):
         f"  in all         {e['memory_bytes'] / MIB:8.1f} MiB",
         f"work             {e['training_flops']:.3g} FLOP for {steps} updates; "
         f"{e['evaluations_per_update']:.2f} forward calls with the batch an update, all counted in",
+        f"  the start      {e['start_flops']:.3g} FLOP of it",
         f"sampling         {config.nfe * e['forward_flops'] / 1e9:.3g} GFLOP an image",
     ]
     return "\n".join(lines)

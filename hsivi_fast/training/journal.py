@@ -12,10 +12,12 @@ from PIL import Image
 
 from .. import ops
 from ..build import checkpoint_to_start_from
-from ..config import resolved_dict, without_passwords
+from ..config import phases_of, resolved_dict, without_passwords
 from ..data import to_uint8
 from ..report.figures import image_grid, log_gamma_picture
 from .telemetry import GpuMonitor
+
+TRAINED = ("loss_start", "loss_score_net")  # one of them is noted at every step, with all of its images
 
 
 def check_journal(config):
@@ -34,8 +36,8 @@ def pictures_due(config, step, measured):
     By the configuration and the step alone: all ranks have to agree.
     """
     if config.log.images_every:
-        return step % config.log.images_every == 0 or step == config.train.steps
-    ends_with_table = config.eval.num_samples > 0 and step == config.train.steps  # which is a measurement too
+        return step % config.log.images_every == 0 or step == phases_of(config).total
+    ends_with_table = config.eval.num_samples > 0 and step == phases_of(config).total  # which is a measurement too
     return measured or ends_with_table
 
 
@@ -56,7 +58,7 @@ class Journal:
 
     def start(self, step, state=None):
         """Take up the records at a step, and open the bar and the writers there; state: that of its checkpoint."""
-        self.logged_step, self.prepared, self.drawing = step, self.execution.seconds, 0.0
+        self.prepared, self.drawing, self.images = self.execution.seconds, 0.0, 0
         for name, (total, count) in ((state or {}).get("losses") or {}).items():
             self.sums[name] = torch.tensor(total if self.world.is_main else 0.0, device=self.context.device)
             self.counts[name] = count
@@ -68,12 +70,13 @@ class Journal:
         self.folder.forget_metrics_after(step)
         self._take_up_saves(step, stopped=(state or {}).get("stopped", False))
         self.seconds = max((record.get("seconds", 0.0) for record in self.folder.metrics()), default=0.0)
-        total = self.config.train.steps
+        total = phases_of(self.config).total
         if self.progress:
             tqdm.write(self._opening(step), file=sys.stderr)
         if self._rates_differ(step):
             rule, before = self.config.train.lr_rule, self.folder.steps_before
-            warning = f"warning: rates of lr_rule {rule} fall over train.steps, which grew from {before} to {total}"
+            grew = f"which grew from {before} to {self.config.train.steps}"
+            warning = f"warning: rates of lr_rule {rule} fall over train.steps, {grew}"
             tqdm.write(f"{warning}: this is not the run that was long from the start", file=sys.stderr)
         self.bar = tqdm(
             total=total,
@@ -97,14 +100,14 @@ class Journal:
             self.folder.append("saves.jsonl", {"step": step, "seconds": None, "bytes": size})
 
     @contextlib.contextmanager
-    def bar_of_first_pool(self, evaluations):
-        """A bar of its own while the first pool is rolled, where that takes more than 5 seconds.
+    def bar_of(self, what, evaluations):
+        """A bar of its own for what precedes the first step, where that takes more than 5 seconds.
 
-        evaluations: of the network, by this rank. It gives what has to be called with the samples of each layer.
+        evaluations: of a network, by this rank. It gives what has to be called with the samples of each evaluation.
         """
         from tqdm import tqdm  # here: as in `start`
 
-        shown = {"desc": "first pool", "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True, "leave": False}
+        shown = {"desc": what, "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True, "leave": False}
         with tqdm(total=evaluations, disable=not self.progress, delay=5, **shown) as bar:
             yield bar.update
 
@@ -112,7 +115,7 @@ class Journal:
         """The line above the bar: what runs where."""
         backend = self.context.backend
         interpreted = " (interpreted)" if backend == "triton" and ops.triton_is_interpreted() else ""
-        total = self.config.train.steps
+        total = phases_of(self.config).total
         going_on = f", going on from step {step} of {total}" if step else ""
         if step == total:
             going_on = f", trained already to step {step}"
@@ -130,6 +133,8 @@ class Journal:
     def add(self, name, losses):
         """Add the mean of losses [B] to what the next log step reports."""
         mean = losses.detach().mean()
+        if name in TRAINED:
+            self.images += len(losses) * self.world.size
         self.sums[name] = self.sums[name] + mean if name in self.sums else mean
         self.counts[name] = self.counts.get(name, 0) + self.world.size
 
@@ -145,7 +150,7 @@ class Journal:
         if not self.world.is_main:
             return
         now = time.perf_counter()
-        elapsed, images = now - self.logged_time, (step - self.logged_step) * self.config.train.batch_size
+        elapsed, images = now - self.logged_time, self.images
         self.seconds += elapsed
         # Compiling and recording are not the speed of training.
         preparing = self.execution.seconds - self.prepared
@@ -154,6 +159,7 @@ class Journal:
             "step": step,
             "loss_student": means.get("loss_student"),
             "loss_score_net": means.get("loss_score_net"),
+            **{name: means[name] for name in ("loss_start", "loss_teacher") if name in means},
             "student_lr": student_lr,
             "score_net_lr": score_net_lr,
             "images_per_second": images / training if training > 0 else None,
@@ -170,13 +176,14 @@ class Journal:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(step, scalars)
-        shown = {"f": means.get("loss_score_net"), "student": means.get("loss_student"), "distance (1 set)": metric}
+        names = {"start": "loss_start", "f": "loss_score_net", "f's start": "loss_teacher", "student": "loss_student"}
+        shown = {title: means.get(name) for title, name in names.items()} | {"distance (1 set)": metric}
         if preparing >= 1 and self.progress:
             took = f"compiling and recording took {preparing:.0f} s of {elapsed:.0f} s"
             self.bar.write(f"step {step}: {took}", file=sys.stderr)
         postfix = {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
         self.bar.set_postfix(postfix, refresh=False)
-        self.logged_step, self.logged_time, self.prepared, self.drawing = step, now, preparing + self.prepared, 0.0
+        self.logged_time, self.prepared, self.drawing, self.images = now, preparing + self.prepared, 0.0, 0
 
     def show(self, step, samples, log_gamma, began):
         """Write pictures of the averaged student: samples/step_XXXXXXX.png, and both to TensorBoard and W&B.

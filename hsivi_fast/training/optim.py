@@ -25,14 +25,22 @@ def learning_rate(rule, base, step, warmup, total):
     raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine, linear or constant")
 
 
-def adam(parameters, lr=0.0, capturable=False):
-    """Adam(0.9, 0.999) with amsgrad, in torch's fused form.
+def adam(parameters, beta1=0.9, lr=0.0, capturable=False):
+    """Adam(beta1, 0.999) with amsgrad, in torch's fused form.
 
     The rate is set before every step, or filled into the tensor `lr`.
     """
     return torch.optim.Adam(
-        parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable
+        parameters, lr=lr, betas=(beta1, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable
     )
+
+
+def forget_moments(optimizer):
+    """Put an optimizer back to before its first step, in place: what is recorded reads the same tensors."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                value.zero_()
 
 
 class EMA:
@@ -66,6 +74,12 @@ class EMA:
 
     def _weight(self):
         return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def restart(self, parameters):
+        """Begin again at these parameters, in the order that this was made with."""
+        torch._foreach_copy_(list(self.parameters.values()), [parameter.detach() for parameter in parameters])
+        self.updates = 0
 
     def load(self, parameters, updates):
         """Take over averaged parameters {name: tensor} and the number of updates behind them."""

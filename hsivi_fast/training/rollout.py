@@ -19,23 +19,20 @@ from .. import ops
 
 # Purposes of the run seed's random numbers (the last word of the Philox counter), so that no two uses share numbers.
 POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET_LAYERS, SCORE_NET_SEEDS = range(1, 8)
+STUDENT_WINDOWS, SCORE_NET_WINDOWS = range(8, 10)
+START_SEEDS, START_LAYERS, START_ROWS, ANCHOR_LAYERS, ANCHOR_ROWS = range(10, 15)
 
 
 @dataclass(frozen=True)
 class Batch:
     """The states of one update, with the noise of the step from x_k to x_{k-1}.
 
-    x: [B, *event], x_{k-1} for the score network and x_k for the student.
-    noise: `ops.Noise`, whose stream [B] is the layer k of each sample.
+    x: [B, *event], what the layer makes for the score network, x_{k-1} or x_t of its window, and x_k for the student.
+    noise: `ops.Noise`, whose stream [B] is the layer k of each sample, or the virtual one of `Windows`.
     """
 
     x: torch.Tensor
     noise: ops.Noise
-
-    @property
-    def k(self):
-        """The layer of each sample, [B]."""
-        return self.noise.stream
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
@@ -59,6 +56,11 @@ def draw_layers(run_seed, purpose, step, batch_size, nfe, device="cpu"):
     return torch.cat([k, nfe + 1 - k])[:batch_size]
 
 
+def window_bits(run_seed, purpose, step, batch_size, device):
+    """32 random bits for each sample of an update, int64 [B]: which timestep of its window it has."""
+    return ops.integers(run_seed, purpose, step, batch_size, device) & 0xFFFFFFFF
+
+
 @torch.no_grad()
 def roll_down(predict, layers, log_gamma, x, k, seeds, lowest, given=None):
     """Roll x = x_K [B, *event] down to x_lowest and return each sample's x_k, k [B].
@@ -77,10 +79,14 @@ def roll_down(predict, layers, log_gamma, x, k, seeds, lowest, given=None):
 
 
 @torch.no_grad()
-def one_layer_on(predict, layers, log_gamma, batch):
-    """The batch one layer further down: x_{k-1} in the place of x_k, its noise at the same address."""
-    eps_hat = predict(batch.x, layers.tau[batch.k])
-    return Batch(layers.step(batch.x, eps_hat, log_gamma, batch.noise), batch.noise)
+def one_layer_on(predict, layers, log_gamma, batch, matching=None):
+    """The batch one layer further down: x_{k-1} in the place of x_k, its noise at the same address.
+
+    matching: `Windows`, for x_t in the place of x_{k-1}.
+    """
+    matching = matching or layers
+    eps_hat = predict(batch.x, layers.tau[matching.layer[batch.noise.stream]])
+    return Batch(matching.step(batch.x, eps_hat, log_gamma, batch.noise), batch.noise)
 
 
 class FreshRollout:
@@ -90,6 +96,7 @@ class FreshRollout:
 
     def __init__(self, context, student):
         config, self.layers, self.student = context.config, context.layers, student
+        self.matching = context.matching
         self.predict = context.execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = context.world.shard(self.batch_size)
@@ -99,14 +106,14 @@ class FreshRollout:
 
     def student_batch(self, step):
         """States x_k for a student update."""
-        return self._roll(step, STUDENT_LAYERS, STUDENT_SEEDS)
+        return self._roll(step, STUDENT_LAYERS, STUDENT_SEEDS, STUDENT_WINDOWS)
 
     def score_net_batch(self, step):
-        """States x_{k-1} for an update of the score network."""
-        batch = self._roll(step, SCORE_NET_LAYERS, SCORE_NET_SEEDS)
-        return one_layer_on(self.predict, self.layers, self.student.log_scaled_gamma, batch)
+        """States that layers make, x_{k-1} or x_t, for an update of the score network."""
+        batch = self._roll(step, SCORE_NET_LAYERS, SCORE_NET_SEEDS, SCORE_NET_WINDOWS)
+        return one_layer_on(self.predict, self.layers, self.student.log_scaled_gamma, batch, self.matching)
 
-    def _roll(self, step, layers_purpose, seeds_purpose):
+    def _roll(self, step, layers_purpose, seeds_purpose, windows_purpose):
         device, nfe = self.layers.tau.device, self.layers.nfe
         # Drawn twice, so that the host knows the lowest without waiting for the device. It is the whole batch's: ranks
         # have to make equally many calls.
@@ -115,7 +122,11 @@ class FreshRollout:
         seeds = ops.integers(self.run_seed, seeds_purpose, step, self.batch_size, device)[self.shard]
         x = ops.draw_noise(seeds, 0, self.student.event_shape)  # x_K
         x = roll_down(self.predict, self.layers, self.student.log_scaled_gamma, x, k, seeds, lowest)
-        return Batch(x, ops.Noise(seeds, k))
+        if self.matching is self.layers:
+            return Batch(x, ops.Noise(seeds, k))
+        bits = window_bits(self.run_seed, windows_purpose, step, self.batch_size, device)[self.shard]
+        # Virtual layers have the numbers of layers too: another draw keeps the rollout's noise apart.
+        return Batch(x, ops.Noise(seeds, self.matching.choose(k, bits), draw=1))
 
 
 class PooledRollout:
@@ -130,6 +141,7 @@ class PooledRollout:
 
     def __init__(self, context, student):
         config, self.layers, self.student, self.world = context.config, context.layers, student, context.world
+        self.matching = context.matching
         self.predict = context.execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = self.world.shard(self.batch_size)
@@ -140,7 +152,8 @@ class PooledRollout:
         # The pool stays where it is in memory: a recorded rollout writes it again and again. A trajectory's rank comes
         # first in the index.
         self.states = self._zeros(self.layers.nfe + 1)  # x_k at index k
-        self.means = self._zeros(self.layers.nfe) if self.draws > 1 else None  # that of x_{k-1} at k - 1
+        # The mean of x_{k-1} at k - 1, where it is noised in other ways than by the rollout itself.
+        self.means = self._zeros(self.layers.nfe) if self.draws > 1 or self.matching is not self.layers else None
         # What this rank rolls; of one process, the pool itself.
         self.rolled_states, self.rolled_means = self._share_of(self.states), self._share_of(self.means)
         self._roll = context.execution.graphed(self._roll_share)
@@ -190,17 +203,22 @@ class PooledRollout:
 
     @torch.no_grad()
     def score_net_batch(self, step):
-        """Minibatch number step % f_learning_times of the pool: x_{k-1} and the noise that made it."""
+        """Minibatch number step % f_learning_times of the pool: x_{k-1} or x_t, and the noise that made it."""
         start = (step % self.cycle_length) * self.batch_size + self.shard.start
         transition = self.order[start : start + self.shard.stop - self.shard.start]  # trajectory + count * (k - 1)
         k, trajectory = transition // self.trajectories + 1, transition % self.trajectories  # [B of this rank]
         seeds = self.seeds[trajectory]
-        if self.draws == 1:
+        if self.means is None:
             return Batch(self._at(self.states, k - 1, trajectory), ops.Noise(seeds, k))
         position = torch.arange(start, start + len(transition), device=k.device)
-        noise = ops.Noise(seeds, k, draw=position // (self.layers.nfe * self.trajectories))
+        stream, draw = k, position // (self.layers.nfe * self.trajectories)
+        if self.matching is not self.layers:
+            whole = self.batch_size, k.device
+            bits = window_bits(self.run_seed, SCORE_NET_WINDOWS, step, *whole)[self.shard]
+            stream, draw = self.matching.choose(k, bits), draw + 1  # as of `FreshRollout`
+        noise = ops.Noise(seeds, stream, draw=draw)
         mean = self._at(self.means, k - 1, trajectory)
-        return Batch(self.layers.step_from_mean(mean, self.student.log_scaled_gamma, noise), noise)
+        return Batch(self.matching.step_from_mean(mean, self.student.log_scaled_gamma, noise), noise)
 
     def student_batch(self, step):
         """States x_k from the pool, with antithetic layers and new noise."""
@@ -209,7 +227,10 @@ class PooledRollout:
         places = (self.run_seed, STUDENT_STATES, step, self.batch_size, device)
         trajectory = ops.integers_below(self.trajectories, *places)[self.shard]
         seeds = ops.integers(self.run_seed, STUDENT_SEEDS, step, self.batch_size, device)[self.shard]
-        return Batch(self._at(self.states, k, trajectory), ops.Noise(seeds, k))
+        bits = None
+        if self.matching is not self.layers:
+            bits = window_bits(self.run_seed, STUDENT_WINDOWS, step, self.batch_size, device)[self.shard]
+        return Batch(self._at(self.states, k, trajectory), ops.Noise(seeds, self.matching.choose(k, bits)))
 
     def _at(self, pool, index, trajectory):
         return pool[trajectory // self.share, index, trajectory % self.share]

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..build import build_context, build_score_net, build_student, choose_device
 from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
+from ..config import phases_of
 from ..data import check_image_size
 from ..metrics.evaluation import build_metric, final_table
 from ..parallel.agreement import refuse_strangers
@@ -25,6 +26,7 @@ from .estimate import check_disk, check_memory
 from .journal import Journal, check_journal, pictures_due
 from .optim import learning_rate
 from .rollout import build_rollout
+from .start import Paths, start_learning_rate
 from .telemetry import describe_environment
 from .updates import FiniteGuard, Updates
 from .zero import build_engine, check_distribution
@@ -53,7 +55,7 @@ def train(config, outdir=None, fresh=False, progress=False):
         with training.in_its_folder():
             with StopRequest() as stop, training.journal:
                 training.resume()
-                while training.step < config.train.steps:
+                while training.step < training.phases.total:
                     training.advance()
                     training.record(stop)
             training.finish()
@@ -84,12 +86,14 @@ class Due:
 class Training:
     """A run while it is trained: its networks, where their states come from, and what is kept of it.
 
-    `step` counts updates of the score network, from 1; `resume` sets it to that of the newest checkpoint.
+    `step` counts the run's steps from 1: those of its start, if it has one, then those of the distillation, each an
+    update of the score network. `resume` sets it to that of the newest checkpoint.
     """
 
     def __init__(self, config, world, outdir, fresh, progress):
         self.config, self.world, self.progress = config, world, progress
         self.outdir, self.fresh, self.step = outdir, fresh, 0
+        self.phases = phases_of(config)
         check_memory(config, world.size, choose_device(config.device) if world.size == 1 else world.device)
         # Told before anything is built. The folder is made and held in `in_its_folder`.
         has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
@@ -107,6 +111,7 @@ class Training:
         world.mark("preparing the score network")
         self.score_net = build_engine(context, build_score_net(context, from_init=is_new))
         self.rollout = build_rollout(context, self.student.network)
+        self.paths = Paths(context) if config.start.kind == "trajectory" else None
         self.updates = Updates(context, self.student, self.score_net)
         self.guard = FiniteGuard(context)
         self.metric = build_metric(context) if config.eval.num_samples else None
@@ -132,29 +137,67 @@ class Training:
             self.folder.drop_old_checkpoints()  # which a process that was killed may have left
             self.folder.write_json("environment.json", describe_environment(self.context))
         self.journal.start(self.step, state)
-        if self.step < self.config.train.steps:
+        if self.step < self.phases.total:
             if self.world.is_main:
                 (self.folder.path / "results.json").unlink(missing_ok=True)  # the table of a shorter run
             self.world.mark(f"step {self.step}")
-            evaluations = getattr(self.rollout, "share", 0) * self.config.nfe
-            with self.journal.bar_of_first_pool(evaluations) as told:
-                self.rollout.on_layer = told
-                self.rollout.start_cycle(self.step // self.config.train.f_learning_times)
-                self.rollout.on_layer = None
+            if self.step < self.phases.start or self.updates.anchor:
+                self._prepare_paths(self.step + 1)
+            if self.step >= self.phases.start:
+                self._roll_pool()
+
+    def _prepare_paths(self, update):
+        """Roll the paths that an update of the start needs, or the anchor after it, unless they are there."""
+        with self.journal.bar_of("teacher's paths", self.paths.evaluations) as told:
+            self.paths.on_evaluations = told
+            self.paths.prepare(update)
+            self.paths.on_evaluations = None
+
+    def _roll_pool(self):
+        """Roll the pool of the distillation's present step: the first one, or that of a run that goes on."""
+        with self.journal.bar_of("first pool", getattr(self.rollout, "share", 0) * self.config.nfe) as told:
+            self.rollout.on_layer = told
+            self.rollout.start_cycle((self.step - self.phases.start) // self.config.train.f_learning_times)
+            self.rollout.on_layer = None
 
     def advance(self):
-        """One step: at the end of a cycle an update of the student and a new pool, and always one of the score network.
-
-        The new pool is rolled by the new student: the score network must never lag behind it.
-        """
+        """One step, of the start or of the distillation."""
         self.step += 1
-        step, cycle_length = self.step, self.config.train.f_learning_times
-        self.world.mark(f"step {step}")
+        self.world.mark(f"step {self.step}")
+        if self.step <= self.phases.start:
+            self._advance_start()
+        else:
+            self._advance_distillation(self.step - self.phases.start)
+
+    def _advance_start(self):
+        """An update of the student on paths. After the last one the distillation begins with a new optimizer."""
+        self._prepare_paths(self.step)
+        rate = start_learning_rate(self.config, self.step)
+        self._note("loss_start", *self.updates.start(self.paths.batch(self.step), rate))
+        if self.step == self.phases.start:
+            self.student.restart()
+            if not self.updates.anchor:
+                self.paths.let_go()
+            self._roll_pool()
+
+    def _advance_distillation(self, step):
+        """At the end of a cycle an update of the student and a new pool, and always one of the score network.
+
+        The new pool is rolled by the new student: the score network must never lag behind it. Before the student moves
+        for the first time, the score network may have a head start, in which its loss is shown beside the teacher's.
+        """
+        cycle_length, head = self.config.train.f_learning_times, self.phases.head
         student_lr, score_net_lr = self._learning_rates()
         if step % cycle_length == 0:
-            self._note("loss_student", *self.updates.student(self.rollout.student_batch(step), student_lr))
+            if step > head:
+                anchored = self.paths.anchor_batch(step) if self.updates.anchor else None
+                student_batch = self.rollout.student_batch(step)
+                self._note("loss_student", *self.updates.student(student_batch, student_lr, anchored))
             self.rollout.start_cycle(step // cycle_length)
-        self._note("loss_score_net", *self.updates.score_net(self.rollout.score_net_batch(step), score_net_lr))
+        batch = self.rollout.score_net_batch(step)
+        if step <= head:
+            self._note("loss_teacher", *self.updates.teacher(batch))
+        self._note("loss_score_net", *self.updates.score_net(batch, score_net_lr))
 
     def record(self, stop):
         """Log, measure, save and show what is due at this step; the host waits for the device only here.
@@ -175,7 +218,7 @@ class Training:
             self._save(distance, stopped=not due.scheduled)
         self.journal.advance(self.step)
         if due.stopping:
-            where = f"stopped at step {self.step} of {self.config.train.steps}; saved in {self.folder.path}"
+            where = f"stopped at step {self.step} of {self.phases.total}; saved in {self.folder.path}"
             raise Interrupted(f"{where}; the same command goes on from there", due.stopping)
 
     def finish(self):
@@ -198,7 +241,8 @@ class Training:
         meeting = self.world.size == 1 or step % config.train.f_learning_times == 0 or log
         stopping = self.world.greatest(stop.requested or 0) if meeting else 0
         measure = self.metric is not None and config.eval.every > 0 and step % config.eval.every == 0
-        scheduled = measure or step % config.save_every == 0 or step == config.train.steps
+        ends = step in (self.phases.start, self.phases.total)
+        scheduled = measure or step % config.save_every == 0 or ends
         pictures = pictures_due(config, step, measure)
         return Due(stopping, measure, log or scheduled, bool(stopping) or scheduled, scheduled, pictures)
 
@@ -208,9 +252,15 @@ class Training:
 
     def _learning_rates(self):
         """The student's and the score network's rate at this step."""
-        settings = self.config.train
-        bases = (settings.student_lr, settings.score_net_lr)
-        return [learning_rate(settings.lr_rule, base, self.step, settings.warmup, settings.steps) for base in bases]
+        settings, phases = self.config.train, self.phases
+        if self.step <= phases.start:
+            return [start_learning_rate(self.config, self.step), 0.0]
+        step = self.step - phases.start
+        rule, warmup = settings.lr_rule, settings.warmup
+        of_score_net = learning_rate(rule, settings.score_net_lr, step, warmup, phases.head + phases.train)
+        if step <= phases.head:
+            return [0.0, of_score_net]
+        return [learning_rate(rule, settings.student_lr, step - phases.head, warmup, phases.train), of_score_net]
 
     def _engines(self):
         return {"student": self.student, "score_net": self.score_net}.items()
@@ -225,6 +275,8 @@ class Training:
         if state is not None:
             for name, engine in self._engines():
                 engine.load(name, lambda stem: self._tensors(self.step, stem), state)
+            if self.updates.anchor:
+                self.updates.anchor.load(state)
         return state
 
     def _tensors(self, step, stem):
@@ -242,6 +294,10 @@ class Training:
             files, numbers = engine.state(name)
             tensors.update(files)
             state.update(numbers)
+        if self.updates.anchor:
+            state.update(self.updates.anchor.state())
+        if self.step == self.phases.start:
+            state["start"] = True
         size = self.world.from_main(lambda: self.folder.save_checkpoint(self.step, tensors, state))
         if self.world.is_main:
             self.folder.take_up()

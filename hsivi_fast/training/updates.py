@@ -3,6 +3,7 @@
 import torch
 
 from ..method.losses import score_net_loss_and_grads, student_loss_and_grads
+from .start import Anchor, PathBatch
 
 
 class Updates:
@@ -10,46 +11,95 @@ class Updates:
 
     student, score_net: engines (see `engine.py`); the teacher, the layers and the execution are the context's.
     Each method takes a `Batch` and a learning rate and returns (losses [B], k [B]).
+    `anchor`: how the start's regression is weighed (see start.py), or None.
     """
 
     def __init__(self, context, student, score_net):
-        self._student, self._score_net, self._layers = student, score_net, context.layers
+        self._student, self._score_net = student, score_net
+        self._layers, self._matching, self._alpha = context.layers, context.matching, context.objective.alpha
+        self.anchor = Anchor(context) if context.objective.anchor else None
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
         self._frozen_score_net, self._teacher = score_net.frozen(), context.execution.compiled(context.teacher)
         self._pull_back = context.execution.graphed(self._pull_back_student_loss)
         self._descend = score_net.graphed(self._update_score_net)
+        self._regress = student.graphed(self._update_student_on_paths)
+        self._teacher_losses = context.execution.graphed(self._losses_of_teacher)
 
-    def student(self, batch, lr):
+    def start(self, batch, lr):
+        """One update of the student towards the teacher's paths, a `PathBatch`."""
+        self._student.prepare_step(lr)
+        return self._regress(batch.x, batch.target, batch.k), batch.k
+
+    def student(self, batch, lr, anchored=None):
         """One update of the student at states x_k.
 
         The gradient is taken in two stages, so that the networks never share a graph. The loss is pulled back through
-        the score network and the teacher to x_{k-1} alone. What arrives there goes into the student's own backward.
+        the score network and the teacher to what the layer makes. What arrives there goes into the student's own
+        backward, with the regression onto the states `anchored` (`PathBatch`), if there are some.
         """
         log_gamma, all_losses = self._student.network.log_scaled_gamma, []
-        for micro_batch in batch.split(self._student.accumulation):
-            eps_hat = self._student.predict(micro_batch.x, self._layers.tau[micro_batch.k])
-            x = self._layers.step(micro_batch.x, eps_hat, log_gamma, micro_batch.noise)  # x_{k-1}
+        parts = self._student.accumulation
+        all_anchored = anchored.split(parts) if anchored is not None else [None] * parts
+        for micro_batch, kept in zip(batch.split(parts), all_anchored, strict=True):
+            times = self._layers.tau[self._matching.layer[micro_batch.noise.stream]]
+            if kept is None:
+                eps_hat = self._student.predict(micro_batch.x, times)
+            else:  # one call: ZeRO-3 knows one forward to each backward
+                inputs = torch.cat([micro_batch.x, kept.x]), torch.cat([times, self._layers.tau[kept.k]])
+                eps_hat, eps_kept = self._student.predict(*inputs).split([len(micro_batch.x), len(kept.x)])
+            x = self._matching.step(micro_batch.x, eps_hat, log_gamma, micro_batch.noise)  # x_{k-1}, or x_t
             losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), micro_batch.noise)
-            self._student.backward([x, log_gamma], [grad_x, grad_log_gamma])
+            outputs, gradients = [x, log_gamma], [grad_x, grad_log_gamma]
+            if kept is not None:
+                grad_kept = _regression(eps_kept, kept.target)[1]
+                b = self._matching.b[micro_batch.noise.stream].reshape(-1, *[1] * (x.ndim - 1))
+                self.anchor.see(b * grad_x, grad_kept)
+                outputs.append(eps_kept), gradients.append(self.anchor.scale() * grad_kept)
+            self._student.backward(outputs, gradients)
             all_losses.append(losses)
         self._student.step(lr)
-        return torch.cat(all_losses), batch.k
+        if anchored is not None:
+            self.anchor.update()
+        return torch.cat(all_losses), self._matching.layer[batch.noise.stream]
 
     def score_net(self, batch, lr):
-        """One update of the score network at states x_{k-1}."""
+        """One update of the score network at states that layers make."""
         self._score_net.prepare_step(lr)
-        return self._descend(batch), batch.k
+        return self._descend(batch), self._matching.layer[batch.noise.stream]
+
+    def teacher(self, batch):
+        """The losses [B] that the teacher has in the place of the score network, and k [B]; nothing is updated."""
+        return self._teacher_losses(batch), self._matching.layer[batch.noise.stream]
+
+    def _losses_of_teacher(self, batch):
+        log_gamma = self._student.network.log_scaled_gamma.detach()
+        with torch.no_grad():
+            e = self._teacher(batch.x, self._matching.t[batch.noise.stream])
+        return score_net_loss_and_grads(e, self._matching, log_gamma, batch.noise)[0]
+
+    def _update_student_on_paths(self, x, target, k):
+        """The whole update of a start. Returns the losses [B] before it."""
+        all_losses, log_gamma = [], self._student.network.log_scaled_gamma
+        for micro_batch in PathBatch(x, target, k).split(self._student.accumulation):
+            eps_hat = self._student.predict(micro_batch.x, self._layers.tau[micro_batch.k])
+            losses, gradient = _regression(eps_hat, micro_batch.target)
+            # DeepSpeed wants a gradient of every parameter. A start leaves log_gamma where it is: this one is zero.
+            self._student.backward([eps_hat, log_gamma], [gradient, torch.zeros_like(log_gamma)])
+            all_losses.append(losses)
+        self._student.apply_step()
+        return torch.cat(all_losses)
 
     def _pull_back_student_loss(self, x, noise):
-        """Pull the student's loss back to x = x_{k-1} [B, *event], by input-only backward passes of both networks.
+        """Pull the student's loss back to x [B, *event], which layers made, by input-only backward passes of both
+        networks.
 
         Returns (losses [B], the loss's gradient at x, its direct gradient at log_gamma).
         """
-        leaf, tau = x.detach().requires_grad_(True), self._layers.tau[noise.stream - 1]
-        f, e = self._frozen_score_net(leaf, tau), self._teacher(leaf, tau)
+        leaf, t = x.detach().requires_grad_(True), self._matching.t[noise.stream]
+        f, e = self._frozen_score_net(leaf, t), self._teacher(leaf, t)
         log_gamma = self._student.network.log_scaled_gamma.detach()
         losses, grad_f, grad_e, grad_log_gamma = student_loss_and_grads(
-            f.detach(), e.detach(), self._layers, log_gamma, noise
+            f.detach(), e.detach(), self._matching, log_gamma, noise, self._alpha
         )
         (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
         return losses, grad_x, grad_log_gamma
@@ -58,12 +108,18 @@ class Updates:
         """The whole update: loss, backward, clipping, optimizer, average. Returns the losses [B] before it."""
         log_gamma, all_losses = self._student.network.log_scaled_gamma.detach(), []
         for micro_batch in batch.split(self._score_net.accumulation):
-            f = self._score_net.predict(micro_batch.x, self._layers.tau[micro_batch.k - 1])
-            losses, grad_f = score_net_loss_and_grads(f.detach(), self._layers, log_gamma, micro_batch.noise)
+            f = self._score_net.predict(micro_batch.x, self._matching.t[micro_batch.noise.stream])
+            losses, grad_f = score_net_loss_and_grads(f.detach(), self._matching, log_gamma, micro_batch.noise)
             self._score_net.backward([f], [grad_f])
             all_losses.append(losses)
         self._score_net.apply_step()
         return torch.cat(all_losses)
+
+
+def _regression(eps_hat, target):
+    """(losses [B], the gradient of their mean at eps_hat) of |eps_hat - target|^2."""
+    difference = eps_hat.detach() - target
+    return difference.square().flatten(1).sum(1), difference * (2 / len(difference))
 
 
 class FiniteGuard:

@@ -15,7 +15,7 @@ from ..data import regular_file
 from ..execution import frozen_view
 from ..parallel.world import meet_alone, samples_per_rank
 from .engine import SLOTS, PlainEngine, laid_out_as, read_state
-from .optim import EMA, adam
+from .optim import EMA, adam, forget_moments
 
 PERSISTENT = 100_000  # elements: DeepSpeed's own default of what stage 3 does not cut
 
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.engine, self.optimizer, _, _ = _deepspeed().initialize(
             model=network,
-            optimizer=adam(parameters),
+            optimizer=adam(parameters, config.train.beta1),
             dist_init_required=False,
             config=deepspeed_config(config, world.size, kept_whole=largest_outside),
         )
@@ -129,6 +129,11 @@ class DeepSpeedEngine:
         self.engine.step()
         self._unfinished = False
         self.ema.update(self._averaged_tensors())
+
+    def restart(self):
+        """Forget the moments and the average: the next step is the first one, from the present parameters."""
+        forget_moments(self._base_optimizer())
+        self.ema.restart(self._averaged_tensors())
 
     def averaged(self):
         """{name: tensor}: the averaged parameters; in stage 3 all ranks have to ask."""
@@ -282,7 +287,8 @@ def build_engine(context, network):
     if uses_deepspeed(config, context.world.size):
         return DeepSpeedEngine(context, network)
     accumulation = config.distributed.accumulation
-    return PlainEngine(network, config.train.clip, config.train.ema, context.execution, accumulation)
+    settings = config.train
+    return PlainEngine(network, settings.clip, settings.ema, context.execution, accumulation, settings.beta1)
 
 
 def check_distribution(config, size):
@@ -294,10 +300,17 @@ def check_distribution(config, size):
     if settings.engine == "plain" and size > 1:
         problem = f"'plain' trains in one process and there are {size}"
         raise ValueError(f"distributed.engine: {problem}; choose auto or deepspeed")
-    samples = samples_per_rank("train.batch_size", config.train.batch_size, size)
-    if samples % settings.accumulation:
-        problem = f"{settings.accumulation} parts do not fit the {samples} samples of a process"
-        raise ValueError(f"distributed.accumulation: {problem}; use a divisor of {samples}")
+    batches = {"train.batch_size": config.train.batch_size}
+    if config.start.kind == "trajectory":
+        batches["start.batch_size"] = config.start.batch_size or config.train.batch_size
+    if config.objective.anchor:
+        batches["objective.anchor_batch"] = config.objective.anchor_batch or config.train.batch_size
+    for key, batch_size in batches.items():
+        samples = samples_per_rank(key, batch_size, size)
+        if samples % settings.accumulation:
+            which = "" if key == "train.batch_size" else f" ({key})"
+            problem = f"{settings.accumulation} parts do not fit the {samples} samples of a process{which}"
+            raise ValueError(f"distributed.accumulation: {problem}; use a divisor of {samples}")
     key = "cuda_graphs" if config.cuda_graphs else "compile" if config.compile else None
     if settings.zero == 3 and key and uses_deepspeed(config, size):
         problem = "true does not go with distributed.zero=3, which moves parameters around in every call"

@@ -57,7 +57,7 @@ def test_pool_serves_every_transition_once_and_exactly():
     for step in range(2 * CYCLE, 3 * CYCLE):
         batch = rollout.score_net_batch(step)
         assert batch.x.shape == (BATCH, 2)
-        for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
+        for x, k, seed in zip(batch.x, batch.noise.stream, batch.noise.seeds):
             expected = _trajectory(student, layers, int(seed))[int(k) - 1][0]
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
             served.add((int(seed), int(k)))
@@ -69,10 +69,10 @@ def test_student_states_come_from_the_pool_with_new_noise():
     rollout.start_cycle(cycle=2)
     batch = rollout.student_batch(3 * CYCLE)
     trajectories = [_trajectory(student, layers, int(seed)) for seed in rollout.seeds]
-    for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
+    for x, k, seed in zip(batch.x, batch.noise.stream, batch.noise.seeds):
         assert min(float((states[int(k)][0] - x).abs().max()) for states in trajectories) < 1e-5
         assert int(seed) not in rollout.seeds.tolist()
-    assert torch.equal(batch.k, draw_layers(3, 3, 3 * CYCLE, BATCH, NFE))
+    assert torch.equal(batch.noise.stream, draw_layers(3, 3, 3 * CYCLE, BATCH, NFE))
 
 
 def test_redraw_uses_each_mean_several_times_with_new_noise():
@@ -82,7 +82,7 @@ def test_redraw_uses_each_mean_several_times_with_new_noise():
     served = {}
     for step in range(CYCLE, 2 * CYCLE):
         batch = rollout.score_net_batch(step)
-        for x, k, seed, draw in zip(batch.x, batch.k, batch.noise.seeds, batch.noise.draw):
+        for x, k, seed, draw in zip(batch.x, batch.noise.stream, batch.noise.seeds, batch.noise.draw):
             higher = _trajectory(student, layers, int(seed))[int(k)]
             noise = ops.Noise(seed.reshape(1), k.reshape(1), int(draw))
             with torch.no_grad():
@@ -107,14 +107,14 @@ def test_a_rollout_can_be_made_again(overrides):
             (first.score_net_batch(step), second.score_net_batch(step)),
             (first.student_batch(step), second.student_batch(step)),
         ):
-            assert torch.equal(one.k, other.k) and torch.equal(one.noise.seeds, other.noise.seeds)
+            assert torch.equal(one.noise.stream, other.noise.stream) and torch.equal(one.noise.seeds, other.noise.seeds)
             torch.testing.assert_close(one.x, other.x, rtol=1e-5, atol=1e-6)  # another chunk, another rounding
 
 
 def test_fresh_states_are_their_trajectories():
     layers, student, rollout = _setting("rollout.mode=fresh")
     for batch, below in ((rollout.student_batch(5), 0), (rollout.score_net_batch(5), 1)):
-        for x, k, seed in zip(batch.x, batch.k, batch.noise.seeds):
+        for x, k, seed in zip(batch.x, batch.noise.stream, batch.noise.seeds):
             expected = _trajectory(student, layers, int(seed))[int(k) - below][0]
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_one_layer_on_keeps_the_address():
     seeds, k, draw = torch.tensor([5, 6, 7]), torch.tensor([1, 4, 2]), torch.tensor([0, 1, 2])
     batch = Batch(torch.randn(3, 2), ops.Noise(seeds, k, draw))
     lower = one_layer_on(student, layers, student.log_scaled_gamma, batch)
-    assert lower.noise.seeds is seeds and lower.noise.draw is draw and lower.k is k
+    assert lower.noise.seeds is seeds and lower.noise.draw is draw and lower.noise.stream is k
     given = torch.stack([ops.draw_noise(seeds[n : n + 1], int(k[n]), (2,), int(draw[n]))[0] for n in range(3)])
     eps_hat = student(batch.x, layers.tau[k])
     expected = layers.step(batch.x, eps_hat, student.log_scaled_gamma, ops.Noise(None, k, given=given))
