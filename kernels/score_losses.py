@@ -7,10 +7,13 @@ registers, not read. There are B samples.
     denoising
         forward     L = 1/B sum w (f - t)^2
         backward    dL/df = 2 w (f - t) / B
-    Fisher, with g = f - e
-        forward     L = 1/B sum w (2 g (t - e) - g^2)
-        backward    dL/df = 2 w (t - f) / B        dL/de = -2 w (t - e) / B
+    Fisher, with g = f - e and a number alpha, beta = 1 - 2 alpha
+        forward     L = 1/B sum 2 w (g (t - e) - alpha g^2) = 1/B sum w (2 g (t - e) - g^2 + beta g^2)
+        backward    dL/df = 2 w (t - f + beta g) / B        dL/de = -2 w (t - e + beta g) / B
                     dL/dl[row] = sum over the row's samples of -2 w g t / B
+
+At alpha = 1/2 beta is None, and no code is compiled for it. Any other is a number given at the launch, so one compiled
+kernel serves them all.
 
 The losses come a sample, so that a loss that is not finite can be traced to its sample. Sums are in two stages in a
 fixed order. A stream outside 1 .. K gives NaN for its sample.
@@ -115,6 +118,7 @@ def _fisher_sample(
     PIXELS: tl.constexpr,  # elements a channel, where a layout needs them
     size, layers,  # elements a sample, streams
     inverse_batch,  # 1 / B
+    beta,  # 1 - 2 alpha, or None for 0
     NOISE: tl.constexpr,  # kind of noise
     PER_LAYER: tl.constexpr, PER_ELEMENT: tl.constexpr,  # shape of log_gamma
     BLOCK: tl.constexpr, WIDE: tl.constexpr,  # elements a block; 8 in the place of 4 a lane
@@ -139,11 +143,21 @@ def _fisher_sample(
     weight = table_entry(weight_ptr, k, layers)
     factor = 2.0 * inverse_batch * weight
     df_pointer = df_ptr + row * df_stride + element_offset(i, PIXELS, DF_CHANNEL, DF_PIXEL)
-    store_rounded(df_pointer, factor * (target - f), mask)
+    df = target - f
+    if beta is not None:
+        shift = beta * (f - e)  # one product for all three: with one each, some variants spill
+        df += shift
+    store_rounded(df_pointer, factor * df, mask)
     de_pointer = de_ptr + row * de_stride + element_offset(i, PIXELS, DE_CHANNEL, DE_PIXEL)
-    store_rounded(de_pointer, factor * (e - target), mask)
+    de = e - target
+    if beta is not None:
+        de -= shift
+    store_rounded(de_pointer, factor * de, mask)
     g = tl.where(mask, f - e, 0.0)
-    return weight * g * (2.0 * (target - e) - g), -factor * g * target
+    loss = weight * g * (2.0 * (target - e) - g)
+    if beta is not None:
+        loss += weight * g * shift
+    return loss, -factor * g * target
 
 
 @triton.jit
@@ -164,6 +178,7 @@ def _fisher_kernel(
     PIXELS: tl.constexpr,  # elements a channel, where a layout needs them
     size, blocks, layers,  # elements a sample, blocks a sample, streams
     inverse_batch,  # 1 / B
+    beta,  # 1 - 2 alpha, or None for 0
     NOISE: tl.constexpr,  # kind of noise
     PER_LAYER: tl.constexpr, PER_ELEMENT: tl.constexpr,  # shape of log_gamma
     BLOCK: tl.constexpr, WIDE: tl.constexpr,  # elements a block; 8 in the place of 4 a lane
@@ -193,6 +208,7 @@ def _fisher_kernel(
                 PIXELS,
                 size, layers,
                 inverse_batch,
+                beta,
                 NOISE,
                 PER_LAYER, PER_ELEMENT,
                 BLOCK, WIDE,
@@ -216,6 +232,7 @@ def _fisher_kernel(
             PIXELS,
             size, layers,
             inverse_batch,
+            beta,
             NOISE,
             PER_LAYER, PER_ELEMENT,
             BLOCK, WIDE,
@@ -263,11 +280,11 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, draw, n
     return losses.sum(1), df
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, block=None):
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, alpha=0.5, block=None):
     """(losses [B] float32 whose mean is L, dL/df like f, dL/de like e, dL/dlog_gamma) of the Fisher loss.
 
     dL/dlog_gamma is the direct one, with f and e held fixed.
-    Arguments and errors as of `denoising_loss_and_grads`; e is like f.
+    Arguments and errors as of `denoising_loss_and_grads`; e is like f, alpha a float.
     """
     df, de = torch.empty_like(f), torch.empty_like(e)
     layouts = layout_arguments(f=f, e=e, df=df, de=de)
@@ -288,6 +305,7 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, n
         **layouts,
         size=size, blocks=blocks, layers=len(weight) - 1,
         inverse_batch=1.0 / len(f),
+        beta=None if alpha == 0.5 else 1.0 - 2.0 * alpha,
         NOISE=kind,
         **gamma_shape(log_gamma),
         BLOCK=block, WIDE=f.element_size() == 2, num_warps=warps,

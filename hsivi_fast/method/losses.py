@@ -4,6 +4,15 @@ With g = f - e, sigma = sigma_{k-1} and z the noise that made x_{k-1}:
 
     loss_f   = (1/B) sum sigma^2 (f - z/gamma)^2                   denoising score matching (Vincent 2011)
     loss_phi = (1/B) sum sigma^2 (2 g (z/gamma - e) - g^2)         Fisher divergence in minimax form (HSIVI-SM)
+
+The student's loss has a coefficient alpha, which is 1/2 above. In general
+
+    loss_phi = (2/B) sum sigma^2 ((1 - alpha) g^2 + g (z/gamma - f))
+             = (2/B) sum sigma^2 (g (z/gamma - e) - alpha g^2)
+
+Score identity Distillation (Zhou et al. 2024, arXiv 2404.04057) has this form, and takes alpha from 1 to 1.2. Where the
+score network is exact, f = E[z/gamma | x_{k-1}], its mean is 2 (1 - alpha) times the Fisher divergence. But its
+gradient, which holds the networks fixed, is the divergence's own at alpha = 1/2 alone.
 """
 
 from .. import ops
@@ -17,14 +26,19 @@ def score_net_loss_and_grads(f, layers, log_gamma, noise):
     return ops.denoising_loss_and_grads(f, layers.weight, layers.scale, layers.rows(log_gamma), noise)
 
 
-def student_loss_and_grads(f, e, layers, log_gamma, noise):
+def student_loss_and_grads(f, e, layers, log_gamma, noise, alpha=0.5):
     """The student's loss at x_{k-1}, given the score network's f and the teacher's e there, both [B, *event].
 
-    Returns (losses [B] whose mean is the loss, d loss / d f, d loss / d e, the direct d loss / d log_gamma).
+    Returns (losses [B] whose mean is the loss, d loss / d f, d loss / d e, the direct d loss / d log_gamma). With
+    t = z/gamma, and each sample's share 1/B:
+
+        d loss / d f = 2 sigma^2 (t - f + (1 - 2 alpha) g)         d loss / d log_gamma = sum of -2 sigma^2 g t
+        d loss / d e = -2 sigma^2 (t - e + (1 - 2 alpha) g)
+
     What reaches the student and log_gamma through x_{k-1} comes on top, by pulling the first two back through the
-    networks. noise: as of `score_net_loss_and_grads`.
+    networks. noise: as of `score_net_loss_and_grads`. alpha: a float, the coefficient on top of this file.
     """
     losses, grad_f, grad_e, grad_rows = ops.fisher_loss_and_grads(
-        f, e, layers.weight, layers.scale, layers.rows(log_gamma), noise
+        f, e, layers.weight, layers.scale, layers.rows(log_gamma), noise, alpha
     )
     return losses, grad_f, grad_e, grad_rows.reshape(log_gamma.shape)

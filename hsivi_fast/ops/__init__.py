@@ -144,15 +144,17 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, noise, backend=None):
     return library.denoising_loss_and_grads(f, weight, scale, log_gamma, *_flat(noise), _resolve(backend, f.device))
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, noise, backend=None):
-    """The mean over the batch of weight (2 g (t - e) - g^2), g = f - e, with its gradients.
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, noise, alpha=0.5, backend=None):
+    """The mean over the batch of 2 weight (g (t - e) - alpha g^2), g = f - e, with its gradients.
 
-    f, e: [B, *event]; the rest as of `denoising_loss_and_grads`.
+    f, e: [B, *event]; alpha: a float, of which 1/2 is computed by the shorter formula without it; the rest as of
+    `denoising_loss_and_grads`.
     Returns (losses [B], d loss / d f, d loss / d e, the direct d loss / d log_gamma).
     """
     _check(f, e, (weight, scale), noise.stream)
     _check_noise(f, len(weight) - 1, log_gamma, noise)
-    return library.fisher_loss_and_grads(f, e, weight, scale, log_gamma, *_flat(noise), _resolve(backend, f.device))
+    backend = _resolve(backend, f.device)
+    return library.fisher_loss_and_grads(f, e, weight, scale, log_gamma, *_flat(noise), backend, alpha)
 
 
 def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=None, add=None, backend=None):

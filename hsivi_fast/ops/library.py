@@ -177,21 +177,22 @@ def fisher_loss_and_grads(
     draw: Tensor | None,
     noise: Tensor | None,
     backend: str,
+    alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_stream(stream, len(weight) - 1)
     if backend == "triton":
         with _device_of(f):
             return kernels("score_losses").fisher_loss_and_grads(
-                f, e, weight, scale, log_gamma, seeds, stream, draw, noise
+                f, e, weight, scale, log_gamma, seeds, stream, draw, noise, alpha
             )
     losses, df, de, dlog_gamma = reference.fisher_loss_and_grads(
-        f, e, weight, scale, log_gamma, seeds, stream, draw, noise
+        f, e, weight, scale, log_gamma, seeds, stream, draw, noise, alpha
     )
     return losses, _laid_out_like(df, f), _laid_out_like(de, e), dlog_gamma
 
 
 @fisher_loss_and_grads.register_fake
-def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend):
+def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend, alpha=0.5):
     losses = f.new_empty(len(f), dtype=torch.promote_types(f.dtype, torch.float32))
     return losses, torch.empty_like(f), torch.empty_like(e), torch.empty_like(log_gamma)
 

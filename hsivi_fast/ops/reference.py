@@ -54,8 +54,8 @@ def denoising_loss_and_grads(f, weight, scale, log_gamma, seeds, stream, draw=No
     return losses, (2.0 * w * residual / len(f)).to(f.dtype)
 
 
-def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=None, noise=None):
-    """weight (2 g (target - e) - g^2), g = f - e, target = n scale exp(-log_gamma).
+def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=None, noise=None, alpha=0.5):
+    """2 weight (g (target - e) - alpha g^2), g = f - e, target = n scale exp(-log_gamma).
 
     Summed over each event and averaged over the batch. Returns (loss per sample [B], whose mean is the loss; d loss /
     d f; d loss / d e, both [B, *event]; the direct d loss / d log_gamma, in log_gamma's shape).
@@ -65,9 +65,13 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw=No
     target = _target(f, scale, log_gamma, seeds, stream, draw, noise, compute)
     f_, e_ = f.to(compute), e.to(compute)
     g = f_ - e_
-    losses = (w * (2.0 * g * (target - e_) - g.square())).flatten(1).sum(1)
-    grad_f = 2.0 * w * (target - f_) / len(f)
-    grad_e = -2.0 * w * (target - e_) / len(f)
+    terms, slope_f, slope_e = 2.0 * g * (target - e_) - g.square(), target - f_, target - e_
+    if alpha != 0.5:  # at 1/2 nothing is added, so that its bits are those of the formula without alpha
+        beta = 1.0 - 2.0 * alpha
+        terms, slope_f, slope_e = terms + beta * g.square(), slope_f + beta * g, slope_e + beta * g
+    losses = (w * terms).flatten(1).sum(1)
+    grad_f = 2.0 * w * slope_f / len(f)
+    grad_e = -2.0 * w * slope_e / len(f)
     grad_log_gamma = _sum_to_rows(-2.0 * w * g * target / len(f), log_gamma, stream)
     return losses, grad_f.to(f.dtype), grad_e.to(e.dtype), grad_log_gamma.to(log_gamma.dtype)
 
