@@ -104,6 +104,15 @@ def method_cases(full):
                     yield case, 2 * width, due, lambda: step.affine_noise_step_backward(x, e, table, table, *address)
                     yield case, 2 * width, due, lambda: score_losses.denoising_loss_and_grads(e, table, table, *address)
                     yield case, 4 * width, due, lambda: score_losses.fisher_loss_and_grads(e, e, table, table, *address)
+                    if (event_name, layout, gamma_name) == ("cifar10", "row-major", "[event]"):
+                        # All other alphas than 1/2 are one kernel.
+                        case = {**case, "log_gamma": "[event] alpha"}
+                        yield (
+                            case,
+                            4 * width,
+                            due,
+                            lambda: score_losses.fisher_loss_and_grads(e, e, table, table, *address, alpha=1.2),
+                        )
                 if layout == "row-major" and dtype_name == "fp32":
                     case = {"event": event_name, "dtype": dtype_name, "layout": layout, "log_gamma": "-"}
                     yield case, 4, size % 16 == 0, lambda: philox.draw_noise(seeds, stream, None, event)

@@ -145,7 +145,7 @@ def _fisher_sample(
     df_pointer = df_ptr + row * df_stride + element_offset(i, PIXELS, DF_CHANNEL, DF_PIXEL)
     df = target - f
     if beta is not None:
-        shift = beta * (f - e)
+        shift = beta * (f - e)  # one product for all three: with one each, some variants spill
         df += shift
     store_rounded(df_pointer, factor * df, mask)
     de_pointer = de_ptr + row * de_stride + element_offset(i, PIXELS, DE_CHANNEL, DE_PIXEL)

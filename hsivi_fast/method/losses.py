@@ -11,7 +11,7 @@ The student's loss has a coefficient alpha, which is 1/2 above. In general
              = (2/B) sum sigma^2 (g (z/gamma - e) - alpha g^2)
 
 Score identity Distillation (Zhou et al. 2024, arXiv 2404.04057) has this form, and takes alpha from 1 to 1.2. Where the
-score network is exact, f = E[z/gamma | x_{k-1}], the loss is 2 (1 - alpha) times the Fisher divergence. But its
+score network is exact, f = E[z/gamma | x_{k-1}], its mean is 2 (1 - alpha) times the Fisher divergence. But its
 gradient, which holds the networks fixed, is the divergence's own at alpha = 1/2 alone.
 """
 

@@ -4,6 +4,8 @@ An error may be twice what plain torch makes (its arithmetic in float32, rounded
 last place. Memory that a kernel should write holds NaN before.
 """
 
+import functools
+
 import pytest
 import torch
 import triton
@@ -102,7 +104,7 @@ def _terms(i):
     return (scale * i["noise"].double() * i["dy"].double()).abs()
 
 
-def _check_losses(i, block=None):
+def _check_losses(i, block=None, alphas=(0.5,)):
     arguments = (i["e"], i["weight"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"])
     losses, df = score_losses.denoising_loss_and_grads(*arguments, block)
     plain = reference.denoising_loss_and_grads(*arguments)
@@ -117,12 +119,19 @@ def _check_losses(i, block=None):
     assert_as_good_as_torch(df, plain[1], exact[1], magnitude)
     assert df.stride() == torch.empty_like(i["e"]).stride()
 
+    for alpha in alphas:
+        _check_fisher_loss(i, weight, target, alpha, block)
+
+
+def _check_fisher_loss(i, weight, target, alpha, block):
+    """weight, target: of each sample, and of each element without its sign, in float64."""
     f, e = i["x"], i["e"]
     arguments = (f, e, i["weight"], i["s"], i["log_gamma"], None, i["k"], None, i["noise"])
-    values = score_losses.fisher_loss_and_grads(*arguments, block)
-    plain, exact = reference.fisher_loss_and_grads(*arguments), _exact(reference.fisher_loss_and_grads, *arguments)
+    values = score_losses.fisher_loss_and_grads(*arguments, alpha, block)
+    fisher_loss_and_grads = functools.partial(reference.fisher_loss_and_grads, alpha=alpha)
+    plain, exact = fisher_loss_and_grads(*arguments), _exact(fisher_loss_and_grads, *arguments)
     g = (f.double() - e.double()).abs()
-    terms = (weight * g * (2 * target + 2 * e.double().abs() + g)).flatten(1)
+    terms = (weight * g * (2 * target + 2 * e.double().abs() + g + abs(1 - 2 * alpha) * g)).flatten(1)
     assert_as_good_as_torch(values[0], plain[0], exact[0], terms.sum(1))
     assert_as_good_as_torch(values[1], plain[1], exact[1])
     assert_as_good_as_torch(values[2], plain[2], exact[2])
@@ -144,7 +153,7 @@ NAMES = ["[1]", "[K]", "[event]", "[K,event]"]
 def test_step_and_losses_in_every_type_and_shape_of_log_gamma(event, dtype, shape):
     i = _method_inputs(EVENTS[event], dtype, shape)
     _check_step(i)
-    _check_losses(i)
+    _check_losses(i, alphas=(0.5, 0.75, 1.0, 1.2) if event == "odd" else (0.5,))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
@@ -238,13 +247,24 @@ def test_the_same_bits_in_every_run(shape):
             i["dy"], i["e"], i["b"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block
         )
         loss = score_losses.fisher_loss_and_grads(
-            i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block
+            i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None, block=block
         )
         runs.append((y, grads[0], loss[1], loss[2], grads[1], loss[0], loss[3]))
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1]))
     assert all(torch.equal(a, b) for a, b in zip(runs[0][:4], runs[2][:4]))
     for a, b in zip(runs[0][4:], runs[2][4:]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def test_fisher_loss_at_one_half_is_the_one_without_alpha(shape):
+    """To the bit. The limit of other alphas is the same but for rounding, so that the two codes are one formula."""
+    i = _method_inputs((3, 7, 5), torch.float32, shape)
+    arguments = (i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], i["seeds"], i["k"], None, None)
+    without = score_losses.fisher_loss_and_grads(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(score_losses.fisher_loss_and_grads(*arguments, 0.5), without))
+    for value, limit in zip(score_losses.fisher_loss_and_grads(*arguments, 0.5 + 1e-9), without):
+        torch.testing.assert_close(value, limit, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)

@@ -97,8 +97,9 @@ def test_a_student_that_is_the_teacher_is_ddim(eta):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.75, 1.0, 1.2])
 @pytest.mark.parametrize("per_step, per_pixel", [(False, False), (True, True)])
-def test_two_stage_gradient_is_the_gradient_through_one_graph(per_step, per_pixel):
+def test_two_stage_gradient_is_the_gradient_through_one_graph(per_step, per_pixel, alpha):
     """The student's gradient, in float64: pulled back to x_{k-1} first, against autograd through everything."""
     torch.manual_seed(0)
     layers = Layers(make_schedule("linear", 1000, "quad", 4), 0.7, per_step, per_pixel).double()
@@ -115,14 +116,16 @@ def test_two_stage_gradient_is_the_gradient_through_one_graph(per_step, per_pixe
     target = noise.given / layers.gamma(k, log_gamma, (6,))
     f, e = score_net(x), teacher(x)
     g = f - e
-    loss = (layers.weight[k][:, None] * (2 * g * (target - e) - g.square())).sum() / 8
+    loss = 2 * (layers.weight[k][:, None] * ((1 - alpha) * g.square() + g * (target - f))).sum() / 8
     wanted = [*student.parameters(), log_gamma]
     expected = torch.autograd.grad(loss, wanted)
 
     x = layers.step(x_k, student(x_k), log_gamma, noise)
     leaf = x.detach().requires_grad_()
     f, e = score_net(leaf), teacher(leaf)
-    losses, grad_f, grad_e, direct = student_loss_and_grads(f.detach(), e.detach(), layers, log_gamma.detach(), noise)
+    losses, grad_f, grad_e, direct = student_loss_and_grads(
+        f.detach(), e.detach(), layers, log_gamma.detach(), noise, alpha
+    )
     (grad_x,) = torch.autograd.grad([f, e], leaf, [grad_f, grad_e])
     got = torch.autograd.grad([x, log_gamma * 1], wanted, [grad_x, direct])
 

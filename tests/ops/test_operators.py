@@ -54,9 +54,10 @@ def test_opcheck_of_the_method_operators(backend, device, shape):
         library.affine_noise_step_backward, (i["x"], i["e"], i["b"], i["s"], i["log_gamma"], *address)
     )
     torch.library.opcheck(library.denoising_loss_and_grads, (i["e"], i["weight"], i["s"], i["log_gamma"], *address))
-    torch.library.opcheck(
-        library.fisher_loss_and_grads, (i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], *address)
-    )
+    fisher = (i["x"], i["e"], i["weight"], i["s"], i["log_gamma"], *address)
+    torch.library.opcheck(library.fisher_loss_and_grads, fisher)
+    if shape == SHAPES[-1]:  # alpha changes no shape
+        torch.library.opcheck(library.fisher_loss_and_grads, (*fisher, 1.2))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -95,15 +96,17 @@ def test_compiled_is_eager(backend, device):
     def step(x, e, log_gamma):
         y = ops.affine_noise_step(torch.tanh(x), e, i["a"], i["b"], i["s"], log_gamma, noise)
         y = ops.group_norm_silu(y, 2, i["a"][:2], i["b"][:2], 1e-5)
-        losses, grad = ops.denoising_loss_and_grads(y.detach(), i["weight"], i["s"], log_gamma.detach(), noise)
-        return y * 2, losses, grad
+        tables = (i["weight"], i["s"], log_gamma.detach(), noise)
+        losses, grad = ops.denoising_loss_and_grads(y.detach(), *tables)
+        fisher = [ops.fisher_loss_and_grads(y.detach(), e.detach(), *tables, alpha) for alpha in (0.5, 1.2)]
+        return y * 2, losses, grad, *fisher[0], *fisher[1]
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
         e, log_gamma = i["e"].clone().requires_grad_(), i["log_gamma"].clone().requires_grad_()
-        y, losses, grad = function(i["x"], e, log_gamma)
+        y, *values = function(i["x"], e, log_gamma)
         (y * i["x"]).sum().backward()
-        results.append((y.detach(), losses, grad, e.grad, log_gamma.grad))
+        results.append((y.detach(), *values, e.grad, log_gamma.grad))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 

@@ -76,8 +76,9 @@ def test_denoising_loss_gradient_is_autograds(shape):
     torch.testing.assert_close(grad, f.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.75, 1.0, 1.2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fisher_loss_gradients_are_autograds(shape):
+def test_fisher_loss_gradients_are_autograds(shape, alpha):
     i = _inputs(shape)
     f, e, log_gamma = (
         i["x"].clone().requires_grad_(),
@@ -86,15 +87,30 @@ def test_fisher_loss_gradients_are_autograds(shape):
     )
     target = i["noise"] * _entries(i, "s") / _expanded(log_gamma, i["k"]).exp()
     g = f - e
-    loss = (_entries(i, "w") * (2 * g * (target - e) - g.square())).sum() / B
+    loss = 2 * (_entries(i, "w") * ((1 - alpha) * g.square() + g * (target - f))).sum() / B
     loss.backward()
     losses, grad_f, grad_e, grad_log_gamma = ops.fisher_loss_and_grads(
-        i["x"], i["e"], i["w"], i["s"], i["log_gamma"], _given(i)
+        i["x"], i["e"], i["w"], i["s"], i["log_gamma"], _given(i), alpha
     )
     torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(grad_f, f.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_e, e.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_log_gamma, log_gamma.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fisher_loss_at_one_half_is_the_formula_without_alpha(dtype):
+    """To the bit: the published 2 g (t - e) - g^2, and its gradients."""
+    i = _inputs((LAYERS, SIZE), torch.float32)
+    f, e = i["x"].to(dtype), i["e"].to(dtype)
+    arguments = (f, e, i["w"], i["s"], i["log_gamma"], _given(i))
+    values, weight = ops.fisher_loss_and_grads(*arguments, alpha=0.5), _entries(i, "w")
+    target = i["noise"] * _entries(i, "s") * (-_expanded(i["log_gamma"], i["k"])).exp()
+    g = f.float() - e.float()
+    assert torch.equal(values[0], (weight * (2.0 * g * (target - e) - g.square())).flatten(1).sum(1))
+    assert torch.equal(values[1], (2.0 * weight * (target - f) / B).to(dtype))
+    assert torch.equal(values[2], (-2.0 * weight * (target - e) / B).to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(values, ops.fisher_loss_and_grads(*arguments)))
 
 
 def test_addressed_noise_is_the_given_noise():
