@@ -145,12 +145,12 @@ def _summary_line(study, variant, reference, values, base):
         "steps": first["steps"],
         "start": first["start"],
         "reference": reference,
-        "value": _mean_and_error([row["value"] for row in values.values()]),
-        "difference": _mean_and_error(paired) if paired else None,
+        "value": mean_and_error([row["value"] for row in values.values()]),
+        "difference": mean_and_error(paired) if paired else None,
     }
 
 
-def _mean_and_error(values):
+def mean_and_error(values):
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.mean(values), error
 
@@ -166,16 +166,24 @@ COLUMNS = [
 
 
 def main():
-    parser = command_line(__doc__)
+    run_study(__doc__, Path("runs/quality"), all_runs(), one_run, lambda rows: text_table(summary(rows), COLUMNS))
+
+
+def run_study(description, outdir, order, one_run, table):
+    """The command of a study: make the runs that are missing in its file of rows, and print its table.
+
+    outdir: where the runs themselves go unless it is said; order: the keys of all runs, (study, variant, seed);
+    one_run(*key, outdir) gives a row with these three; table(rows): the text.
+    """
+    parser = command_line(description)
     text = "the rows, one JSON object a line; runs that are in it are not repeated"
     parser.add_argument("--json", type=Path, required=True, help=text)
-    parser.add_argument("--outdir", type=Path, default=Path("runs/quality"), help="where the runs themselves go")
+    parser.add_argument("--outdir", type=Path, default=outdir, help="where the runs themselves go")
     parser.add_argument("--processes", type=int, default=1)
     text = "print the table of the rows that are there, and run nothing"
     parser.add_argument("--table", action="store_true", help=text)
     arguments = parser.parse_args()
     rows = read_records(arguments.json) if arguments.json.is_file() else []
-    order = all_runs()
     done = {_key(row) for row in rows}
     wanted = [] if arguments.table else [run for run in order if run not in done]
     spawning = multiprocessing.get_context("spawn")
@@ -185,8 +193,8 @@ def main():
             rows.append(future.result())
             rows.sort(key=lambda row: order.index(_key(row)))
             write_records(arguments.json, rows)
-            print(f"{len(rows)} of {len(order)}: {rows[-1]['study']}", file=sys.stderr, flush=True)
-    print(text_table(summary(rows), COLUMNS))
+            print(f"{len(rows)} of {len(order)}: {', '.join(map(str, _key(rows[-1])))}", file=sys.stderr, flush=True)
+    print(table(rows))
 
 
 def _key(row):
