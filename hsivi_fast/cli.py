@@ -25,7 +25,7 @@ LONGEST_MESSAGE = 900  # characters of an error
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LEGEND = """\
 start: the student before training, which is DDIM with the run's eta. EMA: averaged weights, the ones to use; raw: as
-the optimizer left them. "distinct": DDIM's spacing repeats timesteps, and the doubles are left out. +- is the standard
+the optimizer left them. "distinct": the spacing repeats timesteps, and the doubles are left out. +- is the standard
 deviation over seed sets."""
 
 

@@ -209,8 +209,11 @@ class EvalConfig:
     # Kernel distance, precision and recall: they need the data itself.
     kid: StrictBool = False
     prc: StrictBool = False
-    # Other samplers of the teacher in the table, and the evaluations that each is given. diffusers has the last two.
-    baselines: tuple[Literal["ddim", "ddpm", "dpmpp", "unipc"], ...] = ("ddim",)
+    # Other samplers of the teacher in the table, and the evaluations that each is given. All but ddim and ddpm are
+    # diffusers' solvers; best is the one of them, with its spacing, that is the best on the first set of images.
+    baselines: tuple[
+        Literal["ddim", "ddpm", "dpmpp", "dpmpp3", "unipc", "unipc3", "deis", "deis3", "ipndm", "best"], ...
+    ] = ("ddim",)
     ddim_nfe: Annotated[tuple[Evaluations, ...], Field(min_length=1, max_length=100)] = (5, 10, 20, 50)
 
 

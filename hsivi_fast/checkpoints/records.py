@@ -51,6 +51,9 @@ class Row:
     num_samples: Natural
     images_per_second: Number
     evaluations: Natural | None = None
+    # Of the row "best": what was chosen.
+    solver: StrictStr | None = None
+    spacing: StrictStr | None = None
     frechet_distance: Number | None = None
     frechet_std: Number | None = None
     js_divergence: Number | None = None

@@ -1,6 +1,7 @@
 """Measuring samplers: the metric of a run, the rows that it gives, and the table that a run ends with."""
 
 import contextlib
+import copy
 import hashlib
 import math
 import time
@@ -19,7 +20,7 @@ from ..parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_m
 from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 from ..sampling.sampler import ddim_sampler, load_sampler
-from ..sampling.solvers import NAMES, baseline_sampler
+from ..sampling.solvers import COMBINATIONS, NAMES, baseline_sampler, solver_sampler
 from .distances import (
     FEATURES_KEPT,
     KeptFeatures,
@@ -137,6 +138,13 @@ class ImageMetric:
             yield start, image_features(self.extractor, self.rounded(batch.to(self.device)))
             start += len(batch)
 
+    def distance_alone(self):
+        """The same metric of the Frechet distance alone, for a search."""
+        metric = copy.copy(self)
+        metric.kid = metric.prc = False
+        metric.columns = self.columns[:1]
+        return metric
+
     def cached_statistics(self, images):
         """Statistics of reference images [N, C, H, W], from $HSIVI_CACHE (~/.cache/hsivi_fast) if whole there.
 
@@ -197,6 +205,10 @@ class PlaneMetric:
             "sliced_wasserstein": sliced_wasserstein(points, exact),
         }
 
+    def distance_alone(self):
+        """Itself: both columns cost little."""
+        return self
+
 
 def build_metric(context, reference=None, network=None):
     """What measures a run's samples; called by all of several processes at once.
@@ -216,17 +228,18 @@ def build_metric(context, reference=None, network=None):
     return ImageMetric(context, reference, event_shape)
 
 
-def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=None, nfe=None, files=None):
+def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=None, nfe=None, files=None, first_set=0):
     """One row of a table.
 
     It has the metric's columns (mean) and *_std over seed sets, images per second of the sampler alone, and what was
-    sampled. nfe: the evaluations that were asked for; where the sampler needs fewer (DDIM drops timesteps that its
-    spacing repeats), the row says so under `evaluations`. Each rank of `world` draws its share, and all have the row;
+    sampled. Set n has the seeds n num_samples .. (n + 1) num_samples - 1; `first_set` is the number of the first one.
+    nfe: the evaluations that were asked for; where the sampler needs fewer (timesteps that its spacing repeats are
+    dropped), the row says so under `evaluations`. Each rank of `world` draws its share, and all have the row;
     the rate is that of all. Samples go to the metric batch by batch as they are drawn, rounded once, and into `files`
     (`ImageFiles`), if given.
     """
     measured, drawing = [], _Drawing(sampler, metric, world, world.counting(on_batch), files)
-    for index in range(seed_sets):
+    for index in range(first_set, first_set + seed_sets):
         world.mark(f"{name} at {sampler.nfe} evaluations")
         seeds = range(index * num_samples, (index + 1) * num_samples)
         measured.append(metric.measure(drawing.batches(seeds), num_samples))
@@ -278,32 +291,59 @@ class _Drawing:
 def final_table(context, run, metric, progress=False):
     """The table that a run ends with, a list of rows, see `measure_row`; every row uses the same seeds.
 
-    It has `eval.baselines`, each at all of `eval.ddim_nfe`, DDIM with the run's eta, the student at the end of its
-    start, if it had one, and at the end, EMA and raw.
+    It has `eval.baselines`, each at all of `eval.ddim_nfe` ("best": see `best_row`), DDIM with the run's eta, the
+    student at the end of its start, if it had one, and at the end, EMA and raw.
     """
     config, settings = context.config, context.config.eval
-    samplers = []
+    samplers = []  # (name, NFE, sampler); None for the best solver, which has yet to be found
     for name in settings.baselines:
-        samplers += [(NAMES[name], nfe, baseline_sampler(context, name, nfe)) for nfe in settings.ddim_nfe]
+        for nfe in settings.ddim_nfe:
+            samplers.append((NAMES[name], nfe, None if name == "best" else baseline_sampler(context, name, nfe)))
     samplers.append(("ddim_eta", config.nfe, ddim_sampler(context, config.nfe, config.eta)))
     start = context.world.from_main(run.start_checkpoint)
     if start is not None:
         samplers.append(("start", config.nfe, load_sampler(run, context.world, "raw", start)[0]))
     for weights in ("ema", "raw"):
         samplers.append((f"hsivi_{weights}", config.nfe, load_sampler(run, context.world, weights)[0]))
-    total = sum(sampler.nfe for _, _, sampler in samplers) * settings.seeds * settings.num_samples
+    sets = settings.seeds
+    searched = len(COMBINATIONS) + sets - 1
+    total = sum(sampler.nfe * sets if sampler else nfe * searched for _, nfe, sampler in samplers)
     rows, shown = [], {"desc": "final table", "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True}
-    with tqdm(total=total, disable=not progress, **shown) as bar:
+    with tqdm(total=total * settings.num_samples, disable=not progress, **shown) as bar:
         while samplers:
             name, nfe, sampler = samplers.pop(0)  # let go when it is done: a recorded one holds memory for all layers
 
-            def count(images, evaluations=sampler.nfe):
+            def count(images, evaluations=sampler.nfe if sampler else nfe):
                 bar.update(images * evaluations)
 
-            rows.append(
-                measure_row(name, sampler, metric, settings.num_samples, settings.seeds, context.world, count, nfe)
-            )
+            if sampler:
+                row = measure_row(name, sampler, metric, settings.num_samples, sets, context.world, count, nfe)
+            else:
+                row = best_row(context, metric, nfe, count)
+            rows.append(row)
     return rows
+
+
+def best_row(context, metric, nfe, on_batch=None):
+    """The row of the best solver with up to `nfe` evaluations, see `measure_row`.
+
+    Of all `COMBINATIONS` of solver and spacing it has the lowest distance on the first set of seeds. The row is of the
+    other sets, on which nothing was chosen: of them are mean and deviation. It names the choice under `solver` and
+    `spacing`.
+    """
+    settings, world, distance, sampler = context.config.eval, context.world, metric.distance_alone(), None
+    found = []
+    for name, spacing in COMBINATIONS:
+        sampler = solver_sampler(context, name, nfe, spacing, like=sampler)
+        row = measure_row("best", sampler, distance, settings.num_samples, 1, world, on_batch, nfe)
+        value = row[distance.columns[0]]
+        found.append(value if math.isfinite(value) else math.inf)
+    # On one rank: elsewhere the distances may differ by rounding.
+    name, spacing = COMBINATIONS[world.from_main(lambda: found.index(min(found)))]
+    sampler = solver_sampler(context, name, nfe, spacing, like=sampler)
+    sets = settings.seeds - 1
+    row = measure_row("best", sampler, metric, settings.num_samples, sets, world, on_batch, nfe, first_set=1)
+    return {**row, "solver": NAMES[name], "spacing": spacing}
 
 
 def evaluate(

@@ -15,15 +15,30 @@ SAMPLERS = {
     "start": "start (teacher's paths)",
     "ddpm": "DDPM (ancestral)",
     "dpmpp_2m": "DPM-Solver++(2M)",
+    "dpmpp_3m": "DPM-Solver++(3M)",
     "unipc": "UniPC",
+    "unipc_3": "UniPC-3",
+    "deis": "DEIS",
+    "deis_3": "DEIS-3",
+    "ipndm": "iPNDM",
+    "best": "best solver",
     "hsivi_ema": "HSIVI (EMA)",
     "hsivi_raw": "HSIVI (raw)",
 }
+SPACINGS = {"linspace": "even spacing", "karras": "Karras", "logsnr": "log-SNR", "run": "run's spacing"}
 
 
 def sampler_title(name):
     """What a sampler of results.json is called in tables and pictures."""
     return SAMPLERS.get(name, name)
+
+
+def row_title(row):
+    """What the sampler of a row is called: with the solver and the spacing, where these were chosen."""
+    title = sampler_title(row["sampler"])
+    if row.get("solver") is None or row.get("spacing") is None:
+        return title
+    return f"{title}: {sampler_title(row['solver'])}, {SPACINGS.get(row['spacing'], row['spacing'])}"
 
 
 def spread_key(column):
@@ -41,7 +56,7 @@ def table_lines(rows):
     for row in rows:
         nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if row.get("evaluations") is not None else str(row["nfe"])
         cells = [_cell(row, column) for column in columns]
-        lines.append([sampler_title(row["sampler"]), nfe, *cells, f"{row['images_per_second']:.0f}"])
+        lines.append([row_title(row), nfe, *cells, f"{row['images_per_second']:.0f}"])
     return lines
 
 

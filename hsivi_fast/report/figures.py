@@ -33,7 +33,13 @@ STYLES = {
     "start": Style("<", filled=False, of_student=True),
     "ddpm": Style("^"),
     "dpmpp_2m": Style("s"),
+    "dpmpp_3m": Style("h"),
     "unipc": Style("P"),
+    "unipc_3": Style("X"),
+    "deis": Style("<"),
+    "deis_3": Style(">"),
+    "ipndm": Style("p"),
+    "best": Style("*"),
     "hsivi_ema": Style("D", of_student=True),
     "hsivi_raw": Style("d", filled=False, of_student=True),
 }

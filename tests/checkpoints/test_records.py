@@ -45,6 +45,7 @@ DAMAGED = [
     ("results.json", "[3]", "0 is 3"),
     ("results.json", [{**ROW, "nfe": 0}], "0.nfe is 0"),
     ("results.json", [{**ROW, "images_per_second": None}], "0.images_per_second is null"),
+    ("results.json", [{**ROW, "solver": 3}], "0.solver is 3"),
     ("results.json", [{**ROW, "frechet_distance": None}], "0 has no distance"),
     ("results.json", [ROW, {**ROW, "frechet_distance": None}], "1.frechet_distance is missing"),
     ("wandb.json", "[]", r"holds \[\]"),

@@ -23,7 +23,7 @@ from hsivi_fast.metrics.distances import (
 from hsivi_fast.metrics.evaluation import ImageMetric, build_metric, evaluate, measure_row
 from hsivi_fast.metrics.features import DigitsClassifier, describe_features, feature_extractor
 from hsivi_fast.metrics.image_files import ImageFiles
-from hsivi_fast.metrics.table import format_table
+from hsivi_fast.metrics.table import format_table, row_title
 from hsivi_fast.parallel.world import ALONE, World
 from hsivi_fast.sampling.sampler import ddim_sampler
 
@@ -138,6 +138,31 @@ def test_a_row_measures_each_set_of_seeds():
     dropped = measure_row("ddim", sampler, Mean(), 4, 1, ALONE, nfe=4)  # asked for 4, three distinct timesteps
     assert dropped["nfe"] == 4 and dropped["evaluations"] == 3 and "evaluations" not in row
     assert "4 (3 distinct)" in format_table([dropped]) and dropped["frechet_std"] is None
+    sampler.seen.clear()
+    measure_row("best", sampler, Mean(), 4, 2, ALONE, first_set=1)
+    assert sampler.seen == [range(4, 8), range(8, 12)]
+
+
+def test_a_row_names_the_solver_and_the_spacing_that_were_chosen():
+    row = {"sampler": "best", "nfe": 5, "frechet_distance": 1.0, "images_per_second": 2.0, "num_samples": 4}
+    for extras, title in (
+        ({"solver": "unipc_3", "spacing": "logsnr"}, "best solver: UniPC-3, log-SNR"),
+        ({"solver": "dpmpp_2m", "spacing": "linspace"}, "best solver: DPM-Solver++(2M), even spacing"),
+        ({"solver": "of a newer version", "spacing": "x"}, "best solver: of a newer version, x"),
+        ({}, "best solver"),
+        ({"sampler": "unipc"}, "UniPC"),
+    ):
+        assert row_title({**row, **extras}) == title
+        assert f"\n{title}  " in format_table([{**row, **extras}, {**row, "sampler": "y" * 60}])
+
+
+def test_a_search_measures_the_distance_alone():
+    metric = ImageMetric(context_of(load_config("digits", ["eval.kid=true", "eval.prc=true"])))
+    images = torch.from_numpy(load_data("digits").images[:60])
+    alone = metric.distance_alone()
+    measured = alone.measure(images, 60)
+    assert [*measured] == [*alone.columns] == ["frechet_distance"] and len(metric.columns) == 5
+    assert measured["frechet_distance"] == metric.measure(images, 60)["frechet_distance"]
 
 
 def test_the_floor_of_the_digits_distance_is_what_the_readme_says():

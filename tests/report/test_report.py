@@ -19,6 +19,7 @@ from hsivi_fast.metrics.table import SAMPLERS
 from hsivi_fast.report.comparison import compare_runs
 from hsivi_fast.report.figures import STYLES, distance_curves, log_gamma_picture
 from hsivi_fast.report.run_report import write_report
+from hsivi_fast.sampling.solvers import NAMES
 from hsivi_fast.training import trainer
 
 QUICK = ["device=cpu", "log_every=1", "eval.num_samples=20", "eval.seeds=2", "eval.every=2", "eval.ddim_nfe=[3,6]"]
@@ -315,7 +316,7 @@ def test_every_baseline_is_drawn():
             "images_per_second": 100 / nfe,
             "num_samples": 20,
         }
-        for sampler in ("ddim", "ddpm", "dpmpp_2m", "unipc")
+        for sampler in NAMES.values()
         for nfe in (5, 10)
     ]
     rows += [{**rows[0], "sampler": sampler, "frechet_std": 0.5} for sampler in ("ddim_eta", "hsivi_ema", "hsivi_raw")]
