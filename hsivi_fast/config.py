@@ -93,6 +93,7 @@ BatchSize = _count(100_000)
 Evaluations = _count(10_000)
 Channels = _count(65_536)
 Knots = Annotated[tuple[_count(1_000_000, least=0), ...], Field(max_length=10_001)]  # by hand
+Spacing = Literal["quad", "uniform", "angle"] | Knots
 
 
 @settings
@@ -265,7 +266,7 @@ class Config:
     init: StrictStr | None = None
     # Which of that run's checkpoints: the newest, the best by its own distance, or the one of a step.
     init_step: Annotated[StrictStr | StrictInt, AfterValidator(_step_to_start_from)] = "newest"
-    spacing: Literal["quad", "uniform"] | Knots = "quad"
+    spacing: Spacing = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)
     start: StartConfig = dataclasses.field(default_factory=StartConfig)

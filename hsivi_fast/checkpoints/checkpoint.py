@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ..config import Count, GammaConfig, NetworkConfig, Positive, TeacherConfig, settings
+from ..config import Count, GammaConfig, NetworkConfig, Positive, Spacing, TeacherConfig, settings
 from ..data import brief
 from .tensor_files import refuse_strange_tensors
 
@@ -65,7 +64,7 @@ class _Settings:
 
     teacher: TeacherConfig | None = None
     nfe: Count | None = None
-    spacing: Literal["quad", "uniform"] | None = None
+    spacing: Spacing | None = None
     eta: Positive | None = None
     gamma: GammaConfig | None = None
 

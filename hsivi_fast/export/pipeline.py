@@ -88,7 +88,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
     """The K semi-implicit layers as a scheduler: layer k maps x_k at timestep tau_k to x_{k-1}.
 
     num_train_timesteps and betas ("linear", "cosine", "cosine_4000"): the teacher's; nfe: K, fixed by the
-    distillation; spacing: "quad" or "uniform"; eta: DDIM's; per_step, per_pixel: the noise scale's shape.
+    distillation; spacing: as of `method.schedule.knots`; eta: DDIM's; per_step, per_pixel: the noise scale's shape.
     """
 
     __module__ = PUBLIC_PATH

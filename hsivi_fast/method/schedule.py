@@ -30,10 +30,12 @@ def signal_levels(betas, steps):
     return np.cumprod(1 - beta)
 
 
-def knots(spacing, nfe, steps, drop_doubles=False):
+def knots(spacing, nfe, steps, drop_doubles=False, alpha_bar=None):
     """tau_0 < ... < tau_K, int64 [K + 1], K = nfe.
 
-    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)). A sequence of K + 1 timesteps
+    `quad`: round(linspace(0, sqrt(0.8 steps), K + 1)^2). `uniform`: i (steps // (K + 1)). `angle`: evenly in
+    arctan(sigma_t / sqrt(alpha_bar_t)) from 0 to 0.8 steps, the angle from x_0 to the noise in x_t, with alpha_bar
+    [steps]. A sequence of K + 1 timesteps
     is these knots; for another number of layers than it is of, as a baseline has, `quad` takes its place.
     Raises ValueError where two knots fall together. With `drop_doubles` there are fewer than K layers then, which a
     DDIM baseline of many steps wants.
@@ -44,12 +46,18 @@ def knots(spacing, nfe, steps, drop_doubles=False):
         if len(spacing) == nfe + 1:
             return np.array(spacing, dtype=np.int64)
         spacing = "quad"
-    if spacing == "quad":
+    if spacing == "angle":
+        top = round(0.8 * steps)
+        angle = np.arctan(np.sqrt(1 / alpha_bar[: top + 1] - 1))
+        times = (
+            np.interp(np.linspace(angle[0], angle[top], nfe + 1), angle, np.arange(top + 1)).round().astype(np.int64)
+        )
+    elif spacing == "quad":
         times = np.round(np.linspace(0, np.sqrt(0.8 * steps), nfe + 1) ** 2).astype(np.int64)
     elif spacing == "uniform":
         times = np.arange(nfe + 1, dtype=np.int64) * (steps // (nfe + 1))
     else:
-        raise ValueError(f"spacing: {spacing!r} is unknown; choose quad or uniform")
+        raise ValueError(f"spacing: {spacing!r} is unknown; choose quad, uniform or angle")
     distinct = np.unique(times)
     if len(distinct) <= nfe and not drop_doubles:
         raise ValueError(
@@ -73,5 +81,6 @@ class Schedule:
 
 def make_schedule(betas, steps, spacing, nfe, drop_doubles=False):
     """The schedule of a sampler with `nfe` layers for a teacher of `steps` steps; see `knots` and `signal_levels`."""
-    timesteps = knots(spacing, nfe, steps, drop_doubles)
-    return Schedule(timesteps, signal_levels(betas, steps)[timesteps])
+    alpha_bar = signal_levels(betas, steps)
+    timesteps = knots(spacing, nfe, steps, drop_doubles, alpha_bar)
+    return Schedule(timesteps, alpha_bar[timesteps])

@@ -178,11 +178,11 @@ def solver_sampler(context, name, nfe, spacing="linspace", like=None):
 def timesteps_of(config, spacing, nfe):
     """0 = tau_0 < ... < tau_K, int64 [K + 1], up to the run's top knot; a solver evaluates the network at all but 0.
 
-    `linspace`: evenly spaced, diffusers' default. `run`: the knots of the run's own spacing, and of `quad` where these
-    are given by hand, since they suit the student and not a solver. The other two are evenly
-    spaced in a function of sigma = sqrt((1 - alpha_bar) / alpha_bar), and rounded to whole timesteps: `karras` in
-    sigma^(1/7) (Karras et al. 2022, arXiv 2206.00364, eq. 5 with rho = 7), `logsnr` in log sigma, which is minus half
-    the log-SNR (Lu et al. 2022, arXiv 2206.00927). diffusers' flags for them evaluate at tau_0 too. On the digits, at
+    `linspace`: evenly spaced, diffusers' default. `run`: the knots of the run's own spacing, and of `quad` where that is
+    `angle` or given by hand: it suits the student then, and not a solver. The other two are evenly spaced in a function
+    of sigma = sqrt((1 - alpha_bar) / alpha_bar), and rounded to whole timesteps: `karras` in sigma^(1/7) (Karras et al.
+    2022, arXiv 2206.00364, eq. 5 with rho = 7), `logsnr` in log sigma, which is minus half the log-SNR (Lu et al. 2022,
+    arXiv 2206.00927). diffusers' flags for them evaluate at tau_0 too. On the digits, at
     5 and 10 evaluations, that was worse for six of eight.
     K = nfe, and less where timesteps fall together.
     """
@@ -243,7 +243,7 @@ def _points(config, nfe, spacing):
 
 
 def _rule(config):
-    return config.spacing if isinstance(config.spacing, str) else "quad"
+    return config.spacing if config.spacing in ("quad", "uniform") else "quad"
 
 
 def _top_knot(config, nfe):

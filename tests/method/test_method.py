@@ -28,6 +28,19 @@ def test_repeated_knots_are_refused_in_training_and_dropped_in_a_baseline():
     assert (np.diff(times) > 0).all() and times[0] == 0 and times[-1] == 800 and len(times) <= 51
 
 
+def test_knots_at_even_angles_and_by_hand():
+    levels = signal_levels("linear", 1000)
+    for nfe, times in ((1, [0, 800]), (2, [0, 253, 800]), (5, [0, 95, 197, 313, 461, 800])):
+        schedule = make_schedule("linear", 1000, "angle", nfe)
+        assert schedule.timesteps.tolist() == times
+        angles = np.arccos(np.sqrt(schedule.alpha_bar))
+        assert np.ptp(np.diff(angles)) < 0.01 and np.array_equal(schedule.alpha_bar, levels[times])
+    cosine = make_schedule("cosine", 1000, "angle", 4).timesteps  # whose angle is even in t, but for its offset
+    assert np.abs(cosine - [0, 200, 400, 600, 800]).max() < 5
+    assert make_schedule("linear", 1000, (0, 200, 800), 2).timesteps.tolist() == [0, 200, 800]
+    assert np.array_equal(knots((0, 200, 800), 5, 1000), knots("quad", 5, 1000))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
