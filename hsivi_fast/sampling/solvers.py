@@ -178,8 +178,8 @@ def solver_sampler(context, name, nfe, spacing="linspace", like=None):
 def timesteps_of(config, spacing, nfe):
     """0 = tau_0 < ... < tau_K, int64 [K + 1], up to the run's top knot; a solver evaluates the network at all but 0.
 
-    `linspace`: evenly spaced, diffusers' default. `run`: the knots of the run's own spacing, and of `quad` where that is
-    `angle` or given by hand: it suits the student then, and not a solver. The other two are evenly spaced in a function
+    `linspace`: evenly spaced, diffusers' default. `run`: the knots of the run's own spacing, and of `quad` where that
+    is `angle` or given by hand: it suits the student then, and no solver. The other two are evenly spaced in a function
     of sigma = sqrt((1 - alpha_bar) / alpha_bar), and rounded to whole timesteps: `karras` in sigma^(1/7) (Karras et al.
     2022, arXiv 2206.00364, eq. 5 with rho = 7), `logsnr` in log sigma, which is minus half the log-SNR (Lu et al. 2022,
     arXiv 2206.00927). diffusers' flags for them evaluate at tau_0 too. On the digits, at
