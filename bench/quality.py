@@ -35,6 +35,9 @@ PLANE = [
     "eval.ddim_nfe=[5]",
 ]
 DIGITS = [
+    *("start.kind=ddim", "start.score_net_updates=0", "objective.match=knots", "spacing=quad", "eta=0.6"),
+    *("train.f_learning_times=5", "train.student_lr=5e-5", "train.score_net_lr=4e-4", "train.warmup=30"),
+    *("log_every=10", "channels_last=false"),
     "train.steps=250",
     "eval.every=50",
     "eval.num_samples=2000",

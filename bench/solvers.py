@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--sets", type=int, default=3, help="sets of images")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the run, as channels_last=true")
     arguments = parser.parse_args()
-    wanted = ["eval.baselines=[best]", "eval.seeds=2", f"eval.ddim_nfe=[{arguments.nfe}]"]
+    wanted = ["spacing=quad", "eval.baselines=[best]", "eval.seeds=2", f"eval.ddim_nfe=[{arguments.nfe}]"]
     config = load_config("digits", [*wanted, *arguments.overrides])
     check_baselines(config)
     context = build_context(config, connect(config), teacher=True)

@@ -591,7 +591,7 @@ def _check_knots(config):
     """ValueError where timesteps that are given by hand are no knots tau_0 < ... < tau_K of the teacher."""
     knots, steps = config.spacing, config.teacher.steps
     if len(knots) != config.nfe + 1:
-        wanted = f"nfe: {config.nfe} layers stand between {config.nfe + 1}"
+        wanted = f"nfe: {config.nfe} layers stand between {config.nfe + 1}; give as many, or spacing=angle"
         raise ValueError(f"spacing: {_shortened(list(knots))} are {len(knots)} timesteps, and {wanted}")
     for low, high in zip(knots, knots[1:]):
         if low >= high:

@@ -15,6 +15,8 @@ from PIL import Image
 from hsivi_fast.cli import parse_seeds
 
 QUICK = [
+    "start.kind=ddim",
+    "start.score_net_updates=0",
     "train.steps=8",
     "train.batch_size=8",
     "train.f_learning_times=4",

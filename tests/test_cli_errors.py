@@ -17,7 +17,8 @@ def hsivi(capsys):
 @pytest.fixture(scope="module")
 def run(no_report, tmp_path_factory):
     """The folder of a short run on digits."""
-    settings = ["train.steps=1", "train.batch_size=8", "eval.num_samples=0"]
+    settings = ["start.kind=ddim", "start.score_net_updates=0", "train.steps=1", "train.batch_size=8"]
+    settings += ["eval.num_samples=0"]
     return train(load_config("digits", settings), tmp_path_factory.mktemp("cli") / "run").path
 
 
@@ -34,7 +35,11 @@ def _only_line(done):
         (["train", "digts"], "config 'digts': neither a file nor one of celeba64"),
         (["train", "digits", "train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
         (["train", "digits", "nfe=0"], "nfe: input should be greater than or equal to 1, got 0"),
-        (["train", "digits", "nfe=60"], "nfe: 60 layers with quad spacing repeat a timestep"),
+        (["train", "digits", "nfe=60", "spacing=quad"], "nfe: 60 layers with quad spacing repeat a timestep"),
+        (
+            ["train", "digits", "nfe=10"],
+            "are 6 timesteps, and nfe: 10 layers stand between 11; give as many, or spacing=",
+        ),
         (["sample", "RUN", "--seeds", "0-3", "--backend", "cuda"], "'cuda' is not one of 'auto', 'torch', 'triton'"),
         (["train", "digits", "device=cuda:7"], "device: 'cuda:7' is not there"),
         (

@@ -49,9 +49,8 @@ def knots(spacing, nfe, steps, drop_doubles=False, alpha_bar=None):
     if spacing == "angle":
         top = round(0.8 * steps)
         angle = np.arctan(np.sqrt(1 / alpha_bar[: top + 1] - 1))
-        times = (
-            np.interp(np.linspace(angle[0], angle[top], nfe + 1), angle, np.arange(top + 1)).round().astype(np.int64)
-        )
+        even = np.linspace(angle[0], angle[top], nfe + 1)
+        times = np.interp(even, angle, np.arange(top + 1)).round().astype(np.int64)
     elif spacing == "quad":
         times = np.round(np.linspace(0, np.sqrt(0.8 * steps), nfe + 1) ** 2).astype(np.int64)
     elif spacing == "uniform":

@@ -38,7 +38,7 @@ def memory(monkeypatch):
         ("smoke", ["network.image_size=4096", "train.batch_size=64"], "train.batch_size: 64 needs about"),
         (
             "digits",
-            ["nfe=10", "network.image_size=4096", "train.batch_size=1", "train.f_learning_times=1"],
+            ["nfe=10", "spacing=quad", "network.image_size=4096", "train.batch_size=1", "train.f_learning_times=1"],
             "needs about",
         ),
         ("celeba64", [], "train.batch_size: 128 needs about"),
