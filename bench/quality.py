@@ -26,7 +26,10 @@ from bench.options import command_line
 from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
 
+# Both studies are of the recipe that was shipped before there was a start.
 PLANE = [
+    *("start.kind=ddim", "start.score_net_updates=0", "objective.match=knots", "eta=1.0", "train.student_lr=1e-3"),
+    *("train.score_net_lr=1e-3", "save_every=1000"),
     "train.steps=4000",
     "train.f_learning_times=20",
     "eval.every=1000",
@@ -193,10 +196,10 @@ def run_study(description, outdir, order, one_run, table):
     with concurrent.futures.ProcessPoolExecutor(arguments.processes, mp_context=spawning) as pool:
         futures = [pool.submit(one_run, *run, arguments.outdir) for run in wanted]
         for future in concurrent.futures.as_completed(futures):
-            rows.append(future.result())
-            rows.sort(key=lambda row: order.index(_key(row)))
+            row = future.result()
+            rows = sorted([*rows, row], key=lambda row: order.index(_key(row)))
             write_records(arguments.json, rows)
-            print(f"{len(rows)} of {len(order)}: {', '.join(map(str, _key(rows[-1])))}", file=sys.stderr, flush=True)
+            print(f"{len(rows)} of {len(order)}: {', '.join(map(str, _key(row)))}", file=sys.stderr, flush=True)
     print(table(rows))
 
 

@@ -205,6 +205,7 @@ class Fixtures:
         self.run, self.plane, self.published = folder / "run", folder / "plane", folder / "published.pt"
         self.export, self.statistics = folder / "export", folder / "statistics.npz"
         quick = ["device=cpu", "log_every=1", "save_every=1", "eval.num_samples=0"]
+        quick += ["start.updates=2", "start.trajectories=8", "start.score_net_updates=0"]
         for words in (
             ["train", "smoke", "train.steps=2", "--outdir", self.run, *quick],
             ["train", "toy2d", "train.steps=1", "train.batch_size=8", "--outdir", self.plane, *quick],

@@ -23,7 +23,10 @@ from safetensors.torch import save_file
 
 from hsivi_fast.config import ASSETS, CONFIGS, known_keys
 
-QUICK = ("device=cpu", "train.steps=1", "eval.num_samples=0", "log_every=1")
+QUICK = (
+    *("device=cpu", "train.steps=1", "eval.num_samples=0", "log_every=1"),
+    *("start.updates=2", "start.trajectories=8", "start.score_net_updates=0"),
+)
 NUMBERS = (0, -1, 1, 2, 3, 7, 0.5, 1e-30, 1e30, 10**6, 10**9, 10**12, 10**15, 10**23, 2**31, 2**63, 2**64, -(10**12))
 WORDS = (
     *(

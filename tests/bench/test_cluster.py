@@ -159,7 +159,9 @@ def test_memory_by_hand():
 
 
 def test_the_pool_is_the_one_of_a_rollout():
-    config = load_config("toy2d", ["nfe=10", "train.batch_size=16", "train.f_learning_times=20"])
+    config = load_config(
+        "toy2d", ["objective.match=knots", "nfe=10", "train.batch_size=16", "train.f_learning_times=20"]
+    )
     context = context_of(config)
     student = attach_log_gamma(build_unet("toy2d"), context.layers)
     case = Case(replace(SMALL, event=2), 1, 16)

@@ -203,7 +203,18 @@ def test_without_diffusers_it_says_what_to_install(run, tmp_path, monkeypatch):
 
 def test_points_go_out_as_safetensors_and_not_as_a_pipeline(tmp_path):
     run = train(
-        load_config("toy2d", ["train.steps=4", "train.batch_size=8", "eval.num_samples=0", "eval.every=0", "nfe=2"]),
+        load_config(
+            "toy2d",
+            [
+                "start.updates=4",
+                "start.trajectories=8",
+                "start.score_net_updates=0",
+                "train.steps=4",
+                "train.batch_size=8",
+                "eval.num_samples=0",
+                "nfe=2",
+            ],
+        ),
         tmp_path / "run",
     )
     folder = export_run(run, "safetensors", tmp_path / "out")

@@ -26,7 +26,7 @@ QUICK = ["device=cpu", "log_every=1", "eval.num_samples=20", "eval.seeds=2", "ev
 CHOICES = {
     "three": ("smoke", QUICK),
     "six": ("smoke", [*QUICK, "nfe=6", "gamma.per_step=true", "eval.num_samples=30"]),
-    "plane": ("toy2d", [*QUICK, "train.steps=4", "train.batch_size=8"]),
+    "plane": ("toy2d", [*QUICK, "start.kind=ddim", "start.score_net_updates=0", "train.steps=4", "train.batch_size=8"]),
     "bare": ("smoke", ["device=cpu", "log_every=1", "nfe=2"]),
 }
 

@@ -359,7 +359,8 @@ def test_the_best_of_one_set_is_refused_before_the_training(tmp_path):
 
 
 def test_all_baselines_stand_in_one_table(tmp_path):
-    config = load_config("toy2d", ["train.steps=2", "eval.num_samples=0", "device=cpu"])
+    start = ["start.kind=ddim", "start.score_net_updates=0"]
+    config = load_config("toy2d", [*start, "train.steps=2", "eval.num_samples=0", "device=cpu"])
     run = train(config, tmp_path / "run")
     config = load_config(
         "toy2d",

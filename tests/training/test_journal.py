@@ -42,6 +42,9 @@ class FakeWandb(SimpleNamespace):
         return [value for kind, value in self.calls if kind == name]
 
 
+DDIM_START = ["start.kind=ddim", "start.score_net_updates=0"]
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     fake = FakeWandb()
@@ -104,7 +107,7 @@ def test_pictures_change_nothing_and_show_the_averaged_student(tmp_path):
 
 
 def test_a_measured_run_has_pictures_with_its_measurements_and_a_plane_run_only_log_gamma(tmp_path):
-    folder = train(load_config("toy2d", [*RUN, *MEASURED, "eval.every=2"]), tmp_path / "run")
+    folder = train(load_config("toy2d", [*RUN, *MEASURED, *DDIM_START, "eval.every=2"]), tmp_path / "run")
     assert not list((folder.path / "samples").glob("step_*"))
     events = _events(folder.path)
     assert [event.step for event in events.Images("log_gamma")] == [2, 4]

@@ -17,7 +17,9 @@ NFE, BATCH, CYCLE = 4, 6, 5
 def _setting(*overrides):
     """(layers, student, rollout) of a run in the plane."""
     sizes = [f"nfe={NFE}", f"train.batch_size={BATCH}", f"train.f_learning_times={CYCLE}"]
-    context = build_context(load_config("toy2d", [*sizes, "device=cpu", "seed=3", *overrides]), ALONE)
+    context = build_context(
+        load_config("toy2d", [*sizes, "objective.match=knots", "eta=1.0", "device=cpu", "seed=3", *overrides]), ALONE
+    )
     torch.manual_seed(0)
     student = build_unet("toy2d")
     torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
