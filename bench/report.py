@@ -19,7 +19,7 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 from matplotlib.figure import Figure
 
-from bench import breakdown, quality, scaling
+from bench import breakdown, quality, recipe, scaling, solvers
 from bench.measure import read_records
 from bench.options import command_line
 from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
@@ -169,18 +169,20 @@ KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "breakdown": breakdown_columns,
     "scaling": scaling_columns,
     "ops": ops_columns,
+    "solvers": lambda rows: solvers.COLUMNS,
 }
 
 
 def table(name, rows):
     """The table of a results file with this stem, as Markdown. Raises ValueError for a stem of no kind."""
-    if name == "quality":
-        return markdown_table(quality.summary(rows), quality.COLUMNS)
+    for study in (quality, recipe):
+        if name == study.__name__.rpartition(".")[2]:
+            return markdown_table(study.summary(rows), study.COLUMNS)
     for kind, columns in KINDS.items():
         if name.startswith(kind):
             rows = [row for row in rows if "failed" not in row]
             return markdown_table(rows, columns(rows))
-    raise ValueError(f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, quality")
+    raise ValueError(f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, quality, recipe")
 
 
 def run_table(rows):

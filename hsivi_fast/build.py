@@ -101,17 +101,24 @@ def device_of(network):
 
 def build_layers(config, device):
     """The semi-implicit layers of a run."""
-    schedule = _schedule(config, config.nfe)
+    teacher = config.teacher
+    schedule = make_schedule(teacher.betas, teacher.steps, config.spacing, config.nfe)
     return Layers(schedule, config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
 
 
-def build_ddim_layers(config, nfe, eta, device):
-    """The layers of DDIM with the run's betas and spacing; with many steps, knots that fall together are dropped."""
-    return Layers(_schedule(config, nfe, drop_doubles=True), eta, per_step=False, per_pixel=False).to(device)
+def build_ddim_layers(config, nfe, eta, device, own_knots=False):
+    """The layers of DDIM with the run's betas; with many steps, knots that fall together are dropped.
+
+    They are spaced as `solver_spacing` says, or with `own_knots` as the run's layers are.
+    """
+    spacing = config.spacing if own_knots else solver_spacing(config)
+    schedule = make_schedule(config.teacher.betas, config.teacher.steps, spacing, nfe, drop_doubles=True)
+    return Layers(schedule, eta, per_step=False, per_pixel=False).to(device)
 
 
-def _schedule(config, nfe, drop_doubles=False):
-    return make_schedule(config.teacher.betas, config.teacher.steps, config.spacing, nfe, drop_doubles)
+def solver_spacing(config):
+    """The spacing of other samplers of the teacher: the run's own, and "quad" where that is made for a student."""
+    return config.spacing if config.spacing in ("quad", "uniform") else "quad"
 
 
 def load_teacher(config, device):

@@ -299,7 +299,7 @@ def final_table(context, run, metric, progress=False):
     for name in settings.baselines:
         for nfe in settings.ddim_nfe:
             samplers.append((NAMES[name], nfe, None if name == "best" else baseline_sampler(context, name, nfe)))
-    samplers.append(("ddim_eta", config.nfe, ddim_sampler(context, config.nfe, config.eta)))
+    samplers.append(("ddim_eta", config.nfe, ddim_sampler(context, config.nfe, config.eta, own_knots=True)))
     start = context.world.from_main(run.start_checkpoint)
     if start is not None:
         samplers.append(("start", config.nfe, load_sampler(run, context.world, "raw", start)[0]))

@@ -123,9 +123,9 @@ class Sampler:
         return self.layers.nfe
 
 
-def ddim_sampler(context, nfe, eta):
-    """DDIM with `nfe` evaluations of the context's teacher, at the run's betas and spacing."""
-    layers = build_ddim_layers(context.config, nfe, eta, context.device)
+def ddim_sampler(context, nfe, eta, own_knots=False):
+    """DDIM with `nfe` evaluations of the context's teacher; spacing and `own_knots` as of `build_ddim_layers`."""
+    layers = build_ddim_layers(context.config, nfe, eta, context.device, own_knots)
     return Sampler(context.teacher, layers, torch.zeros(1, device=context.device), context.execution)
 
 

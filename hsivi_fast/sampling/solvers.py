@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..build import device_of
+from ..build import device_of, solver_spacing
 from ..execution import EAGER
 from ..method.schedule import knots, signal_levels
 from .sampler import Batches, ddim_sampler
@@ -188,7 +188,7 @@ def timesteps_of(config, spacing, nfe):
     """
     top = _top_knot(config, nfe)
     if spacing == "run":
-        return knots(_rule(config), nfe, config.teacher.steps, drop_doubles=True)
+        return knots(solver_spacing(config), nfe, config.teacher.steps, drop_doubles=True)
     if spacing == "linspace":
         return np.unique(np.linspace(0, top, nfe + 1).round().astype(np.int64))
     sigmas = _sigmas(config)[: top + 1]
@@ -242,13 +242,9 @@ def _points(config, nfe, spacing):
     return times[:-1], _sigmas(config)[times]
 
 
-def _rule(config):
-    return config.spacing if config.spacing in ("quad", "uniform") else "quad"
-
-
 def _top_knot(config, nfe):
     """tau_K of DDIM with as many evaluations."""
-    top = int(knots(_rule(config), nfe, config.teacher.steps, drop_doubles=True)[-1])
+    top = int(knots(solver_spacing(config), nfe, config.teacher.steps, drop_doubles=True)[-1])
     if nfe > top:
         problem = f"{nfe} evaluations repeat a timestep below {top}"
         raise ValueError(f"eval.ddim_nfe: {problem}; use fewer for diffusers' solvers")

@@ -75,7 +75,7 @@ class Paths:
         teacher = config.teacher
         levels = signal_levels(teacher.betas, teacher.steps)
         self.steps = path_steps(self.layers.tau.tolist(), levels, config.start.substeps, config.start.solver)
-        ddim = build_ddim_layers(config, config.nfe, 0.0, self.device)
+        ddim = build_ddim_layers(config, config.nfe, 0.0, self.device, own_knots=True)
         self.a, self.b = ddim.a, ddim.b
         self._teacher = context.execution.graphed(context.execution.compiled(context.teacher))
 

@@ -46,7 +46,7 @@ def test_the_target_takes_the_path_s_state_to_the_next_by_one_ddim_step():
     paths.prepare(1)
     assert paths.states.shape == (1, 4, 24, 1, 8, 8)
     batch = paths.batch(1)
-    layers = build_ddim_layers(context.config, 3, 0.0, "cpu")
+    layers = build_ddim_layers(context.config, 3, 0.0, "cpu", own_knots=True)
     reached = layers.mean(batch.x, batch.target, batch.k)
     states = paths.states[0]
     for n, k in enumerate(batch.k.tolist()):
@@ -80,7 +80,7 @@ def test_paths_are_rolled_in_parts_that_memory_holds(monkeypatch):
 def test_a_start_learns_the_paths(no_report, tmp_path):
     """On the digits' teacher it soon draws better digits than DDIM; the table has a row of it."""
     overrides = [*START, "start.updates=40", "start.trajectories=64", "train.steps=1", "train.batch_size=32"]
-    settings = ["eval.num_samples=300", "eval.seeds=1", "eval.ddim_nfe=[5]", "device=cpu"]
+    settings = ["log_every=10", "eval.num_samples=300", "eval.seeds=1", "eval.ddim_nfe=[5]", "device=cpu"]
     folder = train(load_config("digits", [*overrides, *settings]), tmp_path / "run")
     losses = [record["loss_start"] for record in folder.metrics() if "loss_start" in record]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
@@ -216,8 +216,11 @@ def test_a_start_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
 
 
 def test_knots_by_hand_are_those_of_the_layers():
-    context = context_with_teacher(_config("nfe=2", "spacing=[0,200,800]"))
-    assert context.layers.tau.tolist() == [0, 200, 800]
+    context = context_with_teacher(_config("nfe=2", "spacing=[0,250,800]"))
+    assert context.layers.tau.tolist() == [0, 250, 800]
+    assert build_ddim_layers(context.config, 2, 0.0, "cpu", own_knots=True).tau.tolist() == [0, 250, 800]
+    # A baseline is not held to knots that suit a student.
+    assert build_ddim_layers(context.config, 2, 0.0, "cpu").tau.tolist() == [0, 200, 800]
     assert build_ddim_layers(context.config, 4, 0.0, "cpu").tau.tolist() == [0, 50, 200, 450, 800]
     x = draw_noise(torch.arange(4), 0, (1, 8, 8))
     assert np.isfinite(context.teacher(x, torch.full((4,), 800)).numpy()).all()
