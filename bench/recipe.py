@@ -49,7 +49,10 @@ OF_DIGITS = {  # name -> overrides of configs/digits.yaml
 OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
     "from DDIM: 6,000 updates at the knots": OLD_PLANE,
     "paths: 4,000 updates": PATHS,
-    "paths, then windows": [],
+    "paths, then windows": [
+        *("start.score_net_updates=500", "train.steps=1000", "train.f_learning_times=10", "train.student_lr=1e-4"),
+        *("train.score_net_lr=5e-4", "train.warmup=100", "train.ema=0.99"),
+    ],
 }
 DIGITS = ["eval.num_samples=4000", "channels_last=true"]
 STUDIES = {  # name -> (config, overrides, variants, metric)
