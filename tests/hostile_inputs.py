@@ -275,7 +275,8 @@ def run_files(rng, folder, fixtures):
     elif what == "fifo":
         os.mkfifo(file)
     elif what == "link":
-        file.symlink_to(rng.choice((file, "/nowhere", "/dev/zero", "/dev/null")))
+        outside = folder.parent / "outside"  # which is looked for: nothing may be made there
+        file.symlink_to(rng.choice((file, outside, "/dev/zero", "/dev/null")))
     elif what == "more":
         (
             run / "checkpoints" / rng.choice(("step_x", "step_", "step_99", "step_-1", "step_" + "9" * 30, "step_٣"))

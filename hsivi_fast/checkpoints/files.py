@@ -79,9 +79,11 @@ def write_arrays(file, shared=False, **arrays):
 
 
 def append_line(file, text):
-    """Add a line to a file. Raises OSError that names it where it cannot be written."""
-    with _named(file), open(file, "a") as stream:
-        stream.write(f"{text}\n")
+    """Add a line to a file. Raises OSError that names it where it cannot be written, or is a link: to elsewhere."""
+    with _named(file):
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(descriptor, "a") as stream:
+            stream.write(f"{text}\n")
 
 
 def make_folder(path):

@@ -350,8 +350,9 @@ def check_sum(file):
 def _held(path):
     """Hold a folder for one training process; ValueError where another one has it."""
     try:
-        # Not blocking: a pipe of that name would wait for ever.
-        file = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", buffering=0)
+        # Not blocking: a pipe of that name would wait for ever. No link: it would be made where that leads.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        file = open(os.open(path / LOCK, flags, 0o666), "rb+", buffering=0)
     except OSError as error:
         raise OSError(f"cannot write {path / LOCK}: {error.strerror or error}") from None
     with file:

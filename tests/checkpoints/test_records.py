@@ -110,12 +110,25 @@ def test_what_is_no_file_is_never_waited_for(tmp_path, run, name, what):
         "student_ema.safetensors": lambda: folder.load_tensors(10, "student_ema"),
         ".lock": lambda: folder.locked().__enter__(),
     }
-    if name == ".lock" and what in ("pipe", "device"):
+    if name == ".lock" and what == "pipe":
         calls[name]()  # which can be held like a file
         return
+    if name == ".lock" and what == "device":
+        what = "loop"  # no link is followed there
     said = {"pipe": "is a pipe or a device", "device": "is a pipe or a device", "folder": "[Ii]s a (folder|directory)"}
     with pytest.raises((ValueError, OSError), match=f"{name}.*{said.get(what, 'Too many levels of symbolic links')}"):
         calls[name]()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "saves.jsonl", ".lock"])
+def test_nothing_is_made_where_a_link_leads(tmp_path, run, name):
+    folder = RunFolder(shutil.copytree(run, tmp_path / "run"))
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).symlink_to(tmp_path / "outside")
+    call = (lambda: folder.locked().__enter__()) if name == ".lock" else (lambda: folder.append(name, {"step": 1}))
+    with pytest.raises(OSError, match=f"cannot write .*{name}: Too many levels of symbolic links"):
+        call()
+    assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize("command", ["report RUN", "export RUN --format safetensors --outdir OUT", "train"])
