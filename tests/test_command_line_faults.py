@@ -244,19 +244,12 @@ def test_too_little_memory_names_the_batch(fault, said, monkeypatch, capfd):
 
 
 def test_a_hangup_is_a_wish_to_stop_unless_it_is_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started pytest may ignore it, as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what started pytest may ignore it
     try:
-        _a_hangup_is_a_wish_to_stop_unless_it_is_ignored()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def _a_hangup_is_a_wish_to_stop_unless_it_is_ignored():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopRequest() as stop:  # under nohup
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requested is None
