@@ -23,6 +23,12 @@ STUDENT_WINDOWS, SCORE_NET_WINDOWS = range(8, 10)
 START_SEEDS, START_LAYERS, START_ROWS, ANCHOR_LAYERS, ANCHOR_ROWS = range(10, 15)
 
 
+def equal_slices(length, count):
+    """As many slices of equal size, one after the other."""
+    size = length // count
+    return [slice(start, start + size) for start in range(0, count * size, size)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """The states of one update, with the noise of the step from x_k to x_{k-1}.
@@ -36,11 +42,7 @@ class Batch:
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
-        size = len(self.x) // count
-        if count == 1:
-            return [self]
-        slices = [slice(start, start + size) for start in range(0, count * size, size)]
-        return [Batch(self.x[samples], self.noise[samples]) for samples in slices]
+        return [Batch(self.x[samples], self.noise[samples]) for samples in equal_slices(len(self.x), count)]
 
 
 # A recorded update (`execution.GraphedCall`) takes its batch apart into tensors.

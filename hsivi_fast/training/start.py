@@ -13,12 +13,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import register_pytree_node
 
 from .. import ops
 from ..build import build_ddim_layers
 from ..method.schedule import signal_levels
 from ..method.trajectory import path_steps, roll_path
-from .rollout import ANCHOR_LAYERS, ANCHOR_ROWS, START_LAYERS, START_ROWS, START_SEEDS, draw_layers
+from .rollout import ANCHOR_LAYERS, ANCHOR_ROWS, START_LAYERS, START_ROWS, START_SEEDS, draw_layers, equal_slices
 
 PATH_BYTES = 2**30  # of states that are held at once; more trajectories are rolled in parts, one after the other
 WARM_UP = 20  # updates of a start
@@ -48,11 +49,14 @@ class PathBatch:
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
-        size = len(self.x) // count
-        if count == 1:
-            return [self]
-        slices = [slice(start, start + size) for start in range(0, count * size, size)]
-        return [PathBatch(self.x[samples], self.target[samples], self.k[samples]) for samples in slices]
+        parts = equal_slices(len(self.x), count)
+        return [PathBatch(self.x[samples], self.target[samples], self.k[samples]) for samples in parts]
+
+
+# As of `Batch`: a recorded update takes it apart into tensors.
+register_pytree_node(
+    PathBatch, lambda batch: ([batch.x, batch.target, batch.k], None), lambda fields, _: PathBatch(*fields)
+)
 
 
 class Paths:

@@ -172,8 +172,8 @@ class Training:
     def _advance_start(self):
         """An update of the student on paths. After the last one the distillation begins with a new optimizer."""
         self._prepare_paths(self.step)
-        rate = start_learning_rate(self.config, self.step)
-        self._note("loss_start", *self.updates.start(self.paths.batch(self.step), rate))
+        student_lr, _ = self._learning_rates()
+        self._note("loss_start", *self.updates.start(self.paths.batch(self.step), student_lr))
         if self.step == self.phases.start:
             self.student.restart()
             if not self.updates.anchor:

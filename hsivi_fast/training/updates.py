@@ -3,7 +3,7 @@
 import torch
 
 from ..method.losses import score_net_loss_and_grads, student_loss_and_grads
-from .start import Anchor, PathBatch
+from .start import Anchor
 
 
 class Updates:
@@ -28,7 +28,7 @@ class Updates:
     def start(self, batch, lr):
         """One update of the student towards the teacher's paths, a `PathBatch`."""
         self._student.prepare_step(lr)
-        return self._regress(batch.x, batch.target, batch.k), batch.k
+        return self._regress(batch), batch.k
 
     def student(self, batch, lr, anchored=None):
         """One update of the student at states x_k.
@@ -77,10 +77,10 @@ class Updates:
             e = self._teacher(batch.x, self._matching.t[batch.noise.stream])
         return score_net_loss_and_grads(e, self._matching, log_gamma, batch.noise)[0]
 
-    def _update_student_on_paths(self, x, target, k):
+    def _update_student_on_paths(self, batch):
         """The whole update of a start. Returns the losses [B] before it."""
         all_losses, log_gamma = [], self._student.network.log_scaled_gamma
-        for micro_batch in PathBatch(x, target, k).split(self._student.accumulation):
+        for micro_batch in batch.split(self._student.accumulation):
             eps_hat = self._student.predict(micro_batch.x, self._layers.tau[micro_batch.k])
             losses, gradient = _regression(eps_hat, micro_batch.target)
             # DeepSpeed wants a gradient of every parameter. A start leaves log_gamma where it is: this one is zero.
