@@ -186,6 +186,7 @@ class TrainConfig:
     batch_size: BatchSize = 128  # over all processes
     f_learning_times: _count(1_000_000) = 20  # every so many steps the student is updated too
     student_lr: Rate = 1.6e-5
+    log_gamma_lr: Rate | None = None  # student_lr, unless it is said
     score_net_lr: Rate = 8.0e-5
     warmup: Natural = 2500
     lr_rule: Literal["decay", "cosine", "linear", "constant"] = "decay"

@@ -18,7 +18,7 @@ import torch
 
 from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..execution import EAGER, frozen_view
-from .optim import EMA, adam, forget_moments
+from .optim import EMA, adam, forget_moments, set_rate
 
 # Adam's moments with amsgrad, in torch's names; "step" is its counter.
 SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -28,20 +28,19 @@ class PlainEngine:
     """One network in one process.
 
     network: the module; clip: the largest gradient norm; ema: the decay of the average (see `EMA`).
-    execution: how the network is called; accumulation: the number of `backward`s before a `step`; beta1: Adam's.
+    execution: how the network is called; accumulation: the number of `backward`s before a `step`; beta1, own_rates: of
+    `adam`.
     """
 
-    def __init__(self, network, clip, ema, execution=EAGER, accumulation=1, beta1=0.9):
+    def __init__(self, network, clip, ema, execution=EAGER, accumulation=1, beta1=0.9, own_rates=None):
         self.network, self.execution = network, execution
         self.predict = execution.compiled(network)
         self.clip, self.accumulation = clip, accumulation
         self.names, self.parameters = zip(*network.named_parameters())
         # What the host sets before a step is a number. Where the step is recorded, it is a tensor that the host fills.
-        recorded, device = execution.cuda_graphs, self.parameters[0].device
-        self.lr = torch.zeros((), device=device) if recorded else None
-        ema_weight = torch.zeros((), device=device) if recorded else None
-        capturable = recorded and device.type == "cuda"
-        self.optimizer = adam(self.parameters, beta1, self.lr if recorded else 0.0, capturable)
+        recorded_on = self.parameters[0].device if execution.cuda_graphs else None
+        ema_weight = None if recorded_on is None else torch.zeros((), device=recorded_on)
+        self.optimizer = adam(network.named_parameters(), beta1, own_rates, recorded_on)
         self.ema = EMA(network.named_parameters(), ema, ema_weight)
 
     def frozen(self):
@@ -65,11 +64,7 @@ class PlainEngine:
 
     def prepare_step(self, lr):
         """What the host does of a step: the learning rate and the counters."""
-        if self.lr is not None:
-            self.lr.fill_(lr)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.ema.count()
 
     def apply_step(self):

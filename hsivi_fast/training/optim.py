@@ -25,14 +25,32 @@ def learning_rate(rule, base, step, warmup, total):
     raise ValueError(f"train.lr_rule: {rule!r} is unknown; choose decay, cosine, linear or constant")
 
 
-def adam(parameters, beta1=0.9, lr=0.0, capturable=False):
-    """Adam(beta1, 0.999) with amsgrad, in torch's fused form.
+def adam(named_parameters, beta1=0.9, own_rates=None, recorded_on=None):
+    """Adam(beta1, 0.999) with amsgrad, in torch's fused form; `set_rate` is called before every step.
 
-    The rate is set before every step, or filled into the tensor `lr`.
+    named_parameters: (name, tensor) pairs. own_rates: {name: factor}, parameters that are stepped at that multiple of
+    the rate. recorded_on: the device of steps that are recorded and replayed, which read the rate from a tensor.
     """
-    return torch.optim.Adam(
-        parameters, lr=lr, betas=(beta1, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable
-    )
+    groups = []
+    for name, parameter in named_parameters:
+        factor = (own_rates or {}).get(name, 1.0)
+        group = next((group for group in groups if group["factor"] == factor), None)
+        if group is None:
+            lr = 0.0 if recorded_on is None else torch.zeros((), device=recorded_on)
+            group = {"params": [], "factor": factor, "lr": lr}
+            groups.append(group)
+        group["params"].append(parameter)
+    capturable = recorded_on is not None and recorded_on.type == "cuda"
+    return torch.optim.Adam(groups, betas=(beta1, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable)
+
+
+def set_rate(optimizer, lr):
+    """The learning rate of the next step of an `adam`; where it lies in a tensor, that is filled."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr * group["factor"])
+        else:
+            group["lr"] = lr * group["factor"]
 
 
 def forget_moments(optimizer):

@@ -15,7 +15,7 @@ from ..data import regular_file
 from ..execution import frozen_view
 from ..parallel.world import meet_alone, samples_per_rank
 from .engine import SLOTS, PlainEngine, laid_out_as, read_state
-from .optim import EMA, adam, forget_moments
+from .optim import EMA, adam, forget_moments, set_rate
 
 PERSISTENT = 100_000  # elements: DeepSpeed's own default of what stage 3 does not cut
 
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.engine, self.optimizer, _, _ = _deepspeed().initialize(
             model=network,
-            optimizer=adam(parameters, config.train.beta1),
+            optimizer=adam(zip(self.names, parameters), config.train.beta1, own_rates(config)),
             dist_init_required=False,
             config=deepspeed_config(config, world.size, kept_whole=largest_outside),
         )
@@ -119,8 +119,7 @@ class DeepSpeedEngine:
 
     def prepare_step(self, lr):
         """What the host does of a step: the learning rate and the counters."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.ema.count()
 
     def apply_step(self):
@@ -182,8 +181,8 @@ class DeepSpeedEngine:
             self.ema.load(average, numbers[f"{name}_updates"])
 
     # Where the pieces are. Stage 0: the optimizer is Adam itself, and its state lies by parameter. Stages 1 and 2: it
-    # is flat, each rank has a stretch of it, and `_stretches` says which of which parameter lies where. Stage 3: each
-    # parameter is cut into equal shards, the last one padded.
+    # is flat, one tensor a group of parameters, each rank has a stretch of each, and `_stretches` says which of which
+    # parameter lies where. Stage 3: each parameter is cut into equal shards, the last one padded.
 
     def _base_optimizer(self):
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer
@@ -193,13 +192,20 @@ class DeepSpeedEngine:
         return [parameter.ds_tensor for parameter in self.parameters] if self.stage == 3 else self.parameters
 
     def _stretches_of_this_rank(self):
-        """Stages 1 and 2, what its flat state holds: (parameter, start in it, start in the flat state, elements)."""
+        """Stages 1 and 2, what its flat state holds: (parameter, start in it, start in the flat state, elements).
+
+        The groups of the flat state are counted on, one after the other.
+        """
+        starts, groups = [0], self.optimizer.single_partition_of_fp32_groups
+        for flat in groups:
+            starts.append(starts[-1] + flat.numel())
+        group_of = {id(p): number for number, group in enumerate(self.optimizer.bit16_groups) for p in group}
         stretches = []
         for index, parameter in enumerate(self.parameters):
             mapping = parameter._hp_mapping
             if mapping is not None:
-                flat = mapping.hp_fragment_address
-                stretches.append((index, mapping.lp_fragment_address.start, flat.start, flat.numel))
+                flat, before = mapping.hp_fragment_address, starts[group_of[id(parameter)]]
+                stretches.append((index, mapping.lp_fragment_address.start, before + flat.start, flat.numel))
         return stretches
 
     def _joined(self, shards):
@@ -222,17 +228,13 @@ class DeepSpeedEngine:
             return [self.optimizer.state[parameter][slot] for parameter in self.parameters]
         if self.stage == 3:
             return self._joined([self._moment_shard(parameter, slot) for parameter in self.parameters])
-        gathered = self.world.gather(self._flat_moment(slot))
+        state, pieces = self._base_optimizer().state, self.optimizer.single_partition_of_fp32_groups
+        gathered = self.world.gather(torch.cat([state[flat][slot] for flat in pieces]))
         wholes = [torch.empty(shape.numel(), device=self.device) for shape in self.shapes]
         for flat, stretches in zip(gathered, self._stretches):
             for index, start, flat_start, count in stretches:
                 wholes[index][start : start + count] = flat[flat_start : flat_start + count]
         return [whole.reshape(shape) for whole, shape in zip(wholes, self.shapes)]
-
-    def _flat_moment(self, slot):
-        """Stages 1 and 2: this rank's flat piece of a moment."""
-        (flat,) = self.optimizer.single_partition_of_fp32_groups
-        return self._base_optimizer().state[flat][slot]
 
     def _moment_shard(self, parameter, slot):
         """Stage 3: this rank's shard of a moment of one parameter."""
@@ -272,10 +274,12 @@ class DeepSpeedEngine:
                     shard = self._shard_of(values[f"{slot}.{key}"], parameter)
                     self._moment_shard(parameter, slot).copy_(shard)
             else:
-                flat = self._flat_moment(slot)
+                moment = torch.zeros(sum(flat.numel() for flat in pieces), device=self.device)
                 for index, start, flat_start, count in self._stretches[self.world.rank]:
                     whole = values[f"{slot}.{self.names[index]}"].flatten()
-                    flat[flat_start : flat_start + count] = whole[start : start + count]
+                    moment[flat_start : flat_start + count] = whole[start : start + count]
+                for flat, part in zip(pieces, moment.split([flat.numel() for flat in pieces])):
+                    state[flat][slot].copy_(part)
 
 
 def build_engine(context, network):
@@ -288,7 +292,15 @@ def build_engine(context, network):
         return DeepSpeedEngine(context, network)
     accumulation = config.distributed.accumulation
     settings = config.train
-    return PlainEngine(network, settings.clip, settings.ema, context.execution, accumulation, settings.beta1)
+    return PlainEngine(
+        network, settings.clip, settings.ema, context.execution, accumulation, settings.beta1, own_rates(config)
+    )
+
+
+def own_rates(config):
+    """{name: factor} of the parameters that have a rate of their own, as of `adam`."""
+    settings = config.train
+    return {} if settings.log_gamma_lr is None else {"log_scaled_gamma": settings.log_gamma_lr / settings.student_lr}
 
 
 def check_distribution(config, size):

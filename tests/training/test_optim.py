@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_values import load_golden
 
-from hsivi_fast.training.optim import EMA, learning_rate
+from hsivi_fast.training.optim import EMA, adam, learning_rate, set_rate
 
 
 @pytest.mark.parametrize("rule", ["decay", "cosine"])
@@ -34,3 +34,16 @@ def test_ema_is_the_published_one():
             average.count()
             average.update(network.parameters())
             assert float(average.parameters["weight"]) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("recorded_on", [None, torch.device("cpu")])
+def test_a_parameter_moves_at_its_own_rate(recorded_on):
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(3)) for name in ("a", "log_scaled_gamma", "b")}
+    optimizer = adam(parameters.items(), own_rates={"log_scaled_gamma": 20.0}, recorded_on=recorded_on)
+    for parameter in parameters.values():
+        parameter.grad = torch.tensor([1.0, -2.0, 3.0])
+    set_rate(optimizer, 0.01)
+    optimizer.step()
+    for name, rate in (("a", 0.01), ("log_scaled_gamma", 0.2), ("b", 0.01)):
+        torch.testing.assert_close(parameters[name].detach(), torch.tensor([-rate, rate, -rate]))

@@ -11,7 +11,7 @@ from run_files import checkpoint, distance, losses_of
 from hsivi_fast.config import load_config
 from hsivi_fast.training import trainer
 
-RUN = ["device=cpu", "train.batch_size=16", "log_every=1", "save_every=4"]
+RUN = ["device=cpu", "train.log_gamma_lr=0.01", "train.batch_size=16", "log_every=1", "save_every=4"]
 STEMS = [name + suffix for name in ("student", "score_net") for suffix in ("", "_ema", "_optimizer")]
 
 

@@ -23,6 +23,7 @@ ALL = [
     *(*START, "start.score_net_updates=3", "objective.match=windows", "objective.gamma_min=0.2", "objective.alpha=1.0"),
     *("objective.anchor=0.5", "objective.anchor_batch=4", "train.steps=8", "train.f_learning_times=2", "log_every=2"),
     *("train.batch_size=8", "device=cpu", "save_every=2", "train.lr_rule=linear", "train.beta1=0.5"),
+    "train.log_gamma_lr=0.02",
 ]
 
 
