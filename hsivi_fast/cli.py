@@ -22,6 +22,7 @@ from .parallel.seeds import Seeds
 MOST_SEEDS = 1_000_000_000
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 LONGEST_MESSAGE = 900  # characters of an error
+LOGGED_BAR = 10  # seconds between two states of a bar that goes into a file
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LEGEND = """\
 start: the student before training, which is DDIM with the run's eta. EMA: averaged weights, the ones to use; raw: as
@@ -388,6 +389,8 @@ def main(arguments=None):
     _open_closed_streams()
     _only_ours()
     streams = sys.stdout, sys.stderr
+    if not (sys.stderr and sys.stderr.isatty()):  # a log keeps every state of a bar
+        os.environ.setdefault("TQDM_MININTERVAL", str(LOGGED_BAR))  # read when tqdm is imported
     sys.stdout, sys.stderr = output, _ = _Stream(sys.stdout, forgiving=False), _Stream(sys.stderr, forgiving=True)
     try:
         hsivi.main(arguments, standalone_mode=False)

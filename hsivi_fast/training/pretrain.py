@@ -1,5 +1,6 @@
 """Small teachers, where no checkpoint can be had: a UNet by the DDPM loss, and the metric's feature network."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -57,12 +58,7 @@ def train_teacher(config, outdir, progress=False):
         f"teacher {config.name}",
         memory_advice(f"teacher_train.batch_size: {settings.batch_size}; lower it"),
     )
-    with (
-        RunFolder.taken(outdir, config) as folder,
-        StopRequest() as stop,
-        _bar(settings.steps, title, progress) as bar,
-        advice,
-    ):
+    with contextlib.ExitStack() as held, RunFolder.taken(outdir, config) as folder, StopRequest() as stop, advice:
         step, state = folder.newest_state(["teacher_updates"])
         total, count = torch.zeros((), device=device), 0
         if state is not None:
@@ -72,7 +68,7 @@ def train_teacher(config, outdir, progress=False):
         folder.take_up()
         folder.drop_old_checkpoints()
         folder.forget_metrics_after(step)
-        bar.update(step)
+        bar = held.enter_context(_bar(settings.steps, title, progress, step))
         while step < settings.steps:
             step += 1
             loss, gradient, eps_hat = _ddpm_loss(
@@ -108,8 +104,8 @@ def train_teacher(config, outdir, progress=False):
     return file
 
 
-def _bar(total, title, progress):
-    return tqdm(total=total, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
+def _bar(total, title, progress, done=0):
+    return tqdm(total=total, initial=done, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
 
 
 def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
