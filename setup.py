@@ -54,10 +54,10 @@ setup(
         "pyyaml",
         "pydantic>=2.5",
         "click>=8.1",
+        "diffusers",
     ],
     extras_require={
-        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "diffusers", "scipy"],
-        "diffusers": ["diffusers"],
+        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "scipy"],
         "wandb": ["wandb"],
     },
 )

@@ -196,6 +196,8 @@ def run_study(description, outdir, order, one_run, table):
     with concurrent.futures.ProcessPoolExecutor(arguments.processes, mp_context=spawning) as pool:
         futures = [pool.submit(one_run, *run, arguments.outdir) for run in wanted]
         for future in concurrent.futures.as_completed(futures):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)  # tell it now, and not after all the others
             row = future.result()
             rows = sorted([*rows, row], key=lambda row: order.index(_key(row)))
             write_records(arguments.json, rows)

@@ -33,11 +33,11 @@ PATHS = ["start.kind=trajectory", "start.score_net_updates=0", "eta=0.01", "trai
 # As the configs were before there was a start.
 OLD_DIGITS = [
     *(*KNOTS, "eta=0.6", "train.steps=500", "train.f_learning_times=5", "train.student_lr=5e-5"),
-    *("train.score_net_lr=4e-4", "train.warmup=30", "train.beta1=0.9"),
+    *("train.score_net_lr=4e-4", "train.warmup=30", "train.ema=0.95", "train.beta1=0.9"),
 ]
 OLD_PLANE = [
     *(*KNOTS, "eta=1.0", "train.steps=6000", "train.f_learning_times=5", "train.student_lr=1e-3"),
-    *("train.score_net_lr=1e-3", "train.warmup=100"),
+    *("train.score_net_lr=1e-3", "train.warmup=100", "train.ema=0.99"),
 ]
 QUAD = [*OLD_DIGITS, *PATHS, "start.updates=600", "start.trajectories=2400"]
 BY_HAND = [*QUAD, "spacing=[0,135,235,350,510,800]"]
@@ -54,7 +54,7 @@ OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
         *("train.score_net_lr=5e-4", "train.warmup=100", "train.ema=0.99"),
     ],
 }
-DIGITS = ["eval.num_samples=4000", "channels_last=true"]
+DIGITS = ["eval.num_samples=4000", "eval.ddim_nfe=[5,10,20,50]", "eval.solver_spacing=linspace", "channels_last=true"]
 STUDIES = {  # name -> (config, overrides, variants, metric)
     "digits": ("digits", DIGITS, OF_DIGITS, "frechet_distance"),
     **{

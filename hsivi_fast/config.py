@@ -216,6 +216,8 @@ class EvalConfig:
     baselines: tuple[
         Literal["ddim", "ddpm", "dpmpp", "dpmpp3", "unipc", "unipc3", "deis", "deis3", "ipndm", "best"], ...
     ] = ("ddim",)
+    # Where the solvers' timesteps are, see `timesteps_of` in sampling/solvers.py.
+    solver_spacing: Literal["linspace", "karras", "logsnr", "run"] = "linspace"
     ddim_nfe: Annotated[tuple[Evaluations, ...], Field(min_length=1, max_length=100)] = (5, 10, 20, 50)
 
 

@@ -23,7 +23,7 @@ RUN = (
     *("train.steps=40", "train.f_learning_times=4", "log_every=3", "save_every=5", "log.images_every=2"),
     *("eval.every=4", "eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "device=cpu"),
 )
-TIMES = ("seconds", "images_per_second", "preparing_seconds")
+TIMES = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
 
 
 def files_without_times(path):

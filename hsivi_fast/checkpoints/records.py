@@ -80,6 +80,7 @@ class Record:
     loss: Number | None = None
     images_per_second: Number | None = None
     preparing_seconds: Number | None = None
+    measuring_seconds: Number | None = None
     metric: Number | None = None
     gpu_power_watts: Number | None = None
     gpu_utilisation_percent: Number | None = None

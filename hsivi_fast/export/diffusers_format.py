@@ -40,7 +40,7 @@ def write_diffusers(sampler, config, description, folder):
     Raises ValueError where diffusers is not installed.
     """
     try:
-        # Late: diffusers is an optional package, and importing it takes seconds.
+        # Late: importing it takes seconds, and a machine may lack it.
         from .pipeline import PIPELINE_FILE, HSIVINetwork, HSIVIPipeline, HSIVIScheduler
     except ImportError as error:
         raise ValueError(str(error)) from None

@@ -50,7 +50,7 @@ images = pipeline(seeds=range(16)).images  # those of `hsivi sample`
 Or with torch generators, as `pipeline(batch_size=16, generator=torch.Generator().manual_seed(0))`. \
 `DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)` is the same pipeline: \
 it runs `pipeline.py`, which imports the class.
-It needs hsivi_fast and `pip install diffusers`.""",
+It needs hsivi_fast and diffusers.""",
     "aoti": """\
 ```python
 import torch, torch._inductor

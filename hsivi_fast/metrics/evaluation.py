@@ -20,7 +20,7 @@ from ..parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_m
 from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 from ..sampling.sampler import ddim_sampler, load_sampler
-from ..sampling.solvers import COMBINATIONS, NAMES, baseline_sampler, solver_sampler
+from ..sampling.solvers import COMBINATIONS, NAMES, SchedulerSampler, baseline_sampler, solver_sampler
 from .distances import (
     FEATURES_KEPT,
     KeptFeatures,
@@ -318,6 +318,8 @@ def final_table(context, run, metric, progress=False):
 
             if sampler:
                 row = measure_row(name, sampler, metric, settings.num_samples, sets, context.world, count, nfe)
+                if isinstance(sampler, SchedulerSampler) and settings.solver_spacing != "linspace":
+                    row["spacing"] = settings.solver_spacing
             else:
                 row = best_row(context, metric, nfe, count)
             rows.append(row)

@@ -34,11 +34,10 @@ def sampler_title(name):
 
 
 def row_title(row):
-    """What the sampler of a row is called: with the solver and the spacing, where these were chosen."""
-    title = sampler_title(row["sampler"])
-    if row.get("solver") is None or row.get("spacing") is None:
-        return title
-    return f"{title}: {sampler_title(row['solver'])}, {SPACINGS.get(row['spacing'], row['spacing'])}"
+    """What the sampler of a row is called: with the solver and the spacing, where these are not the usual ones."""
+    parts = [sampler_title(row[key]) for key in ("sampler", "solver") if row.get(key) is not None]
+    title = ": ".join(parts)
+    return title if row.get("spacing") is None else f"{title}, {SPACINGS.get(row['spacing'], row['spacing'])}"
 
 
 def spread_key(column):

@@ -156,10 +156,10 @@ def check_baselines(config):
 def baseline_sampler(context, name, nfe):
     """The sampler of eval.baselines called `name`, but "best", with `nfe` evaluations of the context's teacher.
 
-    DDIM and DDPM (eta 0 and 1) have the run's spacing, the solvers "linspace".
+    DDIM and DDPM (eta 0 and 1) have the run's spacing, the solvers that of eval.solver_spacing.
     """
     if name in SOLVERS:
-        return solver_sampler(context, name, nfe)
+        return solver_sampler(context, name, nfe, context.config.eval.solver_spacing)
     return ddim_sampler(context, nfe, eta=0.0 if name == "ddim" else 1.0)
 
 
@@ -210,7 +210,7 @@ def build_scheduler(config, name, nfe, order=None, spacing="linspace"):
     noise 0. The others are on the noise, and end as DDIM does: at the teacher's lowest level.
     order: in the place of the solver's.
     """
-    import diffusers  # here: it is optional, and takes seconds
+    import diffusers  # here: it takes seconds
 
     if name == "ipndm":
         return IpndmAtTimesteps(diffusers.IPNDMScheduler(), *_points(config, nfe, spacing))

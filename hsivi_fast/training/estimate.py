@@ -50,7 +50,8 @@ def estimate_run(config, world_size=1):
     memory["noise_scale_bytes"] = 6 * 4 * _noise_scale_size(config, event_size)
     memory["pool_bytes"] = pool_bytes
     memory["paths_bytes"] = _path_bytes(config, event_size, world_size)
-    start = _start_evaluations(config, event_size)
+    phases = phases_of(config)
+    start = _start_evaluations(config, event_size, phases.start, phases.head)
     # The student's update keeps most: its own graph, then f's and the teacher's.
     memory["activations_bytes"] = 3 * activation_bytes * settings.batch_size // micro_batches
     return {
@@ -84,19 +85,30 @@ def _path_bytes(config, event_size, world_size):
     return held if world_size == 1 else held + held // world_size  # and what a process rolls of it
 
 
-def _start_evaluations(config, event_size):
-    """Forward calls with one image before the distillation."""
-    phases, settings = phases_of(config), config.start
-    evaluations = 0
-    if phases.start:
+def evaluations_until(config, step):
+    """Forward calls with one image that a run has made by this step of its one counter, as `estimate_run` counts."""
+    *_, event_size = _network_needs(config)
+    phases = phases_of(config)
+    updates = min(step, phases.start)
+    head = min(step - updates, phases.head)
+    cycle, _ = _cycle(config, event_size)
+    cycles = (step - updates - head) / config.train.f_learning_times
+    return round(_start_evaluations(config, event_size, updates, head) + cycle * cycles)
+
+
+def _start_evaluations(config, event_size, updates, head):
+    """Of so many updates of the start, with their paths, and of the score network's head start after it."""
+    settings, evaluations = config.start, 0
+    if updates:
         parts, count = parts_of(config, event_size)
-        evaluations = parts * count * config.nfe * settings.substeps
-        evaluations += 3 * phases.start * (settings.batch_size or config.train.batch_size)
+        rolled = -(-updates * parts // settings.updates)
+        evaluations = rolled * count * config.nfe * settings.substeps
+        evaluations += 3 * updates * (settings.batch_size or config.train.batch_size)
     # Of the head start: as a cycle, without the student's update and with one call of the teacher.
     cycle, _ = _cycle(config, event_size)
-    updates, batch_size = config.train.f_learning_times, config.train.batch_size
+    batch_size = config.train.batch_size
     of_student = 7 * batch_size
-    return evaluations + round(phases.head * ((cycle - of_student) / updates + batch_size))
+    return evaluations + round(head * ((cycle - of_student) / config.train.f_learning_times + batch_size))
 
 
 def _noise_scale_size(config, event_size):

@@ -58,7 +58,7 @@ class Journal:
 
     def start(self, step, state=None):
         """Take up the records at a step, and open the bar and the writers there; state: that of its checkpoint."""
-        self.prepared, self.drawing, self.images = self.execution.seconds, 0.0, 0
+        self.prepared, self.drawing, self.measuring, self.images = self.execution.seconds, 0.0, 0.0, 0
         for name, (total, count) in ((state or {}).get("losses") or {}).items():
             self.sums[name] = torch.tensor(total if self.world.is_main else 0.0, device=self.context.device)
             self.counts[name] = count
@@ -154,7 +154,7 @@ class Journal:
         self.seconds += elapsed
         # Compiling and recording are not the speed of training.
         preparing = self.execution.seconds - self.prepared
-        training = elapsed - preparing - self.drawing
+        training = elapsed - preparing - self.drawing - self.measuring
         record = {
             "step": step,
             "loss_student": means.get("loss_student"),
@@ -167,6 +167,8 @@ class Journal:
         }
         if preparing:
             record["preparing_seconds"] = preparing
+        if self.measuring:
+            record["measuring_seconds"] = self.measuring
         record.update(self.gpu.record(images / self.world.size))  # of this rank's GPU, and its share of the images
         if metric is not None:
             record["metric"] = metric
@@ -183,7 +185,15 @@ class Journal:
             self.bar.write(f"step {step}: {took}", file=sys.stderr)
         postfix = {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
         self.bar.set_postfix(postfix, refresh=False)
-        self.logged_time, self.prepared, self.drawing, self.images = now, preparing + self.prepared, 0.0, 0
+        self.logged_time, self.prepared, self.images = now, preparing + self.prepared, 0
+        self.drawing = self.measuring = 0.0
+
+    @contextlib.contextmanager
+    def measurement(self):
+        """Around measuring the student, a time that is kept out of the rate and recorded by itself."""
+        began, prepared = time.perf_counter(), self.execution.seconds
+        yield
+        self.measuring += time.perf_counter() - began - (self.execution.seconds - prepared)
 
     def show(self, step, samples, log_gamma, began):
         """Write pictures of the averaged student: samples/step_XXXXXXX.png, and both to TensorBoard and W&B.

@@ -207,7 +207,10 @@ class Training:
         due = self._due(stop)
         if due.save or due.log or due.pictures:
             self.guard.check(self.folder)
-        distance = self.averaged.distance(self.metric) if due.measure else None
+        distance = None
+        if due.measure:
+            with self.journal.measurement():
+                distance = self.averaged.distance(self.metric)
         if due.log:
             self.journal.log(self.step, *self._learning_rates(), distance)
         # Before the checkpoint: a process that is killed in between trains these steps again and draws them again.

@@ -151,6 +151,7 @@ def test_a_row_names_the_solver_and_the_spacing_that_were_chosen():
         ({"solver": "of a newer version", "spacing": "x"}, "best solver: of a newer version, x"),
         ({}, "best solver"),
         ({"sampler": "unipc"}, "UniPC"),
+        ({"sampler": "unipc_3", "spacing": "run"}, "UniPC-3, run's spacing"),
     ):
         assert row_title({**row, **extras}) == title
         assert f"\n{title}  " in format_table([{**row, **extras}, {**row, "sampler": "y" * 60}])
@@ -449,6 +450,7 @@ def test_two_ranks_save_and_measure_what_one_does(tmp_path, run):
 
 
 def test_new_keys_have_defaults_that_keep_old_tables():
-    config = load_config("digits")
-    assert {"eval.kid", "eval.prc", "eval.baselines"} <= set(known_keys())
-    assert config.eval.baselines == ("ddim",) and not config.eval.kid and not config.eval.prc
+    config = load_config("smoke")
+    assert {"eval.kid", "eval.prc", "eval.baselines", "eval.solver_spacing"} <= set(known_keys())
+    assert config.eval.baselines == ("ddim",) and config.eval.solver_spacing == "linspace"
+    assert not config.eval.kid and not config.eval.prc

@@ -384,3 +384,14 @@ def test_all_baselines_stand_in_one_table(tmp_path):
     for title in ("DDIM", "DDPM (ancestral)", "DPM-Solver++(2M)", "UniPC", "iPNDM", "best solver: ", "HSIVI (EMA)"):
         assert title in table
     assert len({sampler_title(row["sampler"]) for row in rows}) == len(NAMES) + 3
+
+
+def test_a_run_says_where_its_solvers_timesteps_are(no_report, tmp_path):
+    overrides = ["eval.baselines=[unipc3]", "eval.ddim_nfe=[4]", "eval.num_samples=40", "eval.seeds=1", "device=cpu"]
+    for spacing, named in (("run", "run"), ("linspace", None)):
+        config = load_config("smoke", [*overrides, f"eval.solver_spacing={spacing}", "eval.baselines=[unipc3]"])
+        row, *_ = train(config, tmp_path / spacing).read_json("results.json")
+        context = context_with_teacher(config)
+        expected = measure_row("", solver_sampler(context, "unipc3", 4, spacing), build_metric(context), 40, 1, ALONE)
+        assert row["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-6)
+        assert row.get("spacing") == named

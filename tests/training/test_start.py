@@ -81,7 +81,14 @@ def test_paths_are_rolled_in_parts_that_memory_holds(monkeypatch):
 def test_a_start_learns_the_paths(no_report, tmp_path):
     """On the digits' teacher it soon draws better digits than DDIM; the table has a row of it."""
     overrides = [*START, "start.updates=40", "start.trajectories=64", "train.steps=1", "train.batch_size=32"]
-    settings = ["log_every=10", "eval.num_samples=300", "eval.seeds=1", "eval.ddim_nfe=[5]", "device=cpu"]
+    settings = [
+        "log_every=10",
+        "eval.num_samples=300",
+        "eval.seeds=1",
+        "eval.baselines=[ddim]",
+        "eval.ddim_nfe=[5]",
+        "device=cpu",
+    ]
     folder = train(load_config("digits", [*overrides, *settings]), tmp_path / "run")
     losses = [record["loss_start"] for record in folder.metrics() if "loss_start" in record]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
@@ -126,7 +133,7 @@ def test_a_run_goes_on_bit_for_bit_in_every_phase(straight, tmp_path, stop):
     for stem in ("student", "student_ema", "student_optimizer", "score_net", "score_net_ema", "score_net_optimizer"):
         own, other = checkpoint(folder, stem, 17), checkpoint(straight.path, stem, 17)
         assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own), stem
-    times = ("seconds", "images_per_second", "preparing_seconds")
+    times = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
     plain = [
         [{k: v for k, v in record.items() if k not in times} for record in run.metrics()]
         for run in (straight, run_folder.RunFolder(folder))

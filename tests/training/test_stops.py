@@ -23,7 +23,7 @@ RUN = [
     "device=cpu",
 ]
 TEACHER = ["teacher_train.steps=8", "teacher_train.batch_size=4", "log_every=3", "save_every=4", "device=cpu"]
-TIMES = ("seconds", "images_per_second", "preparing_seconds")
+TIMES = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
 
 
 class Killed(BaseException):
