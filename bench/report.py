@@ -1,6 +1,6 @@
 """The tables and the picture of bench/README.md, from the results files.
 
-    python -m bench.report            writes the tables into bench/README.md and draws bench/results/speed.png
+    python -m bench.report            writes the tables into bench/README.md and draws two pictures into bench/results
     python -m bench.report --print    prints the tables; of other files too, as in --print runs/h100/*.jsonl
 
 A table stands in bench/README.md between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in
@@ -19,7 +19,7 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 from matplotlib.figure import Figure
 
-from bench import breakdown, quality, recipe, scaling, solvers
+from bench import breakdown, quality, recipe, scaling, solvers, time_to_quality
 from bench.measure import read_records
 from bench.options import command_line
 from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
@@ -169,20 +169,29 @@ KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "breakdown": breakdown_columns,
     "scaling": scaling_columns,
     "ops": ops_columns,
-    "solvers": lambda rows: solvers.COLUMNS,
+}
+
+
+STUDIES = {  # the stem of a results file -> how its rows are summed up, and the columns of that
+    "quality": (quality.summary, lambda rows: quality.COLUMNS),
+    "recipe": (recipe.summary, lambda rows: recipe.COLUMNS),
+    "time_to_quality": (time_to_quality.summary, lambda rows: time_to_quality.COLUMNS),
+    "solvers": (solvers.summary, solvers.columns),
 }
 
 
 def table(name, rows):
     """The table of a results file with this stem, as Markdown. Raises ValueError for a stem of no kind."""
-    for study in (quality, recipe):
-        if name == study.__name__.rpartition(".")[2]:
-            return markdown_table(study.summary(rows), study.COLUMNS)
+    if name in STUDIES:
+        summary, columns = STUDIES[name]
+        return markdown_table(summary(rows), columns(rows))
     for kind, columns in KINDS.items():
         if name.startswith(kind):
             rows = [row for row in rows if "failed" not in row]
             return markdown_table(rows, columns(rows))
-    raise ValueError(f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, quality, recipe")
+    raise ValueError(
+        f"{name}: no kind of table; its name must begin with one of {', '.join(KINDS)}, {', '.join(STUDIES)}"
+    )
 
 
 def run_table(rows):
@@ -274,6 +283,9 @@ def main():
         return 0
     README.write_text(filled(README.read_text(), table_of_results))
     (RESULTS / "speed.png").write_bytes(picture(arguments.device))
+    courses = _good_rows("time_to_quality")
+    if courses:
+        (RESULTS / "time_to_quality.png").write_bytes(time_to_quality.picture(courses, _good_rows("solvers")))
     return 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 from bench_cases import ROOT, committed
 
-from bench import ablation, breakdown, fid, quality, report, sampling, train_step
+from bench import ablation, breakdown, fid, quality, report, sampling, time_to_quality, train_step
 from bench import all as run_all
 from bench.measure import read_records
 from bench.published import cycle_work
@@ -48,6 +48,43 @@ def test_operators_are_of_the_first_kind_that_fits():
     for row in committed("breakdown_cpu"):
         assert list(row["shares"]) == [*breakdown.KINDS, breakdown.REST]
         assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_when_a_recipe_is_as_good_as_another_ends():
+    """For good: a distance that was reached once and lost again does not count."""
+    courses = {
+        "published": [[[1000, 1.0, 3.0], [9000, 9.0, 0.5]], [[1000, 1.0, 3.0], [9000, 11.0, 0.7]]],
+        "shipped": [[[500, 1.0, 0.5], [1000, 2.0, 0.9], [2000, 4.0, 0.4]]],
+    }
+    rows = [
+        {"study": "digits", "variant": name, "seed": seed, "course": course}
+        for name, own in courses.items()
+        for seed, course in enumerate(own)
+    ]
+    published, shipped = time_to_quality.summary(rows)
+    assert published["value"] == pytest.approx((0.6, 0.1)) and published["seconds"] == 10 and published["work"] == 9
+    assert (published["to published"], published["to shipped"]) == (9, None)
+    assert (shipped["to published"], shipped["to shipped"]) == (2, 2)
+    solver = {"sampler": "best", "nfe": 5, "frechet_distance": 0.6}
+    assert time_to_quality.picture(rows, [solver])[:4] == b"\x89PNG"
+
+
+def test_solvers_are_a_line_each_with_a_column_a_number_of_evaluations():
+    rows = []
+    for sampler, spacing, nfe, distance, extras in (
+        ("ddim", "run", 5, 2.0, {}),
+        ("unipc", "karras", 5, 0.5, {}),
+        ("best", "karras", 5, 0.625, {"solver": "unipc", "frechet_std": 0.25}),
+        ("unipc", "karras", 10, 0.25, {}),
+        ("best", "logsnr", 10, 0.25, {"solver": "deis", "frechet_std": 0.125}),
+    ):
+        row = {"sampler": sampler, "spacing": spacing, "nfe": nfe, "frechet_distance": distance, "frechet_std": None}
+        rows.append({**row, **extras})
+    lines = report.table("solvers", rows).splitlines()
+    assert lines[0] == "| sampler | spacing | 5 evaluations | 10 evaluations |"
+    assert lines[2:4] == ["| DDIM | run's spacing | 2.000 |  |", "| UniPC | Karras | 0.500 | 0.250 |"]
+    best = "0.625 +- 0.250 (UniPC, Karras) | 0.250 +- 0.125 (DEIS, log-SNR)"
+    assert lines[4] == f"| best solver | the best | {best} |"
 
 
 def test_the_page_has_the_tables_of_the_results():

@@ -8,7 +8,7 @@ import torch
 
 from hsivi_fast.config import load_config
 from hsivi_fast.nets import build_unet
-from hsivi_fast.training.estimate import _forward_of_one, estimate_run
+from hsivi_fast.training.estimate import _forward_of_one, estimate_run, evaluations_until
 
 
 def test_the_estimate_counts_what_the_design_counts():
@@ -27,6 +27,18 @@ def test_the_estimate_counts_what_the_design_counts():
     assert cifar["weights_bytes"] == 3 * 4 * cifar["parameters"]
     assert cifar["optimizer_bytes"] == round(2 * 4 * 4 * cifar["parameters"] / 8)
     assert cifar["training_flops"] == pytest.approx(87 * 128 * 10000 * cifar["forward_flops"])
+
+
+def test_the_work_so_far_grows_to_that_of_the_whole_run():
+    """Paths before the first update, three calls an update of the start, and cycles after the head start."""
+    start = ["start.kind=trajectory", "start.updates=6", "start.trajectories=24", "start.substeps=2", "nfe=3"]
+    rest = ["start.score_net_updates=2", "train.steps=8", "train.f_learning_times=2", "train.batch_size=4"]
+    config = load_config("smoke", [*start, *rest])
+    so_far = [evaluations_until(config, step) for step in range(17)]
+    assert so_far[:3] == [0, 24 * 3 * 2 + 12, 24 * 3 * 2 + 24]
+    estimate = estimate_run(config)
+    assert so_far[16] == estimate["training_flops"] // estimate["forward_flops"]
+    assert so_far[6] < so_far[7] and so_far[16] - so_far[8] == pytest.approx(2 * (so_far[12] - so_far[8]), abs=1)
 
 
 def test_estimated_activations_are_what_a_forward_call_keeps():
