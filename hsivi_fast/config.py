@@ -149,6 +149,9 @@ class StartConfig:
     updates: Count = 300  # of the student, on the paths
     trajectories: _count(100_000_000) = 2000
     substeps: _count(1000) = 4  # of the solver in each layer
+    # The timestep that the paths come from: the top knot, unless it is said. From above it the student's first layer
+    # takes the noise of `top` as if it were at its own, lower knot.
+    top: Count | None = None
     solver: Literal["dpmpp", "ddim"] = "dpmpp"
     lr: Rate = 4.0e-4
     batch_size: BatchSize | None = None  # train.batch_size, unless it is said
@@ -582,11 +585,13 @@ def _validated(values):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
     if not isinstance(config.spacing, str):
         _check_knots(config)
-    if config.objective.anchor and config.start.kind == "ddim":
-        raise ValueError(
-            f"objective.anchor: {config.objective.anchor} keeps the regression of a start on trajectories, and "
-            "start.kind is ddim; choose start.kind=trajectory, or leave it 0"
-        )
+    for key, value, what in (
+        ("objective.anchor", config.objective.anchor, "keeps the regression of a start on trajectories"),
+        ("start.top", config.start.top, "is where trajectories come from"),
+    ):
+        if value and config.start.kind == "ddim":
+            problem = f"{value} {what}, and start.kind is ddim"
+            raise ValueError(f"{key}: {problem}; choose start.kind=trajectory, or leave it out")
     return config
 
 

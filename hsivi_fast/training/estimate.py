@@ -11,7 +11,7 @@ import torch
 from ..config import phases_of
 from ..nets import build_unet
 from ..parallel.machine import memory_of, refuse_beyond_disk, refuse_beyond_memory
-from .start import parts_of
+from .start import parts_of, path_knots
 
 MIB = 2**20
 
@@ -81,6 +81,7 @@ def _path_bytes(config, event_size, world_size):
     """Of the teacher's paths that are held at once."""
     if phases_of(config).start == 0:
         return 0
+    path_knots(config)  # refuses a top that cannot be
     held = parts_of(config, event_size)[1] * (config.nfe + 1) * event_size * 4
     return held if world_size == 1 else held + held // world_size  # and what a process rolls of it
 

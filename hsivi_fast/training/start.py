@@ -5,6 +5,10 @@ x_k to the path's x_{k-1} by one deterministic DDIM step, so its target is
 
     eps = (x_{k-1} - A_k x_k) / B_k        with A, B of eta = 0.
 
+The paths may come from above the top knot (`start.top`). The top layer is then shown their noise at its own timestep.
+What it makes of it is the path's next state all the same, and it has less far to go: B_K is smaller there, and with it
+the error of the state for the same error of the network.
+
 It needs no data and no score network. Every number is a function of (run seed, counter), as in rollout.py: paths are
 rolled again when a run goes on. With several processes each rolls an equal share, and all have the whole.
 """
@@ -17,7 +21,7 @@ from torch.utils._pytree import register_pytree_node
 
 from .. import ops
 from ..build import build_ddim_layers
-from ..method.schedule import signal_levels
+from ..method.schedule import make_schedule, signal_levels
 from ..method.trajectory import path_steps, roll_path
 from .rollout import ANCHOR_LAYERS, ANCHOR_ROWS, START_LAYERS, START_ROWS, START_SEEDS, draw_layers, equal_slices
 
@@ -37,6 +41,18 @@ def parts_of(config, event_size):
     most = max(PATH_BYTES // (4 * (config.nfe + 1) * event_size), 1)
     parts = -(-count // most)
     return parts, -(-count // parts)
+
+
+def path_knots(config):
+    """The timesteps of the paths' states x_0 .. x_K: the run's knots, but for x_K that of start.top.
+
+    Raises ValueError where that is none above the others.
+    """
+    steps, top = config.teacher.steps, config.start.top
+    *lower, own_top = make_schedule(config.teacher.betas, steps, config.spacing, config.nfe).timesteps.tolist()
+    if top is not None and not lower[-1] < top < steps:
+        raise ValueError(f"start.top: {top} is no timestep between the run's knot {lower[-1]} and {steps}")
+    return [*lower, own_top if top is None else top]
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Paths:
         self.part = None  # whose states are held
         teacher = config.teacher
         levels = signal_levels(teacher.betas, teacher.steps)
-        self.steps = path_steps(self.layers.tau.tolist(), levels, config.start.substeps, config.start.solver)
+        self.steps = path_steps(path_knots(config), levels, config.start.substeps, config.start.solver)
         ddim = build_ddim_layers(config, config.nfe, 0.0, self.device, own_knots=True)
         self.a, self.b = ddim.a, ddim.b
         self._teacher = context.execution.graphed(context.execution.compiled(context.teacher))

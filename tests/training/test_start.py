@@ -16,6 +16,7 @@ from hsivi_fast.checkpoints import run_folder
 from hsivi_fast.config import phases_of
 from hsivi_fast.ops import draw_noise
 from hsivi_fast.training import start as start_module
+from hsivi_fast.training.estimate import estimate_run
 from hsivi_fast.training.start import Paths, start_learning_rate
 
 START = ["start.kind=trajectory", "start.updates=6", "start.trajectories=24", "start.substeps=2", "start.lr=0.001"]
@@ -41,10 +42,14 @@ def test_phases_and_rates():
     assert rates == pytest.approx([0.001 * share for share in (0.05, 0.5 * 0.91, 0.81, 0.41, 0.01)])
 
 
-def test_the_target_takes_the_path_s_state_to_the_next_by_one_ddim_step():
-    context = context_with_teacher(_config())
+@pytest.mark.parametrize("top", [None, 950])
+def test_the_target_takes_the_path_s_state_to_the_next_by_one_ddim_step(top):
+    """Of the student's own layers, also where the path comes from above their top knot."""
+    context = context_with_teacher(_config(*([f"start.top={top}"] if top else [])))
     paths = Paths(context)
     paths.prepare(1)
+    assert paths.steps[0].t == (top or context.layers.tau[3])
+    assert [step.reaches for step in paths.steps if step.reaches is not None] == [2, 1, 0]
     assert paths.states.shape == (1, 4, 24, 1, 8, 8)
     batch = paths.batch(1)
     layers = build_ddim_layers(context.config, 3, 0.0, "cpu", own_knots=True)
@@ -190,6 +195,16 @@ def test_the_anchor_holds_the_student_to_the_paths(no_report, tmp_path):
     assert ends[20.0] < 0.8 * ends[0.0]
 
 
+@pytest.mark.parametrize("top", [200, 1000])
+def test_paths_come_from_a_timestep_above_the_others(top):
+    config = _config("nfe=2", "spacing=[0,200,700]", f"start.top={top}")
+    message = f"start.top: {top} is no timestep between the run's knot 200 and 1000"
+    with pytest.raises(ValueError, match=message):
+        Paths(context_with_teacher(config))
+    with pytest.raises(ValueError, match=message):
+        estimate_run(config)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -200,6 +215,8 @@ def test_the_anchor_holds_the_student_to_the_paths(no_report, tmp_path):
         (["objective.anchor=-1"], "objective.anchor: input should be greater than or equal to 0, got -1"),
         (["start.kind=ddim", "objective.anchor=1"], "objective.anchor: 1.0 keeps the regression of a start"),
         (["start.solver=heun"], "start.solver: input should be 'dpmpp' or 'ddim'"),
+        (["start.kind=ddim", "start.top=900"], "start.top: 900 is where trajectories come from"),
+        (["start.top=0"], "start.top: input should be greater than or equal to 1, got 0"),
         (["start.updates=0"], "start.updates: input should be greater than or equal to 1, got 0"),
     ],
 )
