@@ -23,6 +23,7 @@ from bench.measure import describe
 from bench.quality import mean_and_error, run_study
 from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
+from hsivi_fast.metrics.table import SPACINGS, sampler_title
 from hsivi_fast.training.estimate import estimate_run
 
 SEEDS = 3
@@ -55,8 +56,15 @@ OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
     ],
 }
 DIGITS = ["eval.num_samples=4000", "eval.ddim_nfe=[5,10,20,50]", "eval.solver_spacing=linspace", "channels_last=true"]
+START = {"paths": ["start.score_net_updates=0", "train.steps=1"]}  # the start of the config itself, alone
+FEWER = {  # evaluations -> (study, variant) of what is best there
+    **{nfe: (f"digits_nfe{nfe}", "paths") for nfe in (1, 2, 3)},
+    5: ("digits", "paths: 600 updates, knots by hand"),
+    10: ("digits_nfe10", "paths"),
+}
 STUDIES = {  # name -> (config, overrides, variants, metric)
     "digits": ("digits", DIGITS, OF_DIGITS, "frechet_distance"),
+    **{f"digits_nfe{nfe}": (f"digits_nfe{nfe}", DIGITS, START, "frechet_distance") for nfe in (1, 2, 3, 10)},
     **{
         target: ("toy2d", ["eval.num_samples=20000", f"teacher.target={target}"], OF_PLANE, "js_divergence")
         for target in ("checkerboard", "ring", "swiss_roll")
@@ -147,6 +155,22 @@ def summary(rows):
                     }
                 )
     return lines
+
+
+def by_evaluations(rows, solvers):
+    """(titles, lines) of a table: samplers of digits by their number of evaluations; solvers: rows of bench.solvers."""
+    lines = []
+    for name in ("ddim", "ddpm", "best"):
+        cells = {row["nfe"]: _distance(row) for row in solvers if row["sampler"] == name}
+        lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
+    own = {(line["study"], line["variant"]): line["value"] for line in summary(rows)}
+    students = ["{:.2f} +- {:.2f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
+    return ["sampler", *(f"{nfe} evaluations" for nfe in FEWER)], [*lines, ["**HSIVI, paths alone**", *students]]
+
+
+def _distance(row):
+    name = f" ({sampler_title(row['solver'])}, {SPACINGS[row['spacing']]})" if row.get("solver") else ""
+    return f"{row['frechet_distance']:.2f}{name}"
 
 
 COLUMNS = [

@@ -90,7 +90,7 @@ def test_solvers_are_a_line_each_with_a_column_a_number_of_evaluations():
 def test_the_page_has_the_tables_of_the_results():
     page = report.README.read_text()
     files = {file.stem for file in report.RESULTS.glob("*.jsonl")} - {"aot"}  # which stands in kernels/README.md
-    assert set(table_names(page)) == files | {"digits", "mnist"}
+    assert set(table_names(page)) == files | {"digits", "mnist", "evaluations"}
     assert filled(page, report.table_of_results) == page, "run python -m bench.report"
 
 
