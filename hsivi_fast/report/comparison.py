@@ -20,6 +20,7 @@ from .sections import (
     gpu_section,
     load_sampler_to_draw,
     noise_scale_picture,
+    teacher_evaluations,
     teacher_title,
 )
 
@@ -243,7 +244,7 @@ def _samples(runs, backend):
         students.setdefault(student.nfe, {})[title] = draw_samples(student)
     if not students:
         return content
-    most = max(nfe for run in runs for nfe in run.config.eval.ddim_nfe)
+    most = teacher_evaluations([run.config for run in runs])
     best = {teacher_title(most): _draw_ddim(context, most)}
     by_nfe = {nfe: {ddim_title(nfe): _draw_ddim(context, nfe), **samples} for nfe, samples in students.items()}
     show = _points if context.config.teacher.target is not None else _images

@@ -17,6 +17,7 @@ from .sections import (
     gpu_section,
     load_sampler_to_draw,
     noise_scale_picture,
+    teacher_evaluations,
     teacher_title,
 )
 
@@ -94,7 +95,7 @@ def _samplers(context, student, beside_teacher):
     config = context.config
     samplers = {}
     if beside_teacher:
-        most = max(config.eval.ddim_nfe)
+        most = teacher_evaluations([config])
         samplers[teacher_title(most)] = ddim_sampler(context, most, 0.0)
         samplers[ddim_title(config.nfe)] = ddim_sampler(context, config.nfe, 0.0)
     return {**samplers, f"HSIVI, {config.nfe} evaluations": student}

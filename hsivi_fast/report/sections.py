@@ -8,6 +8,7 @@ from ..sampling.sampler import load_sampler
 from . import figures, page
 
 PLANE_POINTS = 20000
+ENOUGH = 50  # evaluations of DDIM, after which more change little
 GPU = (("power (W)", "gpu_power_watts"), ("utilisation (%)", "gpu_utilisation_percent"))
 NOISE_SCALE = (
     "The learned factor exp(log_gamma) on the noise of each layer, in the averaged student: 1 is where training "
@@ -35,8 +36,14 @@ def ddim_title(nfe):
     return f"DDIM, {nfe} evaluations"
 
 
+def teacher_evaluations(configs):
+    """DDIM's evaluations that stand for the teacher in the pictures of runs: enough, whatever their tables have."""
+    most = max([ENOUGH, *(nfe for config in configs for nfe in config.eval.ddim_nfe)])
+    return min([most, *(config.teacher.steps - 1 for config in configs)])
+
+
 def teacher_title(nfe):
-    """What DDIM with the most evaluations of the table is called: "the teacher" beside a few-step sampler."""
+    """What DDIM with many evaluations is called: "the teacher" beside a few-step sampler."""
     return f"teacher (DDIM, {nfe} evaluations)"
 
 

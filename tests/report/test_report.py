@@ -151,7 +151,7 @@ def test_a_page_of_several_runs(runs, compared):
         "three, step 4, 3 evaluations",
         "DDIM, 6 evaluations",
         "six, step 4, 6 evaluations",
-        "teacher (DDIM, 6 evaluations)",
+        "teacher (DDIM, 50 evaluations)",
     ]
     assert [link.removeprefix("#") for link in compared.links] == compared.anchors and len(compared.anchors) == 11
     assert {"exp(log_gamma), 6 x 1 x 8 x 8", "exp(log_gamma), 1 x 8 x 8"} <= set(compared.descriptions)
