@@ -1,9 +1,10 @@
 """Distances, seeds and kinds of operators as the benchmarks measure them; and the pages show the committed figures."""
 
 import pytest
+import torch
 from bench_cases import ROOT, committed
 
-from bench import ablation, breakdown, fid, quality, report, sampling, time_to_quality, train_step
+from bench import ablation, breakdown, fid, neighbours, quality, report, sampling, time_to_quality, train_step
 from bench import all as run_all
 from bench.measure import read_records
 from bench.published import cycle_work
@@ -48,6 +49,17 @@ def test_operators_are_of_the_first_kind_that_fits():
     for row in committed("breakdown_cpu"):
         assert list(row["shares"]) == [*breakdown.KINDS, breakdown.REST]
         assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_the_nearest_trained_image_of_each():
+    trained = torch.stack([torch.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
+    distances, which = neighbours.nearest(trained[[2, 0]] * 0.75, trained)
+    assert which.tolist() == [2, 0] and distances.tolist() == pytest.approx([0.5, 0.5])
+    assert neighbours.row_of("samples", torch.arange(11.0)) == {
+        **{"images": "samples", "count": 11, "least": 0.0, "tenth": 1.0, "median": 5.0}
+    }
+    images = torch.zeros(40, 1, 8, 8)
+    assert neighbours.picture(images, images, torch.arange(40.0), torch.arange(40))[:4] == b"\x89PNG"
 
 
 def test_when_a_recipe_is_as_good_as_another_ends():
