@@ -1,4 +1,4 @@
-"""The digits teacher through every solver with every spacing, and the best of them on other images.
+"""A teacher through every solver with every spacing, that of digits by default, and the best of them on other images.
 
     python -m bench.solvers --nfe 1 2 3 5 10 --json bench/results/solvers.jsonl      an hour on 1 core
     python -m bench.solvers --nfe 5 --only unipc3 dpmpp3 --spacings run --sets 3 --json FILE      some of them
@@ -79,6 +79,7 @@ def measured_rows(context, nfe, images, sets, combinations):
 def main():
     """Measure, write the file, print the table."""
     parser = command_line(__doc__, images=4000, json=None)
+    parser.add_argument("--config", default="digits", help="the run whose teacher it is")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5], help="network evaluations")
     parser.add_argument("--sets", type=int, default=1, help="sets of images")
     parser.add_argument("--only", nargs="+", default=list(SOLVERS), choices=SOLVERS, help="solvers")
@@ -87,7 +88,7 @@ def main():
     arguments = parser.parse_args()
     wanted = ["spacing=quad", "eval.baselines=[best]", "eval.seeds=2"]
     wanted += [f"eval.ddim_nfe=[{','.join(map(str, arguments.nfe))}]"]
-    config = load_config("digits", [*wanted, *arguments.set])
+    config = load_config(arguments.config, [*wanted, *arguments.set])
     check_baselines(config)
     context = build_context(config, connect(config), teacher=True)
     chosen = [pair for pair in COMBINATIONS if pair[0] in arguments.only and pair[1] in arguments.spacings]

@@ -55,8 +55,8 @@ def test_the_nearest_trained_image_of_each():
     trained = torch.stack([torch.full((1, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
     distances, which = neighbours.nearest(trained[[2, 0]] * 0.75, trained)
     assert which.tolist() == [2, 0] and distances.tolist() == pytest.approx([0.5, 0.5])
-    assert neighbours.row_of("samples", torch.arange(11.0)) == {
-        **{"images": "samples", "count": 11, "least": 0.0, "tenth": 1.0, "median": 5.0}
+    assert neighbours.row_of("samples", torch.arange(11.0), 2.5) == {
+        **{"images": "samples", "count": 11, "frechet_distance": 2.5, "least": 0.0, "tenth": 1.0, "median": 5.0}
     }
     images = torch.zeros(40, 1, 8, 8)
     assert neighbours.picture(images, images, torch.arange(40.0), torch.arange(40))[:4] == b"\x89PNG"
