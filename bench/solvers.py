@@ -4,18 +4,19 @@
     python -m bench.solvers --nfe 5 --only unipc3 dpmpp3 --spacings run --sets 3 --json FILE      some of them
 
 A row is of `--sets` sets of `--images` images, the seeds of a run's table. The best one, as eval.baselines=[best] has
-it: what had the lowest distance there, on three other sets. A file grows by each row as it comes. One core makes about
-1,000 evaluations a second.
+it: what had the lowest distance there, on three other sets. The command can be stopped and given again, with more
+solvers too: rows that are in the file are not measured again. One core makes about 1,000 evaluations a second.
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # started by its path: `bench` is found from the root of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench.measure import describe, write_records
+from bench.measure import describe, read_records, write_records
 from bench.options import command_line
 from bench.tables import Column, text_table
 from hsivi_fast import load_config
@@ -58,22 +59,55 @@ def _cell(row):
     return f"{text} ({sampler_title(row['solver'])}, {SPACING_TITLES[row['spacing']]})" if row.get("solver") else text
 
 
-def measured_rows(context, nfe, images, sets, combinations):
-    """The rows of DDIM, DDPM, these (solver, spacing) with their spacing, and the best of these on other sets."""
-    metric, world, sampler, found = build_metric(context), context.world, None, []
-    for name in ("ddim", "ddpm"):
-        row = measure_row(name, baseline_sampler(context, name, nfe), metric, images, sets, world, nfe=nfe)
-        yield {**row, "spacing": "run"}
-    for name, spacing in combinations:
-        sampler = solver_sampler(context, name, nfe, spacing, like=sampler)
-        row = measure_row(NAMES[name], sampler, metric, images, sets, world, nfe=nfe)
-        distance = row["frechet_distance"]
-        found.append((distance if math.isfinite(distance) else math.inf, name, spacing))
-        yield {**row, "spacing": spacing}
-    _, name, spacing = min(found)
-    sampler = solver_sampler(context, name, nfe, spacing, like=sampler)
-    row = measure_row("best", sampler, metric, images, OTHER_SETS, world, nfe=nfe, first_set=sets)
-    yield {**row, "solver": NAMES[name], "spacing": spacing}
+class Measured:
+    """Rows of a file that grows: what it has is not measured again.
+
+    Its rows are of as many images: another number of them is refused.
+    """
+
+    def __init__(self, file, context, images, sets):
+        self.file, self.context, self.images, self.sets = file, context, images, sets
+        self.metric, self.described = build_metric(context), describe(context.device)
+        self.rows = read_records(file) if file and file.is_file() else []
+        if any(row["num_samples"] != images for row in self.rows):
+            raise ValueError(
+                f"{file}: its rows are of {self.rows[0]['num_samples']} images; give it --images of as many"
+            )
+
+    def row(self, nfe, name, spacing, build, **named):
+        """The row of a sampler, which build() makes if it is not there; named: of "best", what it is."""
+        for row in self.rows:
+            known = (row["nfe"], row["sampler"], row["spacing"], row.get("solver"))
+            if known == (nfe, name, spacing, named.get("solver")):
+                return row
+        first, sets = (self.sets, OTHER_SETS) if named else (0, self.sets)
+        world = self.context.world
+        row = measure_row(name, build(), self.metric, self.images, sets, world, nfe=nfe, first_set=first)
+        row |= {"spacing": spacing, **named, **self.described}
+        # The best of more solvers takes the place of that of some.
+        self.rows = [other for other in self.rows if not named or (other["nfe"], other["sampler"]) != (nfe, name)]
+        self.rows = sorted([*self.rows, row], key=lambda row: row["nfe"])
+        if self.file:
+            write_records(self.file, self.rows)
+        return row
+
+    def measure(self, nfe, combinations):
+        """DDIM, DDPM, these (solver, spacing), and the best of all that the file has on other sets."""
+        for name in ("ddim", "ddpm"):
+            self.row(nfe, name, "run", partial(baseline_sampler, self.context, name, nfe))
+        for name, spacing in combinations:
+            self.row(nfe, NAMES[name], spacing, partial(solver_sampler, self.context, name, nfe, spacing))
+        solvers = {NAMES[name]: name for name in SOLVERS}
+        found = [row for row in self.rows if row["nfe"] == nfe and row["sampler"] in solvers]
+        best = min(found, key=_or_infinite)
+        name, spacing = best["sampler"], best["spacing"]
+        build = partial(solver_sampler, self.context, solvers[name], nfe, spacing)
+        self.row(nfe, "best", spacing, build, solver=name)
+
+
+def _or_infinite(row):
+    distance = row["frechet_distance"]
+    return distance if math.isfinite(distance) else math.inf
 
 
 def main():
@@ -92,13 +126,10 @@ def main():
     check_baselines(config)
     context = build_context(config, connect(config), teacher=True)
     chosen = [pair for pair in COMBINATIONS if pair[0] in arguments.only and pair[1] in arguments.spacings]
-    rows, described = [], describe(context.device)
+    measured = Measured(arguments.json, context, arguments.images, arguments.sets)
     for nfe in arguments.nfe:
-        for row in measured_rows(context, nfe, arguments.images, arguments.sets, chosen):
-            rows.append({**row, **described})
-            if arguments.json:
-                write_records(arguments.json, rows)
-    print(text_table(summary(rows), columns(rows)))
+        measured.measure(nfe, chosen)
+    print(text_table(summary(measured.rows), columns(measured.rows)))
 
 
 if __name__ == "__main__":
