@@ -162,10 +162,14 @@ def by_evaluations(rows, solvers):
     lines = []
     for name in ("ddim", "ddpm", "best"):
         cells = {row["nfe"]: _distance(row) for row in solvers if row["sampler"] == name}
-        lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
+        if cells:
+            lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
     own = {(line["study"], line["variant"]): line["value"] for line in summary(rows)}
     students = ["{:.2f} +- {:.2f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
-    return ["sampler", *(f"{nfe} evaluations" for nfe in FEWER)], [*lines, ["**HSIVI, paths alone**", *students]]
+    return ["sampler", *(f"{nfe} evaluation{'s' * (nfe > 1)}" for nfe in FEWER)], [
+        *lines,
+        ["**HSIVI, paths alone**", *students],
+    ]
 
 
 def _distance(row):

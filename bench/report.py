@@ -220,8 +220,7 @@ def _shown(sampler, cells):
 def table_of_results(name):
     """The table of the file of this stem in bench/results."""
     if name == "evaluations":
-        rows, of_solvers = (read_records(RESULTS / f"{stem}.jsonl") for stem in ("recipe", "solvers"))
-        return markdown(*recipe.by_evaluations(rows, of_solvers))
+        return markdown(*recipe.by_evaluations(_good_rows("recipe"), _good_rows("solvers")))
     if name == "mnist":
         return mnist_table(run_rows("mnist") + run_rows("mnist_nfe5"))
     if (RESULTS / f"{name}.json").is_file():

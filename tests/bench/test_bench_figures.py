@@ -117,10 +117,11 @@ def test_the_headline_of_the_readme_has_the_figures_of_the_results():
         for row in report.run_rows(name):
             distances[name, row["sampler"], row["nfe"]] = row["frechet_distance"]
     digits, digits_ddim = distances["digits", "hsivi_ema", 5], distances["digits", "ddim", 5]
+    unipc = distances["digits", "unipc_3", 5]
     mnist, mnist_ddim = distances["mnist", "hsivi_ema", 10], distances["mnist", "ddim", 20]
     ratios = {row["case"]: row["ratio"] for row in [*committed("train_step_cpu"), *committed("sampling_cpu")]}
     wanted = {
-        "digits": f"distance at 5 evaluations | {digits:.2f} | DDIM with 5: {digits_ddim:.2f} |",
+        "digits": f"distance at 5 evaluations | {digits:.2f} | UniPC-3 with 5: {unipc:.2f}; DDIM: {digits_ddim:.2f} |",
         "mnist": f"distance at 10 evaluations | {mnist:.1f} | DDIM with 20: {mnist_ddim:.1f} |",
         "training": f"bfloat16 | {ratios['train_cycle_bf16']:.2f} times as fast |",
         "sampling": f"{ratios['sampling_bf16_eager']:.1f} to {ratios['sampling_bf16']:.1f} times as fast |",
