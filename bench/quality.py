@@ -156,6 +156,12 @@ def _summary_line(study, variant, reference, values, base):
     }
 
 
+def run_path(outdir, study, variant, seed):
+    """The folder of one run of a study, under `outdir`."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in variant)
+    return Path(outdir) / f"{study}_{name}_{seed}"
+
+
 def mean_and_error(values):
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.mean(values), error

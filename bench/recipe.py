@@ -1,6 +1,6 @@
 """Which recipe for few evaluations? Runs that differ in how a student starts and what follows, over several seeds.
 
-    python -m bench.recipe --json bench/results/recipe.jsonl       about an hour on 1 core
+    python -m bench.recipe --json bench/results/recipe.jsonl       two hours on 1 core
     python -m bench.recipe --json bench/results/recipe.jsonl --table         the table of the rows that are there
 
 With five evaluations: on digits, by the Frechet distance of 4,000 images, and in the plane, by the Jensen-Shannon
@@ -20,10 +20,11 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 import torch
 
 from bench.measure import describe
-from bench.quality import mean_and_error, run_study
+from bench.quality import mean_and_error, run_path, run_study
+from bench.solvers import distance_cell
 from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
-from hsivi_fast.metrics.table import SPACINGS, sampler_title
+from hsivi_fast.metrics.table import sampler_title
 from hsivi_fast.training.estimate import estimate_run
 
 SEEDS = 3
@@ -64,7 +65,7 @@ FEWER = {  # evaluations -> (study, variant) of what is best there
 }
 STUDIES = {  # name -> (config, overrides, variants, metric)
     "digits": ("digits", DIGITS, OF_DIGITS, "frechet_distance"),
-    **{f"digits_nfe{nfe}": (f"digits_nfe{nfe}", DIGITS, START, "frechet_distance") for nfe in (1, 2, 3, 10)},
+    **{study: (study, DIGITS, START, "frechet_distance") for study, _ in FEWER.values() if study != "digits"},
     **{
         target: ("toy2d", ["eval.num_samples=20000", f"teacher.target={target}"], OF_PLANE, "js_divergence")
         for target in ("checkerboard", "ring", "swiss_roll")
@@ -111,8 +112,7 @@ def one_run(study, variant, seed, outdir):
     torch.set_num_threads(1)
     config, overrides, variants, metric = STUDIES[study]
     config = load_config(config, [*overrides, *variants[variant], *MEASURED, f"seed={seed}", "device=cpu"])
-    name = "".join(letter if letter.isalnum() else "_" for letter in variant)
-    folder = train(config, Path(outdir) / f"{study}_{name}_{seed}")
+    folder = train(config, run_path(outdir, study, variant, seed))
     rows = {row["sampler"]: row for row in folder.read_json("results.json")}
     estimate = estimate_run(config)
     outcome = Outcome(
@@ -157,24 +157,20 @@ def summary(rows):
     return lines
 
 
-def by_evaluations(rows, solvers):
-    """(titles, lines) of a table: samplers of digits by their number of evaluations; solvers: rows of bench.solvers."""
+def by_evaluations(rows, solver_rows):
+    """(titles, lines) of a table: samplers of digits by their number of evaluations.
+
+    rows: of this study; solver_rows: of bench.solvers.
+    """
     lines = []
     for name in ("ddim", "ddpm", "best"):
-        cells = {row["nfe"]: _distance(row) for row in solvers if row["sampler"] == name}
+        cells = {row["nfe"]: distance_cell(row) for row in solver_rows if row["sampler"] == name}
         if cells:
             lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
     own = {(line["study"], line["variant"]): line["value"] for line in summary(rows)}
-    students = ["{:.2f} +- {:.2f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
-    return ["sampler", *(f"{nfe} evaluation{'s' * (nfe > 1)}" for nfe in FEWER)], [
-        *lines,
-        ["**HSIVI, paths alone**", *students],
-    ]
-
-
-def _distance(row):
-    name = f" ({sampler_title(row['solver'])}, {SPACINGS[row['spacing']]})" if row.get("solver") else ""
-    return f"{row['frechet_distance']:.2f}{name}"
+    students = ["{:.3f} +- {:.3f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
+    lines.append(["**HSIVI, paths alone**", *students])
+    return ["sampler", *(f"{nfe} evaluation{'s' * (nfe > 1)}" for nfe in FEWER)], lines
 
 
 COLUMNS = [

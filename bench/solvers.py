@@ -1,6 +1,6 @@
 """A teacher through every solver with every spacing, that of digits by default, and the best of them on other images.
 
-    python -m bench.solvers --nfe 1 2 3 5 10 --json bench/results/solvers.jsonl      an hour on 1 core
+    python -m bench.solvers --nfe 1 2 3 5 10 --json bench/results/solvers.jsonl
     python -m bench.solvers --nfe 5 --only unipc3 dpmpp3 --spacings run --sets 3 --json FILE      some of them
 
 A row is of `--sets` sets of `--images` images, the seeds of a run's table. The best one, as eval.baselines=[best] has
@@ -46,13 +46,16 @@ def columns(rows):
     return [
         Column("sampler", lambda line: sampler_title(line["sampler"])),
         Column("spacing", lambda line: SPACING_TITLES.get(line["spacing"], "the best")),
-        *(Column(f"{count} evaluations", lambda line, count=count: _cell(line.get(count))) for count in counts),
+        *map(_column, counts),
     ]
 
 
-def _cell(row):
-    if row is None:
-        return ""
+def _column(count):
+    return Column(f"{count} evaluations", lambda line: distance_cell(line[count]) if count in line else "")
+
+
+def distance_cell(row):
+    """The distance of a row, with its deviation over sets and, of the best, the solver."""
     text = f"{row['frechet_distance']:.3f}"
     if row["frechet_std"] is not None:
         text += f" +- {row['frechet_std']:.3f}"

@@ -1,6 +1,6 @@
 """How soon is it good? Distance against the work so far, for recipes from the published one to the shipped one.
 
-    python -m bench.time_to_quality --json bench/results/time_to_quality.jsonl      two hours on 1 core
+    python -m bench.time_to_quality --json bench/results/time_to_quality.jsonl
     python -m bench.time_to_quality --json bench/results/time_to_quality.jsonl --table       the table of what is there
 
 Five evaluations on digits, by the Frechet distance of 4,000 images of the averaged student. Work is counted, not timed:
@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bench.measure import describe
-from bench.quality import mean_and_error, run_study
+from bench.quality import mean_and_error, run_path, run_study
 from bench.recipe import KNOTS, OLD_DIGITS
 from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
@@ -71,8 +71,7 @@ def one_run(study, variant, seed, outdir):
     overrides, every = VARIANTS[variant]
     measured = [*MEASURED, f"eval.every={every}", f"log_every={every}", f"save_every={every}"]
     config = load_config(study, [*overrides, *measured, f"seed={seed}"])
-    name = "".join(letter if letter.isalnum() else "_" for letter in variant)
-    folder = train(config, Path(outdir) / f"{study}_{name}_{seed}")
+    folder = train(config, run_path(outdir, study, variant, seed))
     course, measuring = [], 0.0
     for record in folder.metrics():
         measuring += record.get("measuring_seconds", 0.0)

@@ -4,7 +4,6 @@ python -m tests.kills --runs 40 --seed 0         # SIGKILL, and SIGTERM in every
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -17,33 +16,14 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # before numpy is imported: a process with threads is not to be forked
 
 from . import hostile, hostile_inputs  # noqa: E402
+from .support.run_files import files_without_times  # noqa: E402
 
 # Cycles of 4 steps; records, saves, measurements and pictures at steps of their own.
 RUN = (
     *("train.steps=40", "train.f_learning_times=4", "log_every=3", "save_every=5", "log.images_every=2"),
     *("eval.every=4", "eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "device=cpu"),
 )
-TIMES = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
-
-
-def files_without_times(path):
-    """{name: content} of a run's folder, without what tells times: TensorBoard's files and the page are left out."""
-    found = {}
-    for file in sorted(path.rglob("*")):
-        name = str(file.relative_to(path))
-        if file.is_dir() or name.startswith("tensorboard/") or name == "report.html":
-            continue
-        if file.suffix == ".jsonl":
-            found[name] = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
-        elif name == "results.json":
-            found[name] = [_timeless(row) for row in json.loads(file.read_text())]
-        else:
-            found[name] = file.read_bytes()
-    return found
-
-
-def _timeless(record):
-    return {key: value for key, value in record.items() if key not in TIMES}
+LEFT_OUT = ("tensorboard/", "report.html")  # which tell times
 
 
 def _train(scratch, kill_after=None, number=signal.SIGKILL):
@@ -70,14 +50,14 @@ def main(arguments=None):
         began = time.monotonic()
         assert _train(scratch / "straight") == 0, (scratch / "straight" / "stderr").read_text()
         whole = time.monotonic() - began
-        expected = files_without_times(scratch / "straight" / "work" / "run")
+        expected = files_without_times(scratch / "straight" / "work" / "run", LEFT_OUT)
         for number in range(given.runs):
             place, codes = scratch / f"run_{number}", []
             for _ in range(rng.choice((1, 1, 2))):
                 how = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
                 codes.append(_train(place, rng.uniform(0, whole), how))
             codes.append(_train(place))
-            found = files_without_times(place / "work" / "run")
+            found = files_without_times(place / "work" / "run", LEFT_OUT)
             wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             differing += bool(wrong)
             print(f"{number}: exit codes {codes}, {'differs: ' + ', '.join(wrong[:6]) if wrong else 'the same files'}")

@@ -31,15 +31,13 @@ def adam(named_parameters, beta1=0.9, own_rates=None, recorded_on=None):
     named_parameters: (name, tensor) pairs. own_rates: {name: factor}, parameters that are stepped at that multiple of
     the rate. recorded_on: the device of steps that are recorded and replayed, which read the rate from a tensor.
     """
-    groups = []
+    by_factor = {}
     for name, parameter in named_parameters:
-        factor = (own_rates or {}).get(name, 1.0)
-        group = next((group for group in groups if group["factor"] == factor), None)
-        if group is None:
-            lr = 0.0 if recorded_on is None else torch.zeros((), device=recorded_on)
-            group = {"params": [], "factor": factor, "lr": lr}
-            groups.append(group)
-        group["params"].append(parameter)
+        by_factor.setdefault((own_rates or {}).get(name, 1.0), []).append(parameter)
+    groups = []
+    for factor, parameters in by_factor.items():
+        lr = 0.0 if recorded_on is None else torch.zeros((), device=recorded_on)
+        groups.append({"params": parameters, "factor": factor, "lr": lr})
     capturable = recorded_on is not None and recorded_on.type == "cuda"
     return torch.optim.Adam(groups, betas=(beta1, 0.999), eps=1e-8, amsgrad=True, fused=True, capturable=capturable)
 

@@ -7,6 +7,7 @@ averaged over them before they are clipped. `build_engine` chooses between the t
 import functools
 import json
 import warnings
+from itertools import accumulate
 
 import torch
 
@@ -196,9 +197,8 @@ class DeepSpeedEngine:
 
         The groups of the flat state are counted on, one after the other.
         """
-        starts, groups = [0], self.optimizer.single_partition_of_fp32_groups
-        for flat in groups:
-            starts.append(starts[-1] + flat.numel())
+        pieces = self.optimizer.single_partition_of_fp32_groups
+        starts = list(accumulate((flat.numel() for flat in pieces), initial=0))
         group_of = {id(p): number for number, group in enumerate(self.optimizer.bit16_groups) for p in group}
         stretches = []
         for index, parameter in enumerate(self.parameters):

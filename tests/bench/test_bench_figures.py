@@ -3,12 +3,14 @@
 import pytest
 import torch
 from bench_cases import ROOT, committed
+from contexts import context_with_teacher
 
-from bench import ablation, breakdown, fid, neighbours, quality, report, sampling, time_to_quality, train_step
+from bench import ablation, breakdown, fid, neighbours, quality, report, sampling, solvers, time_to_quality, train_step
 from bench import all as run_all
 from bench.measure import read_records
 from bench.published import cycle_work
 from bench.tables import filled, table_names
+from hsivi_fast import load_config
 
 
 def test_the_distance_is_checked_and_timed_without_its_features(monkeypatch):
@@ -97,6 +99,29 @@ def test_solvers_are_a_line_each_with_a_column_a_number_of_evaluations():
     assert lines[2:4] == ["| DDIM | run's spacing | 2.000 |  |", "| UniPC | Karras | 0.500 | 0.250 |"]
     best = "0.625 +- 0.250 (UniPC, Karras) | 0.250 +- 0.125 (DEIS, log-SNR)"
     assert lines[4] == f"| best solver | the best | {best} |"
+
+
+def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """A row that is there is not measured again, and the best of more solvers takes the place of the best of some."""
+    context = context_with_teacher(load_config("toy2d", ["teacher.target=ring", "device=cpu", "spacing=quad"]))
+    file, asked = tmp_path / "solvers.jsonl", []
+    distances = {"ddim": 3.0, "ddpm": 4.0, "unipc": 2.0, "ipndm": 1.0, "best": 1.5}
+
+    def measured(name, sampler, metric, images, sets, world, nfe, first_set):
+        asked.append((name, sets, first_set))
+        return {"sampler": name, "nfe": nfe, "frechet_distance": distances[name], "num_samples": images}
+
+    monkeypatch.setattr(solvers, "measure_row", measured)
+    solvers.Measured(file, context, 10, 1).measure(3, [("unipc", "run")])
+    assert asked == [("ddim", 1, 0), ("ddpm", 1, 0), ("unipc", 1, 0), ("best", 3, 1)]
+    asked.clear()
+    solvers.Measured(file, context, 10, 1).measure(3, [("unipc", "run"), ("ipndm", "run")])
+    assert asked == [("ipndm", 1, 0), ("best", 3, 1)]
+    rows = read_records(file)
+    assert [row["sampler"] for row in rows] == ["ddim", "ddpm", "unipc", "ipndm", "best"]
+    assert (rows[-1]["solver"], rows[-1]["spacing"]) == ("ipndm", "run")
+    with pytest.raises(ValueError, match="its rows are of 10 images"):
+        solvers.Measured(file, context, 20, 1)
 
 
 def test_the_page_has_the_tables_of_the_results():

@@ -22,3 +22,27 @@ def distance(own, other):
 def checkpoint(folder, stem, step):
     """One file of a checkpoint, {name: tensor}."""
     return load_file(folder / "checkpoints" / f"step_{step}" / f"{stem}.safetensors")
+
+
+TIMES = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
+
+
+def without_times(record):
+    """A record of metrics.jsonl or saves.jsonl, or a row of results.json, without what differs from run to run."""
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+def files_without_times(path, left_out=("tensorboard/",)):
+    """{name: content} of a run's folder, without times; of files whose names begin with `left_out` nothing."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.is_dir() or name.startswith(left_out):
+            continue
+        if file.suffix == ".jsonl":
+            found[name] = [without_times(json.loads(line)) for line in file.read_text().splitlines()]
+        elif name == "results.json":
+            found[name] = [without_times(row) for row in json.loads(file.read_text())]
+        else:
+            found[name] = file.read_bytes()
+    return found

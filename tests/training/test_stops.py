@@ -1,8 +1,7 @@
 """A run that was stopped or killed anywhere, and went on, ends with the files of one that was not, but for times."""
 
-import json
-
 import pytest
+from run_files import files_without_times
 
 from hsivi_fast import load_config, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
@@ -23,35 +22,14 @@ RUN = [
     "device=cpu",
 ]
 TEACHER = ["teacher_train.steps=8", "teacher_train.batch_size=4", "log_every=3", "save_every=4", "device=cpu"]
-TIMES = ("seconds", "images_per_second", "preparing_seconds", "measuring_seconds")
 
 
 class Killed(BaseException):
     """What no code of ours catches."""
 
 
-def _files(path):
-    """{name: content} of a run's folder, without what tells times; of TensorBoard's files nothing."""
-    found = {}
-    for file in sorted(path.rglob("*")):
-        name = str(file.relative_to(path))
-        if file.is_dir() or name.startswith("tensorboard/"):
-            continue
-        if file.suffix == ".jsonl":
-            found[name] = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
-        elif name == "results.json":
-            found[name] = [_timeless(row) for row in json.loads(file.read_text())]
-        else:
-            found[name] = file.read_bytes()
-    return found
-
-
-def _timeless(record):
-    return {key: value for key, value in record.items() if key not in TIMES}
-
-
 def _assert_same_files(path, straight):
-    found, expected = _files(path), _files(straight)
+    found, expected = files_without_times(path), files_without_times(straight)
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
 
