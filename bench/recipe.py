@@ -21,10 +21,13 @@ import torch
 
 from bench.measure import describe
 from bench.quality import mean_and_error, run_path, run_study
-from bench.solvers import distance_cell
+from bench.solvers import OTHER_SETS, SEARCHED_SETS, distance_cell
 from bench.tables import Column, text_table
 from hsivi_fast import load_config, train
+from hsivi_fast.metrics.evaluation import build_metric, measure_row
 from hsivi_fast.metrics.table import sampler_title
+from hsivi_fast.parallel.world import ALONE
+from hsivi_fast.sampling.sampler import load_sampler
 from hsivi_fast.training.estimate import estimate_run
 
 SEEDS = 3
@@ -57,6 +60,8 @@ OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
     ],
 }
 DIGITS = ["eval.num_samples=4000", "eval.ddim_nfe=[5,10,20,50]", "eval.solver_spacing=linspace", "channels_last=true"]
+MNIST = ["eval.num_samples=2000", "eval.ddim_nfe=[5]", "precision=bf16"]
+WHOLE = {"paths, then windows": []}  # the config as it is
 START = {"paths": ["start.score_net_updates=0", "train.steps=1"]}  # the start of the config itself, alone
 FEWER = {  # evaluations -> (study, variant) of what is best there
     **{nfe: (f"digits_nfe{nfe}", "paths") for nfe in (1, 2, 3)},
@@ -66,6 +71,7 @@ FEWER = {  # evaluations -> (study, variant) of what is best there
 STUDIES = {  # name -> (config, overrides, variants, metric)
     "digits": ("digits", DIGITS, OF_DIGITS, "frechet_distance"),
     **{study: (study, DIGITS, START, "frechet_distance") for study, _ in FEWER.values() if study != "digits"},
+    "mnist_nfe5": ("mnist_nfe5", MNIST, WHOLE, "frechet_distance"),
     **{
         target: ("toy2d", ["eval.num_samples=20000", f"teacher.target={target}"], OF_PLANE, "js_divergence")
         for target in ("checkerboard", "ring", "swiss_roll")
@@ -78,8 +84,10 @@ MEASURED = ["eval.every=0", "eval.seeds=1", "eval.baselines=[]"]
 class Outcome:
     """What one run ended with: a line of the results file.
 
-    value, raw: the averaged and the raw student's distance; start: that of the student as it starts. ahead: how far the
-    score network's loss was below the teacher's at the end of its head start, in percent; None without one.
+    value, raw: the averaged and the raw student's distance; start: that of the student as it starts. others: of the
+    averaged student, on the three sets of images that the best solvers are measured on, see bench.solvers; None in the
+    plane. ahead: how far the score network's loss was below the teacher's at the end of its head start, in percent;
+    None without one.
     evaluations: the counted work of the training. commit, device, versions: see `measure.describe`.
     """
 
@@ -89,6 +97,7 @@ class Outcome:
     value: float
     raw: float
     start: float
+    others: float | None
     ahead: float | None
     evaluations: int
     seconds: float
@@ -122,12 +131,21 @@ def one_run(study, variant, seed, outdir):
         value=rows["hsivi_ema"][metric],
         raw=rows["hsivi_raw"][metric],
         start=rows.get("start", rows["ddim_eta"])[metric],
+        others=on_other_sets(folder) if metric == "frechet_distance" else None,
         ahead=_ahead(folder.metrics()),
         evaluations=round(estimate["training_flops"] / estimate["forward_flops"]),
         seconds=folder.metrics()[-1]["seconds"],
         **describe(torch.device("cpu")),
     )
     return asdict(outcome)
+
+
+def on_other_sets(folder):
+    """The distance of a run's averaged student on the sets of images that the best solvers are measured on."""
+    sampler, context, _ = load_sampler(folder, ALONE)
+    metric, images = build_metric(context, network=sampler.network), context.config.eval.num_samples
+    row = measure_row("hsivi_ema", sampler, metric, images, OTHER_SETS, ALONE, first_set=SEARCHED_SETS)
+    return row["frechet_distance"]
 
 
 def _ahead(records):
@@ -151,10 +169,15 @@ def summary(rows):
                         "work": own[0]["evaluations"] / 1000,
                         "start": mean_and_error([row["start"] for row in own]),
                         "value": mean_and_error([row["value"] for row in own]),
+                        "others": mean_and_error([row["others"] for row in own]) if _have_others(own) else None,
                         "ahead": None if own[0]["ahead"] is None else statistics.mean(row["ahead"] for row in own),
                     }
                 )
     return lines
+
+
+def _have_others(rows):
+    return all(row.get("others") is not None for row in rows)
 
 
 def by_evaluations(rows, solver_rows):
@@ -167,7 +190,7 @@ def by_evaluations(rows, solver_rows):
         cells = {row["nfe"]: distance_cell(row) for row in solver_rows if row["sampler"] == name}
         if cells:
             lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
-    own = {(line["study"], line["variant"]): line["value"] for line in summary(rows)}
+    own = {(line["study"], line["variant"]): line["others"] for line in summary(rows) if line["others"]}
     students = ["{:.3f} +- {:.3f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
     lines.append(["**HSIVI, paths alone**", *students])
     return ["sampler", *(f"{nfe} evaluation{'s' * (nfe > 1)}" for nfe in FEWER)], lines
@@ -180,6 +203,7 @@ COLUMNS = [
     Column("thousand evaluations", "{work:.0f}"),
     Column("start", "{start[0]:.3f} +- {start[1]:.3f}"),
     Column("end", "{value[0]:.3f} +- {value[1]:.3f}"),
+    Column("end, other sets", "{others[0]:.3f} +- {others[1]:.3f}", needs="others"),
     Column("f ahead of the teacher", "{ahead:+.2f} %", needs="ahead"),
 ]
 

@@ -177,6 +177,7 @@ STUDIES = {  # the stem of a results file -> how its rows are summed up, and the
     "recipe": (recipe.summary, lambda rows: recipe.COLUMNS),
     "time_to_quality": (time_to_quality.summary, lambda rows: time_to_quality.COLUMNS),
     "solvers": (solvers.summary, solvers.columns),
+    "solvers_mnist": (solvers.summary, solvers.columns),
 }
 
 

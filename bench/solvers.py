@@ -28,7 +28,8 @@ from hsivi_fast.parallel.world import connect
 from hsivi_fast.sampling.solvers import COMBINATIONS, NAMES, SOLVERS, baseline_sampler, check_baselines, solver_sampler
 
 SPACING_NAMES = list(SPACING_TITLES)
-OTHER_SETS = 3
+SEARCHED_SETS = 1  # of images, on which the best solver is looked for
+OTHER_SETS = 3  # on which it is measured then
 
 
 def summary(rows):
@@ -118,7 +119,7 @@ def main():
     parser = command_line(__doc__, images=4000, json=None)
     parser.add_argument("--config", default="digits", help="the run whose teacher it is")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5], help="network evaluations")
-    parser.add_argument("--sets", type=int, default=1, help="sets of images")
+    parser.add_argument("--sets", type=int, default=SEARCHED_SETS, help="sets of images")
     parser.add_argument("--only", nargs="+", default=list(SOLVERS), choices=SOLVERS, help="solvers")
     parser.add_argument("--spacings", nargs="+", default=SPACING_NAMES, choices=SPACING_NAMES, help="their spacings")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the run")

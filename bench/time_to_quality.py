@@ -29,15 +29,17 @@ from hsivi_fast import load_config, train
 from hsivi_fast.training.estimate import evaluations_until
 
 SEEDS = 3
-PUBLISHED = [  # fresh rollouts, eta 0.2, 20 updates to 1, and the rates of the published runs on CIFAR-10
+# Fresh rollouts, eta 0.2, 20 updates to 1, and the rates of the published runs on CIFAR-10. Their warm-up of 2,500
+# steps would be most of so short a run, so it is 100 here, in their favour.
+PUBLISHED = [
     *(*KNOTS, "eta=0.2", "rollout.mode=fresh", "rollout.redraw=1", "train.batch_size=128", "train.beta1=0.9"),
-    *("train.f_learning_times=20", "train.student_lr=1.6e-5", "train.score_net_lr=8e-5", "train.warmup=2500"),
+    *("train.f_learning_times=20", "train.student_lr=1.6e-5", "train.score_net_lr=8e-5", "train.warmup=100"),
     *("train.lr_rule=decay", "train.ema=0.999"),
 ]
 VARIANTS = {  # name -> (overrides of configs/digits.yaml, every how many steps it is measured)
-    "published": ([*PUBLISHED, "train.steps=3600"], 300),
-    "shipped before there was a start": (OLD_DIGITS, 50),
-    "shipped": ([], 50),
+    "shipped before there was a start": (OLD_DIGITS, 100),
+    "shipped": ([], 100),
+    "published": ([*PUBLISHED, "train.steps=1200"], 300),
 }
 SOLVERS_AT = (5, 10)  # evaluations, of the lines
 MEASURED = ["eval.num_samples=4000", "eval.seeds=1", "eval.baselines=[]", "device=cpu"]
@@ -61,8 +63,8 @@ class Course:
 
 
 def all_runs():
-    """(study, variant, seed) of every run, a seed of everything before the next seed."""
-    return [("digits", variant, seed) for seed in range(SEEDS) for variant in VARIANTS]
+    """(study, variant, seed) of every run, the longest last."""
+    return [("digits", variant, seed) for variant in VARIANTS for seed in range(SEEDS)]
 
 
 def one_run(study, variant, seed, outdir):
