@@ -9,9 +9,10 @@ from dataclasses import asdict, is_dataclass
 
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
+from .edm_unet import DhariwalUNet, SongUNet
 from .mlp import MLP
 
-FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP}
+FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
 
 # The published networks, and the small ones that this project trains itself.
 NETWORKS = {
