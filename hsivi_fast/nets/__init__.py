@@ -1,4 +1,4 @@
-"""The networks: two UNet families and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
+"""The networks: UNets and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
 
 May import ops only.
 """
@@ -86,6 +86,7 @@ def build_unet(network):
     One with `name` starts from that named network, and its other entries override. Entries that are None are left out.
 
     Returns a module with `event_shape` and forward(x [B, *event_shape] float, t [B] int) -> [B, *event_shape].
+    The families song and dhariwal are EDM's raw networks, which predict no noise: see `edm_unet.py`.
     Raises ValueError for an unknown name, family or argument, or sizes that do not fit each other.
     """
     arguments = network_arguments(network)
