@@ -82,12 +82,12 @@ def test_it_is_the_published_network(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_it_is_the_published_network_with_the_kernels(name):
-    """At the highest noise level alone: an interpreted kernel takes its time for every image."""
+    """At one noise level alone, where image and noise are as large: an interpreted kernel takes its time."""
     ops.choose_backend("triton", KERNEL_DEVICE)
     network, golden = _published(name, KERNEL_DEVICE)
     layout = load_golden(name)
-    denoised, grad = _call(network, {key: value[-1:] for key, value in golden.items() if key != "freqs"})
-    _check(denoised, grad, {key: layout[key][-1:] for key in ("denoised", "grad_x")})
+    denoised, grad = _call(network, {key: value[1:2] for key, value in golden.items() if key != "freqs"})
+    _check(denoised, grad, {key: layout[key][1:2] for key in ("denoised", "grad_x")})
 
 
 def _check(denoised, grad, expected):
