@@ -1,4 +1,4 @@
-"""The networks: two UNet families and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
+"""The networks: UNets and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
 
 May import ops only.
 """
@@ -9,9 +9,10 @@ from dataclasses import asdict, is_dataclass
 
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
+from .edm_unet import DhariwalUNet, SongUNet
 from .mlp import MLP
 
-FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP}
+FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
 
 # The published networks, and the small ones that this project trains itself.
 NETWORKS = {
@@ -85,6 +86,7 @@ def build_unet(network):
     One with `name` starts from that named network, and its other entries override. Entries that are None are left out.
 
     Returns a module with `event_shape` and forward(x [B, *event_shape] float, t [B] int) -> [B, *event_shape].
+    The families song and dhariwal are EDM's raw networks, which predict no noise: see `edm_unet.py`.
     Raises ValueError for an unknown name, family or argument, or sizes that do not fit each other.
     """
     arguments = network_arguments(network)

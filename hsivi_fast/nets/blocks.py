@@ -33,16 +33,19 @@ class NoisePredictor(nn.Module):
         self.channels_last = len(self.event_shape) == 3
         return self.to(memory_format=torch.channels_last) if self.channels_last else self
 
-    def forward(self, x, t):
-        """x [B, *event_shape] float, t [B] integers in 0 .. steps-1 of the teacher -> [B, *event_shape]."""
+    def forward(self, x, t, *conditions):
+        """x [B, *event_shape] float, t [B] integers in 0 .. steps-1 of the teacher -> [B, *event_shape].
+
+        `conditions` are what else a network's `predict` takes, as class labels.
+        """
         if self.timestep_scale != 1:
             t = t * self.timestep_scale  # [B] float
         inside = x.to(memory_format=torch.channels_last) if self.channels_last else x
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
-                noise = self.predict(inside, t).to(x.dtype)
+                noise = self.predict(inside, t, *conditions).to(x.dtype)
         else:
-            noise = self.predict(inside, t)
+            noise = self.predict(inside, t, *conditions)
         return noise.contiguous() if self.channels_last else noise
 
 
