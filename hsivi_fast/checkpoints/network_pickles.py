@@ -83,7 +83,7 @@ def read_network_pickle(path, entry="ema"):
 
 
 def read_array_pickle(path, where=None):
-    """{name: numpy array, number or a dict of the same} of a pickle, as EDM2 writes statistics: {"fid": {"mu", "sigma"}}.
+    """{name: numpy array, number or a dict of the same} of a pickle: EDM2's statistics are {"fid": {"mu", "sigma"}}.
 
     Arrays have their stored type in the machine's byte order, and numbers are Python's. Nothing in the file is run.
     where: begins the ValueError, of one line, for a file that is none, or cut, altered, or of anything else.
@@ -166,27 +166,29 @@ class _Values:
             storage, offset, size, stride = call.arguments[:4]
             if not _are_sizes(size) or not _are_sizes(stride) or len(size) != len(stride) or not _are_sizes((offset,)):
                 raise self._strange(f"{brief(name, 80)} has a strange shape")
-            storage = self._storage(storage, name)
+            stored = self._stored(storage, name)
             # A tensor that repeats its values would take any amount of memory once it is copied.
             last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-            if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
-                raise self._strange(f"{brief(name, 80)} has another shape than its {len(storage)} stored values allow")
-            empty = torch.empty(0, dtype=storage.dtype)
-            self.made[call] = empty.set_(storage._untyped_storage, offset if math.prod(size) else 0, size, stride)
+            if math.prod(size) > len(stored) or (math.prod(size) and last >= len(stored)):
+                raise self._strange(f"{brief(name, 80)} has another shape than its {len(stored)} stored values allow")
+            self.made[call] = stored.as_strided(size, stride, offset if math.prod(size) else 0)
         return self.made[call]
 
-    def _storage(self, call, name):
-        """The values of a tensor, or of several, which are a file of torch.save's within the pickle."""
+    def _stored(self, call, name):
+        """The values [N] of a tensor, or of several, which are a file of torch.save's within the pickle."""
+        if not _is_call(call, "torch.storage._load_from_bytes"):
+            raise self._strange(f"the values of {brief(name, 80)} are none of torch's, but {_described(call)}")
         if call not in self.made:
-            data = call.arguments[0] if _is_call(call, "torch.storage._load_from_bytes") and call.arguments else None
+            data = call.arguments[0] if call.arguments else None
             if not isinstance(data, bytes):
-                raise self._strange(f"the values of {brief(name, 80)} are none of torch's")
+                raise self._strange(f"the values of {brief(name, 80)} are no bytes")
             self._take(data)
             _check_stored(data, self.where)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's, that typed storages will go
-                    self.made[call] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                    self.made[call] = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
             except Exception as error:  # none is known of what has been checked
                 raise DamagedFile(
                     f"{self.where}: the values of {brief(name, 80)} are damaged ({brief(error)})"
@@ -204,6 +206,8 @@ class _Values:
             fortran = order == "F"
         else:
             return None
+        if call in self.made:
+            return self.made[call]
         dtype = self._dtype(dtype)
         if not _are_sizes(shape) or not isinstance(data, bytes | bytearray):
             raise self._strange("has an array without a shape or values")
@@ -211,19 +215,18 @@ class _Values:
             raise self._strange(f"has an array of {len(data)} bytes that is to be {brief(shape)} of {dtype}")
         self._take(data)
         array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-        return array.astype(dtype.newbyteorder("="))  # a copy, that may be written to
+        self.made[call] = array.astype(dtype.newbyteorder("="))  # a copy, that may be written to
+        return self.made[call]
 
     def _dtype(self, call):
         text = call.arguments[0] if _is_call(call, "numpy.dtype") and call.arguments else None
-        state = (3, "=") if _is_call(call, "numpy.dtype") and call.state is None else getattr(call, "state", None)
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
-        if (
-            text not in _NUMPY_TYPES
-            or order not in ("<", ">", "=", "|")
-            or any(part is not None for part in state[2:5])
-        ):
-            raise self._strange("has an array or number of a type that is no plain number's")
-        return np.dtype(text).newbyteorder(order)
+        if isinstance(text, str) and text in _NUMPY_TYPES:
+            state = (3, "=") if call.state is None else call.state
+            order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+            # Behind the byte order are what makes a type of several, and names of its parts.
+            if isinstance(order, str) and order in ("<", ">", "=", "|") and state[2:5] in ((), (None, None, None)):
+                return np.dtype(text).newbyteorder(order)
+        raise self._strange("has an array or number of a type that is no plain number's")
 
     def _plain(self, value, left, deeper=DEEPEST):
         """A value of Python alone: numpy's numbers and arrays, torch's types and devices become numbers and texts."""
@@ -312,7 +315,6 @@ def _check_stored(data, where):
         dtype = _STORED.get(storage.name) if isinstance(storage, Named) else None
         header = (magic, version, kind, view) == (torch.serialization.MAGIC_NUMBER, 1001, "storage", None)
         if header and dtype and isinstance(key, str) and keys == [key] and _are_sizes((count,)):
-            left = data[stream.tell() :]
-            if left[:8] == count.to_bytes(8, "little") and len(left) == 8 + count * dtype.itemsize:
+            if stream.read(8) == count.to_bytes(8, "little") and len(data) == stream.tell() + count * dtype.itemsize:
                 return
     raise DamagedFile(f"{where}: the values of a tensor are not a storage that torch.save wrote")

@@ -304,8 +304,8 @@ class _Machine:
             raise ValueError(f"{self.where}: has a persistent object that is none of NVlabs' torch_utils.persistence")
         if type(version) is not int or version != PERSISTENCE_VERSION:
             raise ValueError(
-                f"{self.where}: is of version {brief(version)} of torch_utils.persistence; expected "
-                f"{PERSISTENCE_VERSION}"
+                f"{self.where}: is of version {brief(version) if type(version) is int else 'none'} of "
+                f"torch_utils.persistence; expected {PERSISTENCE_VERSION}"
             )
         return Record("class", version, class_name, {} if state is None else state)
 
