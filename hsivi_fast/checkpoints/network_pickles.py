@@ -140,7 +140,7 @@ class _Values:
 
     def _collect(self, record, prefix, tensors, left, deeper):
         if not isinstance(record, Record):
-            raise self._strange(f"its module {brief(prefix, 80)} is a {_described(record)}")
+            raise self._strange(f"its module {brief(prefix, 80)} is {_described(record)}")
         if not deeper or next(left, None) is None or len(prefix) > LONGEST_NAME:
             raise self._strange(f"has modules in modules without an end, as {brief(prefix, 80)}")
         passing = record.state.get("_non_persistent_buffers_set")
@@ -299,7 +299,7 @@ def _described(value):
         return ", ".join(keys) + (f" and {len(value) - 5} more" if len(value) > 5 else "") or "nothing"
     if isinstance(value, Record):
         return brief(value.class_name, 60)
-    return value.name if isinstance(value, Call | Named) else f"a {type(value).__name__}"
+    return value.name if isinstance(value, Call | Named) else f"a value of the type {type(value).__name__}"
 
 
 def _check_stored(data, where):

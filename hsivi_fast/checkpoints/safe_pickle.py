@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..data import brief, regular_file
 from .tensor_files import DamagedFile
 
-LARGEST_OPCODES = 2**21  # a snapshot of 300 million weights has some 10^5, and a million take less than 100 MB
+LARGEST_OPCODES = 2**19  # a network of a thousand modules has some 10^5; so many take less than 100 MB
 PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
 PERSISTENCE_VERSION = 6  # of NVlabs' torch_utils.persistence, the same in EDM and EDM2
 
@@ -135,7 +135,9 @@ class _Bounded(io.BufferedReader):
         file.seek(0)
 
     def read(self, size):
-        return super().read(max(0, min(size, self.length - self.tell())))
+        if size > 2**16:
+            size = max(0, min(size, self.length - self.tell()))
+        return super().read(size)
 
 
 class _Machine:
