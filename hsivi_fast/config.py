@@ -101,19 +101,24 @@ class NetworkConfig:
     """The noise-prediction network: a `name` known to `nets`, or a `family` with its sizes, or both (overrides)."""
 
     name: StrictStr | None = None
-    family: Literal["ddpm", "adm", "mlp"] | None = None
+    family: Literal["ddpm", "adm", "mlp", "song", "dhariwal"] | None = None
     image_channels: _count(1024) | None = None
     image_size: _count(4096) | None = None
     channels: Channels | None = None
     multipliers: Annotated[tuple[_count(64), ...], Field(min_length=1, max_length=10)] | None = None
     res_blocks: _count(16, least=0) | None = None
-    # ddpm: true or false a level; adm: downsampling factors
+    # ddpm: true or false a level; adm: downsampling factors; song, dhariwal: resolutions
     attention: Annotated[tuple[StrictBool | _count(4096), ...], Field(max_length=10)] | None = None
     middle: StrictBool | None = None  # ddpm
     heads: _count(1024) | None = None  # adm
     out_channels: _count(2048) | None = None  # adm
     norm_groups: Channels | None = None
     norm_eps: Annotated[Number, Field(gt=0, le=1)] | None = None
+    embedding: Literal["positional", "fourier"] | None = None  # song
+    encoder: Literal["standard", "residual"] | None = None  # song
+    noise_multiplier: _count(64) | None = None  # song: of the width of the embedding of noise
+    resample_filter: Annotated[tuple[Number, ...], Field(min_length=2, max_length=16)] | None = None  # song
+    label_dim: _count(100_000, least=0) | None = None  # song, dhariwal: classes
     layers: _count(256) | None = None  # mlp
     time_channels: Channels | None = None  # mlp
 
@@ -124,8 +129,10 @@ class TeacherConfig:
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
-    betas: Literal["linear", "cosine", "cosine_4000"] = "linear"
+    betas: Literal["linear", "cosine", "cosine_4000", "edm"] = "linear"
     steps: _count(1_000_000, least=2) = 1000
+    # What its network predicts: see `method/parametrisation.py`. "denoiser" is EDM's.
+    prediction: Literal["epsilon", "x_0", "v", "denoiser"] = "epsilon"
     # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
     timestep_scale: Positive = 1.0
 
@@ -583,6 +590,8 @@ def _validated(values):
         raise ValueError(_first_problem(error)) from None
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
+    if config.teacher.target is not None and config.teacher.prediction != "epsilon":
+        raise ValueError(f"teacher.prediction: {config.teacher.prediction!r} is of a checkpoint; a 2-D target has none")
     if not isinstance(config.spacing, str):
         _check_knots(config)
     for key, value, what in (

@@ -79,7 +79,8 @@ def _check_networks(checkpoint):
         raise ValueError(f"{where}: its tensors are of none of our UNets ({some}, ...)")
     described = dict(checkpoint.network)
     described.setdefault("image_size", 2 ** (len(described.get("multipliers", ())) - 1))  # no weight has its size
-    described.setdefault("norm_groups", 1)
+    if described["family"] in ("ddpm", "adm"):
+        described.setdefault("norm_groups", 1)
     try:
         with torch.device("meta"):
             expected = dict(build_unet(described).named_parameters())
@@ -100,11 +101,14 @@ def _network_yaml(checkpoint):
     name = known_name(checkpoint.network)
     settings = dict(checkpoint.settings)
     noise = settings.pop("teacher", None)
+    is_denoiser = (noise or {}).get("prediction") == "denoiser"
     guessed = [f"network.{key}" for key in checkpoint.assumed if key in checkpoint.network]
     missing = [f"network.{key}" for key in checkpoint.assumed if key not in checkpoint.network]
     rescaled = name in TRAINED_RESCALED
     if not noise and name != "imagenet64" and rescaled:
         noise = {"betas": "cosine_4000", "steps": 1000}
+    if is_denoiser:  # it knows every noise: the usual one is a choice, and no guess
+        noise = {"betas": "linear", "steps": 1000, **noise}
     if not noise:
         guessed += ["teacher.betas", "teacher.steps"]
         noise = {"betas": "cosine" if name == "imagenet64" else "linear", "steps": 1000}
@@ -116,6 +120,8 @@ def _network_yaml(checkpoint):
         lines.append(f"Its sizes are those of the network {name}.")
     if rescaled:
         lines += _RESCALED
+    if is_denoiser:
+        lines.append("It is a denoiser D(x; sigma), which takes any noise: teacher.betas is a choice.")
     if guessed:
         usual = f"usual for {name}" if name else "usual"
         lines.append(f"The file does not say {', '.join(guessed)}: what stands here is {usual}; check it.")

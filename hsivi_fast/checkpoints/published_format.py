@@ -137,8 +137,14 @@ def publishable_network(config):
             f"teacher.{key}: {getattr(teacher, key)!r} cannot be published, the published code has its own table of "
             "noise for 1000 steps and would load the file without a word"
         )
-    if network["family"] == "mlp":
-        raise ValueError("network.family: 'mlp' has no place in the published code's layout, which holds UNets")
+    if network["family"] not in ("ddpm", "adm"):
+        family = network["family"]
+        raise ValueError(f"network.family: {family!r} has no place in the published code's layout, which has two UNets")
+    if teacher.prediction != "epsilon":
+        raise ValueError(
+            f"teacher.prediction: {teacher.prediction!r} cannot be published, the published code's networks predict "
+            "the noise"
+        )
     network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}
     if network["family"] == "ddpm":
         network.setdefault("middle", True)

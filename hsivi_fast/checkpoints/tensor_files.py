@@ -67,11 +67,6 @@ def read_torch(path):
             file.seek(0)
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if _is_of_nvlabs(path):
-            raise ValueError(
-                f"{where}: is an EDM (NVlabs) pickle, whose code is never run; such files are not read yet, "
-                "save its tensors alone with that code, torch.save(network.state_dict(), ...)"
-            ) from None
         code = re.search(_PICKLED_NAME, str(error))
         if code:
             raise ValueError(
@@ -88,7 +83,7 @@ def read_torch(path):
         raise DamagedFile(f"{where}: not a readable torch file ({brief(error)})") from None
 
 
-def _is_of_nvlabs(path):
+def is_of_nvlabs(path):
     """Whether a pickle is one of NVlabs' codes, which put the classes that they save into the file."""
     with open(path, "rb") as file:
         start = file.read(2**16)

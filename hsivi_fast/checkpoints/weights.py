@@ -91,10 +91,11 @@ def read_teacher(config, network, progress=False):
 def _check_what_weights_do_not_show(checkpoint, config):
     """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
     network = {**NORMS, **network_arguments(config.network)}
+    network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}
     stated = {key: checkpoint.network[key] for key in checkpoint.stated}
-    noise = {key: getattr(config.teacher, key) for key in ("betas", "steps", "timestep_scale")}
+    noise = {key: getattr(config.teacher, key) for key in ("prediction", "betas", "steps", "timestep_scale")}
     for group, configured, trained_with, keys in (
-        ("network", network, stated, ("norm_eps", "norm_groups", "image_size", "heads")),
+        ("network", network, stated, ("norm_eps", "norm_groups", "image_size", "heads", "resample_filter")),
         ("teacher", noise, checkpoint.settings.get("teacher", {}), tuple(noise)),
     ):
         for key in keys:

@@ -33,6 +33,7 @@ def describe(config, sampler, step, weights):
             **source,
             "betas": teacher.betas,
             "steps": teacher.steps,
+            "prediction": teacher.prediction,
             "timestep_scale": teacher.timestep_scale,
         },
         "nfe": layers.nfe,

@@ -50,6 +50,9 @@ def write_diffusers(sampler, config, description, folder):
         config.precision,
         config.channels_last,
         config.teacher.timestep_scale,
+        config.teacher.prediction,
+        config.teacher.betas,
+        config.teacher.steps,
     )
     network.load_student(sampler.network.state_dict())
     scheduler = HSIVIScheduler(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BETAS = ("linear", "cosine", "cosine_4000", "edm")
+EDM_RHO = 7
+
 
 def signal_levels(betas, steps):
     """alpha_bar_t = prod (1 - beta) for t = 0 .. steps-1, float64 [steps].
@@ -12,6 +15,8 @@ def signal_levels(betas, steps):
     `cosine_4000`: every fourth level of `cosine` in 4000 steps, for 1000 steps. It is what a network was trained on
     that was shown t / 4 for t = 0 .. 3999, as improved-diffusion's with `rescale_timesteps`: at its timestep t the
     level of the formula at (t + 1/4) / 1000, where `cosine` in 1000 steps has that at (t + 1) / 1000.
+    `edm`: the noise levels of EDM's sampler in as many steps, sigma_t from 0.002 to 80 evenly in sigma^(1/7), with
+    alpha_bar = 1 / (1 + sigma^2) (Karras et al. 2022, arXiv 2206.00364, eq. 5); for teachers of every sigma.
     Raises ValueError for another name, and for `cosine_4000` with another number of steps.
     """
     if betas == "linear":
@@ -25,8 +30,11 @@ def signal_levels(betas, steps):
                 f"teacher.steps: {steps} does not go with teacher.betas=cosine_4000, which has 1000 levels"
             )
         return signal_levels("cosine", 4000)[::4]
+    elif betas == "edm":
+        lowest, highest = 0.002 ** (1 / EDM_RHO), 80 ** (1 / EDM_RHO)
+        return 1 / (1 + np.linspace(lowest, highest, steps) ** (2 * EDM_RHO))
     else:
-        raise ValueError(f"teacher.betas: {betas!r} is unknown; choose linear, cosine or cosine_4000")
+        raise ValueError(f"teacher.betas: {betas!r} is unknown; choose one of {', '.join(BETAS)}")
     return np.cumprod(1 - beta)
 
 

@@ -14,6 +14,16 @@ from .mlp import MLP
 
 FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
 
+_EDM_CIFAR10 = {
+    "family": "song",
+    "image_channels": 3,
+    "image_size": 32,
+    "channels": 128,
+    "multipliers": (2, 2, 2),
+    "res_blocks": 4,
+    "attention": (16,),
+}
+_EDM_FACES64 = {**_EDM_CIFAR10, "image_size": 64, "multipliers": (1, 2, 2, 2)}
 # The published networks, and the small ones that this project trains itself.
 NETWORKS = {
     "digits": {
@@ -63,6 +73,20 @@ NETWORKS = {
         "attention": (4, 8),
         "heads": 4,
         "out_channels": 6,
+    },
+    "edm_cifar10": _EDM_CIFAR10,
+    "edm_cifar10_cond": {**_EDM_CIFAR10, "label_dim": 10},
+    "edm_ffhq64": _EDM_FACES64,
+    "edm_afhqv2": _EDM_FACES64,
+    "edm_imagenet64": {
+        "family": "dhariwal",
+        "image_channels": 3,
+        "image_size": 64,
+        "channels": 192,
+        "multipliers": (1, 2, 3, 4),
+        "res_blocks": 3,
+        "attention": (32, 16, 8),
+        "label_dim": 1000,
     },
     "smoke": {
         "family": "ddpm",

@@ -30,7 +30,8 @@ class ResamplingConv(nn.Module):
             like = nn.Conv2d(in_channels, out_channels, kernel)
             self.weight, self.bias = like.weight, like.bias
         taps = torch.tensor(taps, dtype=torch.float32)
-        self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum().square())[None, None])
+        # The network's description says it, so no file of ours does.
+        self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum().square())[None, None], persistent=False)
 
     def forward(self, x):
         if self.filter_last:  # on the way down alone
@@ -48,18 +49,6 @@ class ResamplingConv(nn.Module):
         if self.change == "down":
             return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
         return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=channels)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """As of every module, but another filter is an error: `resample_filter` says which one is computed."""
-        given, own = state_dict.get(f"{prefix}resample_filter"), self.resample_filter
-        if (
-            given is not None
-            and given.shape == own.shape
-            and not own.is_meta
-            and not torch.allclose(given.to(own), own)
-        ):
-            errors.append(f"{prefix}resample_filter is another filter than the network's, {own[0, 0].tolist()}")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class Block(nn.Module):
@@ -120,14 +109,17 @@ class Block(nn.Module):
 
 
 class FourierFrequencies(nn.Module):
-    """Random frequencies, which are a buffer of the checkpoint: c_noise [B] -> angles [B, half]."""
+    """Random frequencies, which are part of a checkpoint: c_noise [B] -> angles [B, half].
+
+    They are a parameter, as all that checkpoints, averages and ranks know are. It never moves: its gradient is zero.
+    """
 
     def __init__(self, half):
         super().__init__()
-        self.register_buffer("freqs", FOURIER_SCALE * torch.randn(half))
+        self.freqs = nn.Parameter(FOURIER_SCALE * torch.randn(half))
 
     def forward(self, t):
-        return t[:, None] * (2 * math.pi * self.freqs)
+        return t[:, None] * (2 * math.pi * (self.freqs.detach() + 0 * self.freqs))
 
 
 def norm(channels, eps):

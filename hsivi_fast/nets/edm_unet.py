@@ -1,10 +1,10 @@
-"""The UNets of EDM, and their preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1 and appendix C).
+"""The UNets of EDM (Karras et al. 2022, arXiv 2206.00364, appendix C).
 
 `SongUNet` is the DDPM++ or NCSN++ of Song et al. 2021 (arXiv 2011.13456), `DhariwalUNet` the ADM of Dhariwal & Nichol
 2021 (arXiv 2105.05233). Their tensors have the names of EDM's checkpoints, without the `model.` in front.
 
-These are the raw networks F(c_in x; c_noise), and no noise predictions: `denoise` makes the denoiser D(x; sigma).
-There is no dropout, and no augmentation either: `map_augment` is loaded where a checkpoint has it, and never used.
+These are the raw networks F(c_in x; c_noise) of EDM's denoiser. `method/parametrisation.py` makes noise of them.
+There is no dropout, and no augmentation either: the checkpoints' `map_augment` counts nothing without its labels.
 """
 
 import functools
@@ -19,68 +19,19 @@ from .edm_blocks import Block, FourierFrequencies, ResamplingConv, norm
 
 HEAD_CHANNELS = 64  # of one attention head of `DhariwalUNet`
 
-_CIFAR10 = {
-    "family": "song",
-    "image_channels": 3,
-    "image_size": 32,
-    "channels": 128,
-    "multipliers": (2, 2, 2),
-    "res_blocks": 4,
-    "attention": (16,),
-    "augment_dim": 9,
-}
-_FACES64 = {**_CIFAR10, "image_size": 64, "multipliers": (1, 2, 2, 2)}
-_NCSNPP = {"embedding": "fourier", "encoder": "residual", "noise_multiplier": 2, "resample_filter": (1, 3, 3, 1)}
-
-# The networks that NVlabs publishes, by data set and architecture. Class-conditional CIFAR-10 has label_dim 10.
-EDM_NETWORKS = {
-    "cifar10_ddpmpp": _CIFAR10,
-    "cifar10_ncsnpp": {**_CIFAR10, **_NCSNPP},
-    "ffhq64_ddpmpp": _FACES64,  # AFHQv2 too
-    "ffhq64_ncsnpp": {**_FACES64, **_NCSNPP},
-    "imagenet64_adm": {
-        "family": "dhariwal",
-        "image_channels": 3,
-        "image_size": 64,
-        "channels": 192,
-        "multipliers": (1, 2, 3, 4),
-        "res_blocks": 3,
-        "attention": (32, 16, 8),
-        "label_dim": 1000,
-    },
-}
-
-
-def preconditioning(sigma, sigma_data=0.5):
-    """(c_skip, c_out, c_in, c_noise) of noise levels sigma, each in its shape, in float32 at least (table 1)."""
-    sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
-    total = (sigma.square() + sigma_data**2).sqrt()  # standard deviation of a noisy image
-    return (sigma_data / total).square(), sigma * sigma_data / total, 1 / total, sigma.log() / 4
-
-
-def denoise(network, x, sigma, class_labels=None, sigma_data=0.5):
-    """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) of a raw network F (eq. 7), like x.
-
-    x: [B, C, H, W], an image plus sigma times standard normal noise; sigma: [B], above 0;
-    class_labels: [B, label_dim], or None for no class.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    c_skip, c_out, c_in, c_noise = preconditioning(sigma, sigma_data)
-    c_skip, c_out, c_in = (factor[:, None, None, None] for factor in (c_skip, c_out, c_in))
-    return c_skip * x + c_out * network(c_in * x, c_noise, class_labels)
-
 
 class EDMUNet(NoisePredictor):
     """What both networks share: the way down `enc`, the way up `dec`, and class labels.
 
-    forward(x [B, C, H, W] float, t = c_noise [B] float, class_labels [B, label_dim] float or None) -> [B, C, H, W].
-    Class labels are one-hot; None is no class, which is zeros.
-    `attention` lists resolutions in pixels, as EDM's attn_resolutions. `augment_dim` is the width of the augmentation
-    labels that a checkpoint was trained with.
-    Raises ValueError for sizes that do not fit each other, and for class labels of another shape.
+    `predict(x [B, C, H, W] float, t = c_noise [B] float, class_labels [B] int or None)` -> [B, C, H, W].
+    Class labels are 0 .. label_dim - 1; a negative one is no class, as None is for all.
+    `attention` lists resolutions in pixels, as EDM's attn_resolutions.
+    Raises ValueError for sizes that do not fit each other, and for class labels where it has none.
     """
 
-    def __init__(self, image_channels, image_size, multipliers, attention, label_dim, augment_dim):
+    takes_sigma = True
+
+    def __init__(self, image_channels, image_size, multipliers, attention, label_dim):
         super().__init__()
         levels = len(multipliers)
         if image_size % 2 ** (levels - 1):
@@ -92,9 +43,8 @@ class EDMUNet(NoisePredictor):
         for size in attention:
             if size not in sizes:
                 raise ValueError(f"network.attention: {size} is none of the resolutions {', '.join(map(str, sizes))}")
-        for key, value in (("label_dim", label_dim), ("augment_dim", augment_dim)):
-            if value < 0:
-                raise ValueError(f"network.{key}: {value} is negative; 0 is for none")
+        if label_dim < 0:
+            raise ValueError(f"network.label_dim: {label_dim} is negative; 0 is for none")
         self.event_shape = (image_channels, image_size, image_size)
         self.label_dim = label_dim
         self.sizes = sizes
@@ -153,15 +103,14 @@ class EDMUNet(NoisePredictor):
         return h
 
     def _labels(self, x, class_labels):
-        """Class labels [B, label_dim] as they are embedded, or None for a network without classes."""
-        if class_labels is None:
-            return x.new_zeros(len(x), self.label_dim) if self.label_dim else None
+        """One-hot labels [B, label_dim] as they are embedded, or None for a network without classes."""
         if not self.label_dim:
-            raise ValueError("class_labels: the network has no classes; leave them out")
-        if class_labels.shape != (len(x), self.label_dim):
-            shape = list(class_labels.shape)
-            raise ValueError(f"class_labels: of shape {shape}, expected {[len(x), self.label_dim]}, one-hot")
-        return class_labels.to(x.dtype)
+            if class_labels is not None:
+                raise ValueError("class_labels: the network has no classes; leave them out")
+            return None
+        if class_labels is None:
+            return x.new_zeros(len(x), self.label_dim)
+        return (class_labels[:, None] == torch.arange(self.label_dim, device=x.device)).to(x.dtype)
 
 
 class SongUNet(EDMUNet):
@@ -185,10 +134,9 @@ class SongUNet(EDMUNet):
         noise_multiplier=1,
         resample_filter=(1, 1),
         label_dim=0,
-        augment_dim=0,
         norm_eps=1e-6,
     ):
-        super().__init__(image_channels, image_size, multipliers, attention, label_dim, augment_dim)
+        super().__init__(image_channels, image_size, multipliers, attention, label_dim)
         for key, value, known in (
             ("embedding", embedding, ("positional", "fourier")),
             ("encoder", encoder, ("standard", "residual")),
@@ -201,8 +149,6 @@ class SongUNet(EDMUNet):
         self.map_noise = FourierFrequencies(self.noise_channels // 2) if embedding == "fourier" else None
         if label_dim:
             self.map_label = nn.Linear(label_dim, self.noise_channels)
-        if augment_dim:
-            self.map_augment = _unused(augment_dim, self.noise_channels)
         self.map_layer0 = nn.Linear(self.noise_channels, embed_channels)
         self.map_layer1 = nn.Linear(embed_channels, embed_channels)
         block = functools.partial(
@@ -259,13 +205,10 @@ class DhariwalUNet(EDMUNet):
         res_blocks,
         attention,
         label_dim=0,
-        augment_dim=0,
         norm_eps=1e-5,
     ):
-        super().__init__(image_channels, image_size, multipliers, attention, label_dim, augment_dim)
+        super().__init__(image_channels, image_size, multipliers, attention, label_dim)
         self.channels, embed_channels = channels, 4 * channels
-        if augment_dim:
-            self.map_augment = _unused(augment_dim, channels)
         self.map_layer0 = nn.Linear(channels, embed_channels)
         self.map_layer1 = nn.Linear(embed_channels, embed_channels)
         if label_dim:
@@ -306,8 +249,3 @@ def _heads(width):
     if heads and width % heads:
         raise ValueError(f"network.channels: a width of {width} cannot be cut into {heads} heads; use a multiple of 64")
     return heads
-
-
-def _unused(augment_dim, channels):
-    """`map_augment`: it must load, and is no part of what is computed or trained."""
-    return nn.Linear(augment_dim, channels, bias=False).requires_grad_(False)

@@ -74,6 +74,10 @@ class SongUNet(_Persistent):
             self.map_layer0.bias = self.map_layer0.bias if self.enc is None else self.enc["8x8_block0"].affine.bias
 
 
+class DhariwalUNet(SongUNet):
+    pass
+
+
 class EDMPrecond(_Persistent):
     def made(self, img_resolution, img_channels, label_dim=0, model_type="SongUNet", dtype=torch.float32, **kwargs):
         self.sigma_data = 0.5
@@ -138,3 +142,39 @@ def network(dtype=torch.float32, shared=False):
     """A small network in EDM's layout."""
     made = EDMPrecond(img_resolution=8, img_channels=3, label_dim=0, shared=shared, channel_mult=[1, 2])
     return made.eval().requires_grad_(False).to(dtype)
+
+
+class Layer(_Persistent):
+    def made(self):
+        pass
+
+
+def snapshot_of(tensors, model="SongUNet", made_with=None, **preconditioning):
+    """A snapshot whose network has these tensors, {name: tensor} with the names of EDMPrecond's state dict.
+
+    made_with: the arguments of the network inside; preconditioning: those of EDMPrecond.
+    """
+    outer = _bare(EDMPrecond, preconditioning)
+    outer.model = _bare({"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}[model], made_with or {})
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = outer
+        for depth, part in enumerate(path):
+            if part not in module._modules:
+                module.add_module(
+                    part, torch.nn.ModuleDict() if path[:depth] == ["model"] and part in ("enc", "dec") else Layer()
+                )
+            module = module._modules[part]
+        if last in ("resample_filter", "freqs"):
+            module.register_buffer(last, tensor)
+        else:
+            module.register_parameter(last, torch.nn.Parameter(tensor))
+    return snapshot(outer.eval().requires_grad_(False))
+
+
+def _bare(kind, arguments):
+    """A module of a class with these arguments on record, and nothing in it."""
+    module = kind.__new__(kind)
+    torch.nn.Module.__init__(module)
+    module._init_args, module._init_kwargs = (), dict(arguments)
+    return module
