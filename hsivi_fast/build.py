@@ -160,6 +160,10 @@ def in_form_of(config, network):
     where teacher.prediction is not of such a network.
     """
     teacher = config.teacher
+    if getattr(network, "label_dim", 0):
+        raise ValueError(
+            f"network.label_dim: {network.label_dim} classes; such networks are converted, and no run has them yet"
+        )
     network.precision, network.timestep_scale = config.precision, teacher.timestep_scale
     if network.takes_sigma != (teacher.prediction == "denoiser"):
         problem = f"{teacher.prediction!r} is not what the network predicts"

@@ -36,7 +36,15 @@ ASSETS = PACKAGE / "assets"
 PUBLISHED_TEACHERS = {
     "cifar10": "https://github.com/tqch/ddpm-torch/releases/download/checkpoints/cifar10_2040.pt",
     "imagenet64": "https://openaipublic.blob.core.windows.net/diffusion/march-2021/imagenet64_uncond_100M_1500K.pt",
+    "edm_cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+    "edm_cifar10_cond": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+    "edm_ffhq64": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
+    "edm_afhqv2": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-afhqv2-64x64-uncond-vp.pkl",
+    "edm_imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-imagenet-64x64-cond-adm.pkl",
 }
+_EDM_LICENCE = "NVIDIA's, CC BY-NC-SA 4.0: not for commercial use, and nor is what is distilled from it"
+# What has to be said of a teacher's licence where the file is downloaded, and beside what is made of it.
+LICENCES = {name: _EDM_LICENCE for name in PUBLISHED_TEACHERS if name.startswith("edm_")}
 
 settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import torch
 from tqdm import tqdm
 
-from ..config import PUBLISHED_TEACHERS, without_password
+from ..config import LICENCES, PUBLISHED_TEACHERS, without_password
 from ..data import brief, regular_file
 from .files import file_sha256, write_atomically
 
@@ -66,6 +66,8 @@ def fetch_checkpoint(name_or_url, progress=False):
             _check_cached(file, expected)
         else:
             _download(address, file, expected, progress)
+            if name_or_url in LICENCES:
+                print(f"{file.name}: its licence is {LICENCES[name_or_url]}", file=sys.stderr)
     return file
 
 

@@ -1,5 +1,6 @@
 """README.md of an export: where the sampler comes from, what it measures, and how it is used."""
 
+from ..config import LICENCES
 from ..metrics.table import table_lines
 from .aoti import LARGEST_BATCH
 
@@ -20,7 +21,7 @@ hsivi_fast {version}.
 | | |
 |---|---|
 | network evaluations (NFE) | {nfe} |
-| teacher | {teacher}, {betas} betas, {steps} steps |
+| teacher | {teacher}, {betas} betas, {steps} steps{licence} |
 | student | step {step} of the run, {weights} weights |
 | sampler | eta {eta}, {spacing} spacing, timesteps {timesteps} |
 | samples | {sample} |
@@ -82,6 +83,7 @@ def write_model_card(folder, description, format, name, results):
         teacher=f"the exact score of {teacher['target']}" if points else teacher["checkpoint"],
         betas=teacher["betas"],
         steps=teacher["steps"],
+        licence=f"; its licence is {LICENCES[teacher['checkpoint']]}" if teacher.get("checkpoint") in LICENCES else "",
         step=run["step"],
         weights=run["weights"],
         eta=description["eta"],

@@ -274,7 +274,7 @@ def _scripted(file):
 
 STRANGE_FILES = {
     "a pipe": (os.mkfifo, "is a pipe, socket or device; give a regular file"),
-    "an EDM pickle": (_of_nvlabs, "is an EDM (NVlabs) pickle, whose code is never run; such files are not read yet"),
+    "an EDM pickle": (_of_nvlabs, "has a persistent object that is none of NVlabs' torch_utils.persistence"),
     "TorchScript": (_scripted, "is a TorchScript program, which is never run; save its tensors alone"),
     "a pickle": (lambda file: file.write_bytes(pickle.dumps({"a": print})), "pickled code"),
     "nothing": (lambda file: file.touch(), "is neither a safetensors file nor one of torch.save"),
