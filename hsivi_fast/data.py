@@ -177,12 +177,13 @@ def fetch_cifar10(path=None):
             pictures = CIFAR10(folder, download=True)
             new = []
         except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = brief(getattr(error, "reason", error))
             raise MissingFile(
-                f"data: cifar10 cannot be downloaded from {CIFAR10.url} ({brief(getattr(error, 'reason', error))}); "
+                f"data: cifar10 cannot be downloaded from {CIFAR10.url} ({reason}); "
                 f"put {CIFAR10.filename} into {folder} by hand",
                 CIFAR10.url,
                 archive,
-                brief(getattr(error, "reason", error)),
+                reason,
             ) from None
         finally:
             for place in new:

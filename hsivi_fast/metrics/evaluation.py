@@ -44,9 +44,8 @@ from .table import spread_key
 class ImageMetric:
     """Frechet distance of samples to reference images, on a feature network, after rounding to the data's grey levels.
 
-    context: the run's; reference: as of `load_reference`. Without one that of `eval.reference` is taken, and without
-    that the run's data. Statistics of images, be they a reference or data, are kept in a folder of the user
-    (`cached_statistics`).
+    context: the run's. The reference is `eval.reference`, see `load_reference`, and without it the run's data.
+    Statistics of images are kept in a folder of the user (`cached_statistics`).
     event_shape: that of the run's images, which the images that they are compared with must have.
     With eval.kid and eval.prc also kernel distance, precision and recall: they need such images, and look at up to
     `FEATURES_KEPT` of each side.
@@ -55,7 +54,7 @@ class ImageMetric:
 
     batch_size = 250  # samples per network call
 
-    def __init__(self, context, reference=None, event_shape=None):
+    def __init__(self, context, event_shape=None):
         config, self.world, self.device = context.config, context.world, context.device
         settings = config.eval
         self.name = network_of(config)
@@ -67,9 +66,9 @@ class ImageMetric:
             *["kernel_inception_distance"] * self.kid,
             *["precision", "recall", "f_score"] * self.prc,
         )
-        if reference is None and settings.reference is not None:
+        reference, images, are_small = None, None, False
+        if settings.reference is not None:
             reference = load_reference(settings.reference, progress=sys.stderr.isatty())
-        images, are_small = None, False
         if reference is not None and "images" in reference:
             images, reference = _fitting("ref", torch.from_numpy(reference["images"]), event_shape), None
         elif reference is None or self.kid or self.prc:
@@ -219,22 +218,22 @@ class PlaneMetric:
         return self
 
 
-def build_metric(context, reference=None, network=None):
+def build_metric(context, network=None):
     """What measures a run's samples; called by all of several processes at once.
 
-    reference: statistics in the place of the run's own. network: any with the run's `event_shape`, the context's
+    network: any with the run's `event_shape`, the context's
     teacher by default; a 2-D run is measured against its teacher.
     Raises ValueError where the configuration names nothing to compare with.
     """
     config = context.config
     if config.teacher.target is not None:
         return PlaneMetric(context.teacher, context.world)
-    if config.data is None and config.eval.reference is None and reference is None:
+    if config.data is None and config.eval.reference is None:
         nothing = "without reference images or statistics (eval.reference) there is nothing to measure against"
         raise ValueError(f"data: missing; {nothing} (eval.num_samples=0 switches measuring off)")
     event_shape = (network or context.teacher).event_shape
     check_images(network_of(config), event_shape)
-    return ImageMetric(context, reference, event_shape)
+    return ImageMetric(context, event_shape)
 
 
 def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=None, nfe=None, files=None, first_set=0):
@@ -385,7 +384,6 @@ def evaluate(
     check_num_samples(num_samples)
     if metric is not None and metric not in SIZES:
         raise ValueError(f"metric: {metric!r} is unknown; choose {', '.join(SIZES)}")
-    reference = load_reference(ref, progress=sys.stderr.isatty()) if ref is not None else None
     folder = RunFolder.of(run)
     config = folder.config()
     world = connect(config)
@@ -397,9 +395,10 @@ def evaluate(
         config = context.config
         if metric not in (None, network_of(config)):  # the run's own statistics are not of this network
             config = replace(config, eval=replace(config.eval, metric=metric, reference=None))
-        config = change_config(config, {"eval.inception": inception and str(inception)})
-        fetch_needed(config, teacher=False, measured=True, reference=reference)
-        measure = build_metric(replace(context, config=config), reference, sampler.network)
+        given = {"eval.inception": inception, "eval.reference": ref}
+        config = change_config(config, {key: value and str(value) for key, value in given.items()})
+        fetch_needed(config, teacher=False, measured=True)
+        measure = build_metric(replace(context, config=config), sampler.network)
         if save_images is not None:
             world.from_main(lambda: _check_room(num_samples, sampler.network.event_shape, save_images))
         files = ImageFiles(save_images, world) if save_images is not None else None

@@ -8,15 +8,15 @@ from ..data import MissingFile, fetch_cifar10, has_data, regular_file
 from .features import fetch_inception, network_of
 
 
-def fetch_needed(config, teacher, measured, reference=None):
+def fetch_needed(config, teacher, measured):
     """Fetch what a run needs and this machine has not: teacher, reference, Inception's weights, CIFAR-10.
 
-    teacher: whether it is needed; measured: whether samples will be; reference: one that is loaded already.
+    teacher: whether it is needed; measured: whether samples will be.
     Raises ValueError, in one line, which names all files that are missing, where they are to be had, and where they
     belong.
     """
     problems = []
-    for fetch in _needs(config, teacher, measured, reference):
+    for fetch in _needs(config, teacher, measured):
         try:
             fetch()
         except ValueError as error:
@@ -27,23 +27,22 @@ def fetch_needed(config, teacher, measured, reference=None):
         raise ValueError(f"{len(problems)} files are missing or not right; {_told(problems)}")
 
 
-def _needs(config, teacher, measured, reference):
+def _needs(config, teacher, measured):
     """Functions without arguments, each of which fetches a file or raises ValueError."""
-    settings, progress = config.eval, sys.stderr.isatty()
+    settings, named, progress = config.eval, config.eval.reference, sys.stderr.isatty()
     if config.teacher.target is not None:
         return
     if teacher:
         yield lambda: locate_teacher(config, progress)
     if not measured:
         return
-    named = settings.reference if reference is None else None
     if named is not None:
         yield lambda: regular_file(locate_reference(named, progress), f"reference {named!r}")
-    looks_at_data = (named is None and reference is None) or settings.kid or settings.prc
+    looks_at_data = named is None or settings.kid or settings.prc
     if config.data == "cifar10" and config.data_path is None and looks_at_data:
         yield fetch_cifar10
     # Where there is nothing to measure against, that is told, and nothing is downloaded in vain.
-    if network_of(config) == "inception" and (reference or named or has_data(config)):
+    if network_of(config) == "inception" and (named is not None or has_data(config)):
         yield lambda: fetch_inception(settings.inception)
 
 
@@ -55,8 +54,8 @@ def _told(problems):
             folders.setdefault(problem.file.parent, []).append(problem)
     if folders:
         placed = [f"{' and '.join(map(_wanted, missing))} into {folder}" for folder, missing in folders.items()]
-        reason = next(problem.reason for problem in problems if isinstance(problem, MissingFile))
-        parts.append(f"no download was possible ({reason}), so put {', and '.join(placed)} by hand")
+        reasons = dict.fromkeys(problem.reason for missing in folders.values() for problem in missing)
+        parts.append(f"no download was possible ({', '.join(reasons)}), so put {', and '.join(placed)} by hand")
     return "; ".join(parts + [str(problem) for problem in problems if not isinstance(problem, MissingFile)])
 
 

@@ -396,6 +396,8 @@ def test_an_evaluation_says_all_that_is_missing_too(published, monkeypatch, tmp_
     hsivi = functools.partial(hsivi_here, capsys)
     done = hsivi("eval", run.path, "--num-samples", 4, "--ref", "cifar10")
     assert done.returncode == 2 and f"reference {NOWHERE}/cifar10-32x32.npz: cannot be downloaded" in done.stderr
+    done = hsivi("eval", run.path, "--num-samples", 4, "--ref", "cifar10", "--metric", "inception")
+    assert done.returncode == 2 and "2 files are missing or not right; no download was possible (" in done.stderr
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     done = hsivi("eval", run.path, "--num-samples", 4, "--ref", tmp_path / "reference.npz", "--metric", "inception")
     assert done.returncode == 2 and "eval.inception: missing, and Inception's weights could not" in done.stderr
