@@ -114,9 +114,9 @@ def load_data(name, path=None):
         pictures = fetch_cifar10(path)
         return DataSet(_scaled(pictures.data.transpose(0, 3, 1, 2)), np.array(pictures.targets, np.int64), levels=256)
     if Path(path).is_dir():
-        pixels = read_pictures(path, RECIPES.get(name))
+        pixels = read_pictures(path, RECIPES.get(name), bytes_a_pixel=BYTES_A_PIXEL)
     else:
-        pixels = npz_images(path, f"data_path: {str(path)!r}", IMAGES_OF.get(name))
+        pixels = npz_images(path, f"data_path: {str(path)!r}", IMAGES_OF.get(name), BYTES_A_PIXEL)
     return DataSet(_scaled(pixels), None, levels=256)
 
 
@@ -311,10 +311,11 @@ def _idx_content(stream):
     return shape, IDX_TYPES[kind], data
 
 
-def npz_images(path, where, expected=None):
+def npz_images(path, where, expected=None, bytes_a_pixel=1):
     """uint8 [N, C, H, W] of an npz file: `arr_0` if it is there, else the one array of that kind.
 
     where: begins the ValueError for what is none; expected: [C, H, W] that the images must have, or None for any.
+    bytes_a_pixel: those that the caller will take of this machine's memory; ValueError where it has not so many.
     """
     arrays = npz_arrays(path, where, "images")
     fitting = [name for name, (shape, dtype) in arrays.items() if dtype == np.uint8 and len(shape) == 4]
@@ -328,7 +329,7 @@ def npz_images(path, where, expected=None):
         raise ValueError(
             f"{where} holds {dtype} {list(shape)} as {name}, expected uint8 [N, H, W, C] or [N, C, H, W], N at least 1"
         )
-    _check_memory(where, math.prod(shape))
+    _check_memory(where, bytes_a_pixel * math.prod(shape))
     array = read_npz_array(path, name, where)
     array = array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
     if expected is not None and array.shape[1:] != expected:
@@ -336,11 +337,11 @@ def npz_images(path, where, expected=None):
     return array
 
 
-def read_pictures(folder, recipe=None, count=None, progress=False, key="data_path"):
+def read_pictures(folder, recipe=None, count=None, progress=False, key="data_path", bytes_a_pixel=1):
     """uint8 [N, C, H, W] of all pictures under a folder, in the order of their names.
 
     recipe: a `Recipe` by which each is cut; without one they must be of one size. count: the first so many alone.
-    progress: shows a bar on stderr. key: begins the errors.
+    progress: shows a bar on stderr. key: begins the errors. bytes_a_pixel: as of `npz_images`.
     Raises ValueError, in one line, where there are none or too few, one is of another size or cannot be read, or this
     machine's memory cannot hold them.
     """
@@ -359,7 +360,7 @@ def read_pictures(folder, recipe=None, count=None, progress=False, key="data_pat
     for number, file in enumerate(tqdm(files, desc="pictures", disable=not progress, dynamic_ncols=True)):
         image = _picture(file, expected, whose, recipe, key)
         if pixels is None:
-            _check_memory(where, len(files) * image.size)
+            _check_memory(where, bytes_a_pixel * len(files) * image.size)
             pixels = np.empty((len(files), *image.shape), np.uint8)
             expected = expected or image.shape
         pixels[number] = image
@@ -409,9 +410,9 @@ def _check_picture(picture, where, expected, whose):
         raise _Refused(f"{where} is {list(shape)}, {whose} {list(expected)}; all pictures must have one size")
 
 
-def _check_memory(where, pixels):
-    """ValueError where so many values of images do not fit this machine's memory."""
-    needed, there = BYTES_A_PIXEL * pixels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _check_memory(where, needed):
+    """ValueError where this machine's memory has not so many bytes."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         gib = 2**30
         raise ValueError(f"{where} needs {needed / gib:.1f} GiB of memory, this machine has {there / gib:.1f} GiB")

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 
@@ -238,6 +239,15 @@ def test_pictures_as_they_are_and_the_first_so_many(celeba, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "all.npz")["arr_0"], pixels)
     assert prepare_images("celeba64", folder, tmp_path / "two.npz", count=2) == 2
     assert np.load(tmp_path / "two.npz")["arr_0"].shape == (2, 64, 64, 3)
+
+
+def test_a_set_that_memory_cannot_hold_is_refused_after_its_first_picture(celeba, tmp_path, monkeypatch):
+    """A byte a value is needed for the file, and five for the data of a run."""
+    values = 3 * 3 * 64 * 64
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": values, "SC_PAGE_SIZE": 1}[name])
+    assert read_pictures(celeba[0], RECIPES["celeba64"]).size == values
+    with pytest.raises(ValueError, match="^data_path: .* needs 0.0 GiB of memory, this machine has 0.0 GiB"):
+        load_data("celeba64", celeba[0])
 
 
 def test_prepare_on_the_command_line(celeba, tmp_path, capsys):

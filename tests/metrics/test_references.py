@@ -15,7 +15,7 @@ from hsivi_fast import train
 from hsivi_fast.checkpoints import download
 from hsivi_fast.cli import LONGEST_MESSAGE
 from hsivi_fast.config import PUBLISHED_REFERENCES, PUBLISHED_TEACHERS, load_config, resolved_dict
-from hsivi_fast.metrics.evaluation import ImageMetric, build_metric
+from hsivi_fast.metrics.evaluation import ImageMetric, build_metric, evaluate
 from hsivi_fast.metrics.needed_files import fetch_needed
 from hsivi_fast.metrics.references import load_reference
 from hsivi_fast.training import trainer
@@ -387,6 +387,22 @@ def test_nothing_is_fetched_where_there_is_nothing_to_compare_with(published):
         fetch_needed(load_config("cifar10", overrides), teacher=False, measured=True)
     fetch_needed(load_config("toy2d"), teacher=True, measured=True)
     fetch_needed(load_config("digits"), teacher=True, measured=True)
+
+
+def test_a_run_is_measured_against_a_name_and_goes_on_with_it(tmp_path, cache, network, monkeypatch):
+    """A row of a name is that of the same statistics as a file, and as a pickle."""
+    monkeypatch.setattr(trainer, "write_report", lambda *arguments, **options: None)
+    statistics = {"mu": np.linspace(0, 1, 64), "sigma": np.eye(64)}
+    network[0]["/cifar10-32x32.npz"] = Answer(_npz(tmp_path, **statistics))
+    settings = ["train.steps=2", "eval.num_samples=4", "eval.seeds=1", "eval.ddim_nfe=[3]", "device=cpu"]
+    config = load_config("smoke", [*settings, "eval.reference=cifar10"])
+    rows = [train(config, tmp_path / "run").read_json("results.json") for _ in range(2)]
+    assert rows[0] == rows[1] and len(network[1]) == 1
+    assert "reference: cifar10\n" in (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "statistics.pkl").write_bytes(pickle.dumps({"fid": statistics}, 4))
+    for ref in (None, "cifar10", tmp_path / "made.npz", tmp_path / "statistics.pkl"):
+        row = evaluate(tmp_path / "run", 4, ref=ref)
+        assert row["frechet_distance"] == rows[0][-2]["frechet_distance"] and rows[0][-2]["sampler"] == "hsivi_ema"
 
 
 def test_an_evaluation_says_all_that_is_missing_too(published, monkeypatch, tmp_path, capsys):
