@@ -46,6 +46,16 @@ _EDM_LICENCE = "NVIDIA's, CC BY-NC-SA 4.0: not for commercial use, and nor is wh
 # What has to be said of a teacher's licence where the file is downloaded, and beside what is made of it.
 LICENCES = {name: _EDM_LICENCE for name in PUBLISHED_TEACHERS if name.startswith("edm_")}
 
+# Names that `eval.reference` may have, and where EDM publishes the statistics of these data sets on Inception.
+PUBLISHED_REFERENCES = {
+    "cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz",
+    "ffhq64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/ffhq-64x64.npz",
+    "afhqv2": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/afhqv2-64x64.npz",
+    "imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
+}
+# A name of a file that has no such address: `hsivi prepare` makes it of pictures.
+REFERENCES_TO_MAKE = ("celeba64",)
+
 settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 
@@ -222,7 +232,7 @@ class EvalConfig:
     seeds: _count(1000) = 3
     # The feature network; by default the data set's own, and Inception where it has none.
     metric: Literal["digits", "mnist", "inception"] | None = None
-    # An npz file of reference statistics (mu, sigma) in the place of the data.
+    # In the place of the data: a known name, an address, or a file of statistics (mu, sigma) or of images (arr_0).
     reference: StrictStr | None = None
     # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache.
     inception: StrictStr | None = None
@@ -280,8 +290,8 @@ class Config:
     teacher: TeacherConfig
     nfe: Evaluations
     # Reference images for the metric, and the teacher's training data.
-    data: Literal["digits", "mnist", "images"] | None = None
-    # mnist: a folder of idx files; images: a folder of pictures or an npz file.
+    data: Literal["digits", "mnist", "cifar10", "celeba64", "images"] | None = None
+    # mnist: a folder of idx files; images: a folder of pictures or an npz file; others: see `load_data` in data.py.
     data_path: StrictStr | None = None
     # A trained run, whose student and score network this one starts from instead of the teacher.
     init: StrictStr | None = None
@@ -550,13 +560,19 @@ def _with_absolute_paths(values, folder):
     """
 
     def absolute(key, file):
-        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
-        if os.path.isabs(file) or is_known_name:
+        if os.path.isabs(file) or _is_known_name(key, file):
             return file
         found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
         return str(found[0].resolve()) if found else file
 
     return _with_files(values, absolute)
+
+
+def _is_known_name(key, text):
+    """Whether a text is a name and no path: a file of that name is ./cifar10."""
+    if key == "reference":
+        return text in PUBLISHED_REFERENCES or text in REFERENCES_TO_MAKE
+    return key == "checkpoint" and text in PUBLISHED_TEACHERS
 
 
 def _with_files(values, change):
@@ -585,7 +601,7 @@ def _shipped_file(key, file):
     Any other text as it is.
     """
     path = Path(file)
-    named = file == path.name and file not in PUBLISHED_TEACHERS
+    named = file == path.name and not _is_known_name(key, file)
     elsewhere = path.parts[-3:-1] == ("hsivi_fast", "assets") and not path.exists()
     shipped = ASSETS / path.name
     return str(shipped.resolve()) if (named or elsewhere) and shipped.is_file() else file

@@ -19,6 +19,7 @@ from hsivi_fast.checkpoints.network_pickles import read_array_pickle, read_netwo
 from hsivi_fast.config import CONFIGS, load_config
 from hsivi_fast.data import load_data, read_idx
 from hsivi_fast.metrics.distances import load_statistics
+from hsivi_fast.metrics.references import load_reference
 
 FEW = settings(
     max_examples=40,
@@ -114,6 +115,7 @@ def test_pickles(tmp_path, data):
     (tmp_path / "a.pkl").write_bytes(data)
     _ends_in_a_line(lambda: read_network_pickle(tmp_path / "a.pkl"))
     _ends_in_a_line(lambda: read_array_pickle(tmp_path / "a.pkl"))
+    _ends_in_a_line(lambda: load_reference(tmp_path / "a.pkl"))
 
 
 @FEW
@@ -121,6 +123,7 @@ def test_pickles(tmp_path, data):
 def test_npz_files(tmp_path, data):
     (tmp_path / "a.npz").write_bytes(data)
     _ends_in_a_line(lambda: load_statistics(tmp_path / "a.npz"))
+    _ends_in_a_line(lambda: load_reference(tmp_path / "a.npz"))
     _ends_in_a_line(lambda: load_data("images", str(tmp_path / "a.npz")))
 
 

@@ -70,6 +70,17 @@ def _described(name, parameters, weights):
     return brief(name, 80)
 
 
+def locate_teacher(config, progress=False):
+    """The path of the checkpoint that `config.teacher.checkpoint` names, which is downloaded where that is due.
+
+    progress: shows a bar on stderr. Raises ValueError, in one line, where it is missing or cannot be had.
+    """
+    path = locate_checkpoint(config.teacher.checkpoint, progress)
+    if not path.exists():
+        raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
+    return path
+
+
 def read_teacher(config, network, progress=False):
     """Read the checkpoint that `config.teacher.checkpoint` names into `network`, and return the network.
 
@@ -78,9 +89,7 @@ def read_teacher(config, network, progress=False):
     Raises ValueError, in one line, where it cannot be had or read, or is of another network or another noise than the
     configuration says.
     """
-    path = locate_checkpoint(config.teacher.checkpoint, progress)
-    if not path.exists():
-        raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
+    path = locate_teacher(config, progress)
     checkpoint = read_fetched(path, config.teacher.checkpoint)
     load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
     _check_what_weights_do_not_show(checkpoint, config)
