@@ -123,3 +123,16 @@ def network_arguments(network):
             "or describe one with family, channels, ..."
         )
     return {**NETWORKS.get(name, {}), **given}
+
+
+def all_arguments(network):
+    """`network_arguments` with the defaults of its family in it, those that are None too.
+
+    Raises ValueError as `network_arguments`; the family must be known.
+    """
+    given = network_arguments(network)
+    defaults = {}
+    for name, parameter in inspect.signature(FAMILIES[given["family"]]).parameters.items():
+        if name not in given and parameter.default is not parameter.empty:
+            defaults[name] = parameter.default
+    return given | defaults

@@ -72,6 +72,23 @@ def pixel_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
 
 
+def class_embedding(table, labels, batch):
+    """The rows [B, D] of a table of classes for `labels`, int64 or int32 [B]; None without labels.
+
+    table: nn.Embedding [classes, D], or None for a network without classes.
+    Raises ValueError for labels where there is no table, and for others than one whole number an image. That they lie
+    in 0 .. classes - 1 is for the caller to see to: looking would wait for the device.
+    """
+    if labels is None:
+        return None
+    if table is None:
+        raise ValueError("class_labels: the network has no classes; leave them out")
+    if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+        found = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"class_labels: {found}, expected whole numbers (int64 or int32) of shape {[batch]}")
+    return table(labels)
+
+
 def timestep_frequencies(half, spread, device):
     """Geometric frequencies that fall from 1 by the factor 10000 over `spread` entries: float32 [half]."""
     return torch.exp(torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / spread))
