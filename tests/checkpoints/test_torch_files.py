@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from small_checkpoints import ADM, DDPM, published_file, random_weights, run_config, teacher_has, with_module_prefix
 
 from hsivi_fast.build import load_teacher
+from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.formats import read_checkpoint
 from hsivi_fast.checkpoints.weights import read_weights
 from hsivi_fast.nets import build_unet
@@ -67,6 +68,26 @@ def test_improved_diffusion_has_six_outputs_of_which_three_are_used(tmp_path):
     found = read_checkpoint(tmp_path / "imagenet64.pt").network
     assert {"image_size": 8, **{key: found[key] for key in ADM if key != "image_size"}} == ADM
     assert "image_size" not in found
+
+
+@pytest.mark.parametrize(
+    "changes", [{"classes": 7}, {"scale_shift": False}, {"classes": 7, "scale_shift": False}], ids=str
+)
+def test_classes_and_an_added_embedding_are_told_by_improved_diffusion_s_tensors(tmp_path, changes):
+    network = {**ADM, **changes}
+    weights = random_weights(network)
+    torch.save(weights, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt").network
+    assert found.items() >= {key: value for key, value in network.items() if key != "image_size"}.items()
+    folder = convert_checkpoint(tmp_path / "a.pt", tmp_path / "ours")[0]
+    assert teacher_has(tmp_path, network, folder, weights)
+
+
+def test_a_ddpm_torch_network_may_have_learned_its_variance_too(tmp_path):
+    network = {**DDPM, "out_channels": 6}
+    torch.save({"model": random_weights(network)}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").network.items() >= {"out_channels": 6, "norm_eps": 1e-6}.items()
+    assert teacher_has(tmp_path, network, tmp_path / "a.pt", random_weights(network))
 
 
 class Malicious:
