@@ -123,16 +123,21 @@ def _ddpm_sizes(tensors):
         sizes["middle_attention"] = False
     elif "middle.1.project_in.weight" in tensors and not any(name.startswith("middle.1.norm.") for name in tensors):
         sizes["middle_norm_groups"] = 0
-    outputs, time_channels = tensors["out_conv.2.weight"].shape[0], tensors["embed.0.weight"].shape[0]
-    if outputs != image_channels:
+    outputs, time_channels = _rows(tensors, "out_conv.2.weight"), _rows(tensors, "embed.0.weight")
+    if outputs not in (None, image_channels):
         sizes["out_channels"] = outputs
-    if time_channels != 4 * channels:
+    if time_channels not in (None, 4 * channels):
         sizes["time_channels"] = time_channels
-    if tensors[f"{block}.fc.weight"].shape[0] == 2 * tensors[f"{block}.conv1.weight"].shape[0]:
+    if _rows(tensors, f"{block}.fc.weight") == 2 * channels * multipliers[-1]:
         sizes["scale_shift"] = True
     if "class_embed.weight" in tensors:
-        sizes["classes"] = tensors["class_embed.weight"].shape[0]
+        sizes["classes"] = _rows(tensors, "class_embed.weight")
     return sizes
+
+
+def _rows(tensors, name):
+    """The first size of a tensor, or None where it has none or is not there: loading will name it."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].dim() else None
 
 
 def _adm_sizes(tensors):
@@ -165,10 +170,10 @@ def _adm_sizes(tensors):
         "out_channels": tensors["out.2.weight"].shape[0],
     }
     # What is not as it is by default.
-    if tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == widths[0]:
+    if _rows(tensors, "input_blocks.1.0.emb_layers.1.weight") == widths[0]:
         sizes["scale_shift"] = False
     if "label_emb.weight" in tensors:
-        sizes["classes"] = tensors["label_emb.weight"].shape[0]
+        sizes["classes"] = _rows(tensors, "label_emb.weight")
     return sizes
 
 

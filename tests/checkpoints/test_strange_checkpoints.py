@@ -81,6 +81,23 @@ ANOTHER_NETWORK = {
         _without(OURS, "middle.1.norm.bias"),
         "compared with what its sizes say it lacks middle.1.norm.bias",
     ),
+    "no embedding of a block": (
+        _without(OURS, "upsamples.level_1.0.0.fc.weight"),
+        "compared with what its sizes say it lacks upsamples.level_1.0.0.fc.weight",
+    ),
+    "no output": (
+        _without(OURS, "out_conv.2.weight"),
+        "compared with what its sizes say it lacks out_conv.2.weight",
+    ),
+    "a width of nothing": (_reshaped(OURS, {"embed.0.weight": ()}), "another shape for embed.0.weight ([], expected"),
+    "no classes": (
+        {**OURS, "class_embed.weight": torch.zeros(0, 128)},
+        "its tensor class_embed.weight is empty, [0, 128]",
+    ),
+    "classes of nothing": (
+        {**OURS, "class_embed.weight": torch.tensor(1.0)},
+        "it has unknown class_embed.weight",
+    ),
     "an extra key": ({**OURS, "middle.3.norm1.bias": torch.zeros(64)}, "it has unknown middle.3.norm1.bias"),
     "a name with ..": ({**OURS, "../../middle": torch.zeros(64)}, "it has unknown ../../middle"),
     "a block with ..": ({**IMPROVED, "input_blocks...0.weight": torch.zeros(2)}, "of none of our UNets (time_embed.0"),
