@@ -160,9 +160,9 @@ def in_form_of(config, network):
     where teacher.prediction is not of such a network.
     """
     teacher = config.teacher
-    if getattr(network, "label_dim", 0):
+    if network.classes is not None:
         raise ValueError(
-            f"network.label_dim: {network.label_dim} classes; such networks are converted, and no run has them yet"
+            f"network.classes: {network.classes}; networks with classes are converted, and no run has them yet"
         )
     network.precision, network.timestep_scale = config.precision, teacher.timestep_scale
     if network.takes_sigma != (teacher.prediction == "denoiser"):

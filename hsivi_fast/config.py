@@ -127,18 +127,29 @@ class NetworkConfig:
     res_blocks: _count(16, least=0) | None = None
     # ddpm: true or false a level; adm: downsampling factors; song, dhariwal: resolutions
     attention: Annotated[tuple[StrictBool | _count(4096), ...], Field(max_length=10)] | None = None
+    attention_up: Annotated[tuple[StrictBool, ...], Field(max_length=10)] | None = None  # ddpm
     middle: StrictBool | None = None  # ddpm
+    middle_attention: StrictBool | None = None  # ddpm
+    middle_norm_groups: _count(65_536, least=0) | None = None  # ddpm
+    middle_scale: Annotated[Number, Field(gt=0, le=1000)] | None = None  # ddpm
     heads: _count(1024) | None = None  # adm
-    out_channels: _count(2048) | None = None  # adm
+    up_heads: _count(1024) | None = None  # adm
+    head_channels: Channels | None = None  # ddpm
+    out_channels: _count(2048) | None = None  # ddpm and adm
+    scale_shift: StrictBool | None = None  # ddpm and adm
+    classes: _count(1_000_000) | None = None  # not mlp
+    freq_shift: _count(1, least=0) | None = None  # ddpm
+    cos_first: StrictBool | None = None  # ddpm
+    down_padding: _count(1, least=0) | None = None  # ddpm
+    center_input: StrictBool | None = None  # ddpm
     norm_groups: Channels | None = None
     norm_eps: Annotated[Number, Field(gt=0, le=1)] | None = None
     embedding: Literal["positional", "fourier"] | None = None  # song
     encoder: Literal["standard", "residual"] | None = None  # song
     noise_multiplier: _count(64) | None = None  # song: of the width of the embedding of noise
     resample_filter: Annotated[tuple[Number, ...], Field(min_length=2, max_length=16)] | None = None  # song
-    label_dim: _count(100_000, least=0) | None = None  # song, dhariwal: classes
     layers: _count(256) | None = None  # mlp
-    time_channels: Channels | None = None  # mlp
+    time_channels: Channels | None = None  # ddpm and mlp
 
 
 @settings

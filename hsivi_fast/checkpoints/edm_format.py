@@ -107,7 +107,7 @@ def edm_sizes(tensors):
         raise ValueError("a level narrower than the first")
     noise_channels = tensors["map_layer0.weight"].shape[1]
     if "map_label.weight" in tensors:
-        network["label_dim"] = tensors["map_label.weight"].shape[1]
+        network["classes"] = tensors["map_label.weight"].shape[1]
     if is_song:
         if "map_noise.freqs" in tensors:
             network["embedding"] = "fourier"

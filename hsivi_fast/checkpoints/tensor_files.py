@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ..data import brief
+from .nesting import LARGEST_DEPTH, is_deeply_nested
 
 
 class _Ignored:
@@ -51,10 +52,12 @@ def read_safetensors(path):
 def read_torch(path):
     """Whatever torch.save wrote, with its tensors mapped from the disk where the format allows that.
 
-    No pickled code is run. Raises ValueError where the file holds some or is of another program, and DamagedFile, a
-    ValueError, where it is damaged.
+    No pickled code is run. Raises ValueError where the file holds some, is of another program or would crash torch, and
+    DamagedFile, a ValueError, where it is damaged.
     """
     where = f"checkpoint {str(path)!r}"
+    if is_deeply_nested(path):
+        raise ValueError(f"{where}: nests values more than {LARGEST_DEPTH} deep; no checkpoint does")
     try:
         with (
             open(path, "rb") as file,

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..data import brief
-from ..nets import network_arguments
+from ..nets import all_arguments
 from .download import forget_download, locate_checkpoint
 from .formats import read_checkpoint
-from .sizes import NORMS, TRAINED_RESCALED, known_name
+from .sizes import INVISIBLE, TRAINED_RESCALED, known_name
 from .tensor_files import DamagedFile, refuse_strange_tensors
 
 
@@ -99,20 +99,27 @@ def read_teacher(config, network, progress=False):
 
 def _check_what_weights_do_not_show(checkpoint, config):
     """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
-    network = {**NORMS, **network_arguments(config.network)}
-    network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}
     stated = {key: checkpoint.network[key] for key in checkpoint.stated}
+    if "family" in stated:  # a whole description: what it leaves out is as it is by default
+        stated = all_arguments(stated)
     noise = {key: getattr(config.teacher, key) for key in ("prediction", "betas", "steps", "timestep_scale")}
     for group, configured, trained_with, keys in (
-        ("network", network, stated, ("norm_eps", "norm_groups", "image_size", "heads", "resample_filter")),
+        ("network", all_arguments(config.network), stated, INVISIBLE),
         ("teacher", noise, checkpoint.settings.get("teacher", {}), tuple(noise)),
     ):
         for key in keys:
-            if key in configured and key in trained_with and configured[key] != trained_with[key]:
+            if key in configured and key in trained_with and _differ(configured[key], trained_with[key]):
+                value = "null" if trained_with[key] is None else trained_with[key]
                 raise ValueError(
                     f"{group}.{key}: {configured[key]!r} is not what the teacher {checkpoint.source!r} was trained "
-                    f"with; set {group}.{key}={trained_with[key]}"
+                    f"with; set {group}.{key}={value}"
                 )
+
+
+def _differ(value, other):
+    """Whether two settings differ; a list of a file is a tuple of a configuration."""
+    value, other = (tuple(each) if isinstance(each, list) else each for each in (value, other))
+    return value != other
 
 
 def _check_rescaled_timesteps(checkpoint, teacher):

@@ -75,7 +75,7 @@ NETWORKS = {
         "out_channels": 6,
     },
     "edm_cifar10": _EDM_CIFAR10,
-    "edm_cifar10_cond": {**_EDM_CIFAR10, "label_dim": 10},
+    "edm_cifar10_cond": {**_EDM_CIFAR10, "classes": 10},
     "edm_ffhq64": _EDM_FACES64,
     "edm_afhqv2": _EDM_FACES64,
     "edm_imagenet64": {
@@ -86,7 +86,7 @@ NETWORKS = {
         "multipliers": (1, 2, 3, 4),
         "res_blocks": 3,
         "attention": (32, 16, 8),
-        "label_dim": 1000,
+        "classes": 1000,
     },
     "smoke": {
         "family": "ddpm",
@@ -147,3 +147,16 @@ def network_arguments(network):
             "or describe one with family, channels, ..."
         )
     return {**NETWORKS.get(name, {}), **given}
+
+
+def all_arguments(network):
+    """`network_arguments` with the defaults of its family in it, those that are None too.
+
+    Raises ValueError as `network_arguments`; the family must be known.
+    """
+    given = network_arguments(network)
+    defaults = {}
+    for name, parameter in inspect.signature(FAMILIES[given["family"]]).parameters.items():
+        if name not in given and parameter.default is not parameter.empty:
+            defaults[name] = parameter.default
+    return given | defaults

@@ -29,6 +29,7 @@ class NoisePredictor(nn.Module):
     precision = "fp32"
     channels_last = False
     timestep_scale = 1.0
+    classes = None  # how many a network has whose `predict` takes class labels
     takes_sigma = False  # whether `predict` is shown ln(sigma) / 4 in the place of a timestep, as EDM's networks are
 
     def __init__(self):
@@ -93,6 +94,23 @@ def pixel_attention(q, k, v):
     """Scaled dot-product attention over N pixels; q, k, v are [B, heads, d, N] and so is the result."""
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+
+
+def class_embedding(table, labels, batch):
+    """The rows [B, D] of a table of classes for `labels`, int64 or int32 [B]; None without labels.
+
+    table: nn.Embedding [classes, D], or None for a network without classes.
+    Raises ValueError for labels where there is no table, and for others than one whole number an image. That they lie
+    in 0 .. classes - 1 is for the caller to see to: looking would wait for the device.
+    """
+    if labels is None:
+        return None
+    if table is None:
+        raise ValueError("class_labels: the network has no classes; leave them out")
+    if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+        found = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"class_labels: {found}, expected whole numbers (int64 or int32) of shape {[batch]}")
+    return table(labels)
 
 
 def timestep_frequencies(half, spread, device):

@@ -24,14 +24,14 @@ class EDMUNet(NoisePredictor):
     """What both networks share: the way down `enc`, the way up `dec`, and class labels.
 
     `predict(x [B, C, H, W] float, t = c_noise [B] float, class_labels [B] int or None)` -> [B, C, H, W].
-    Class labels are 0 .. label_dim - 1; a negative one is no class, as None is for all.
+    Class labels are 0 .. classes - 1; a negative one is no class, as None is for all.
     `attention` lists resolutions in pixels, as EDM's attn_resolutions.
     Raises ValueError for sizes that do not fit each other, and for class labels where it has none.
     """
 
     takes_sigma = True
 
-    def __init__(self, image_channels, image_size, multipliers, attention, label_dim):
+    def __init__(self, image_channels, image_size, multipliers, attention, classes):
         super().__init__()
         levels = len(multipliers)
         if image_size % 2 ** (levels - 1):
@@ -43,10 +43,8 @@ class EDMUNet(NoisePredictor):
         for size in attention:
             if size not in sizes:
                 raise ValueError(f"network.attention: {size} is none of the resolutions {', '.join(map(str, sizes))}")
-        if label_dim < 0:
-            raise ValueError(f"network.label_dim: {label_dim} is negative; 0 is for none")
         self.event_shape = (image_channels, image_size, image_size)
-        self.label_dim = label_dim
+        self.classes = classes
         self.sizes = sizes
 
     def _build(self, block, heads, widths, res_blocks, attention, attend_all_up, first=None, residual_taps=None):
@@ -103,14 +101,14 @@ class EDMUNet(NoisePredictor):
         return h
 
     def _labels(self, x, class_labels):
-        """One-hot labels [B, label_dim] as they are embedded, or None for a network without classes."""
-        if not self.label_dim:
+        """One-hot labels [B, classes] as they are embedded, or None for a network without classes."""
+        if not self.classes:
             if class_labels is not None:
                 raise ValueError("class_labels: the network has no classes; leave them out")
             return None
         if class_labels is None:
-            return x.new_zeros(len(x), self.label_dim)
-        return (class_labels[:, None] == torch.arange(self.label_dim, device=x.device)).to(x.dtype)
+            return x.new_zeros(len(x), self.classes)
+        return (class_labels[:, None] == torch.arange(self.classes, device=x.device)).to(x.dtype)
 
 
 class SongUNet(EDMUNet):
@@ -133,10 +131,10 @@ class SongUNet(EDMUNet):
         encoder="standard",
         noise_multiplier=1,
         resample_filter=(1, 1),
-        label_dim=0,
+        classes=None,
         norm_eps=1e-6,
     ):
-        super().__init__(image_channels, image_size, multipliers, attention, label_dim)
+        super().__init__(image_channels, image_size, multipliers, attention, classes)
         for key, value, known in (
             ("embedding", embedding, ("positional", "fourier")),
             ("encoder", encoder, ("standard", "residual")),
@@ -147,8 +145,8 @@ class SongUNet(EDMUNet):
             raise ValueError(f"network.resample_filter: {list(resample_filter)} needs an even number of taps, as 1, 1")
         self.noise_channels, embed_channels = channels * noise_multiplier, 4 * channels
         self.map_noise = FourierFrequencies(self.noise_channels // 2) if embedding == "fourier" else None
-        if label_dim:
-            self.map_label = nn.Linear(label_dim, self.noise_channels)
+        if classes:
+            self.map_label = nn.Linear(classes, self.noise_channels)
         self.map_layer0 = nn.Linear(self.noise_channels, embed_channels)
         self.map_layer1 = nn.Linear(embed_channels, embed_channels)
         block = functools.partial(
@@ -183,7 +181,7 @@ class SongUNet(EDMUNet):
             angles = t[:, None] * timestep_frequencies(half, half - 1, x.device)  # [B, half]
         embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # [B, noise_channels]
         if labels is not None:
-            embedding = embedding + self.map_label(labels * math.sqrt(self.label_dim))  # of unit mean square
+            embedding = embedding + self.map_label(labels * math.sqrt(self.classes))  # of unit mean square
         embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))  # [B, 4 channels]
         h = self._down_and_up(x, embedding)
         place = _place(self.sizes[0])
@@ -204,15 +202,15 @@ class DhariwalUNet(EDMUNet):
         multipliers,
         res_blocks,
         attention,
-        label_dim=0,
+        classes=None,
         norm_eps=1e-5,
     ):
-        super().__init__(image_channels, image_size, multipliers, attention, label_dim)
+        super().__init__(image_channels, image_size, multipliers, attention, classes)
         self.channels, embed_channels = channels, 4 * channels
         self.map_layer0 = nn.Linear(channels, embed_channels)
         self.map_layer1 = nn.Linear(embed_channels, embed_channels)
-        if label_dim:
-            self.map_label = nn.Linear(label_dim, embed_channels, bias=False)
+        if classes:
+            self.map_label = nn.Linear(classes, embed_channels, bias=False)
         block = functools.partial(
             Block, embed_channels=embed_channels, norm_eps=norm_eps, adaptive=True, skip_scale=1.0
         )

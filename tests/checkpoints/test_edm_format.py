@@ -28,9 +28,9 @@ FOURIER = {
 }
 NETWORKS = {
     "ddpmpp": SONG,
-    "classes": {**SONG, "multipliers": [2, 1], "res_blocks": 2, "attention": [8, 4], "label_dim": 10},
+    "classes": {**SONG, "multipliers": [2, 1], "res_blocks": 2, "attention": [8, 4], "classes": 10},
     "ncsnpp": {**SONG, **FOURIER},
-    "adm": {**SONG, "family": "dhariwal", "channels": 32, "multipliers": [2, 1], "attention": [8], "label_dim": 3},
+    "adm": {**SONG, "family": "dhariwal", "channels": 32, "multipliers": [2, 1], "attention": [8], "classes": 3},
 }
 DENOISER = {"teacher": {"prediction": "denoiser"}}
 

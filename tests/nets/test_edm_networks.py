@@ -26,9 +26,9 @@ NCSNPP = {"embedding": "fourier", "encoder": "residual", "noise_multiplier": 2, 
 NOT_OURS = ("resample_filter", "map_augment.weight")  # the settings say the filter; labels of augmentation
 GOLDEN = {
     "edm_song_uncond": SONG,
-    "edm_song_cond": {**SONG, "multipliers": (2, 2, 2), "res_blocks": 2, "label_dim": 10},
+    "edm_song_cond": {**SONG, "multipliers": (2, 2, 2), "res_blocks": 2, "classes": 10},
     "edm_song_ncsnpp": {**SONG, "multipliers": (1, 2, 2), **NCSNPP},
-    "edm_adm_cond": {**ADM, "multipliers": (1, 2, 4), "attention": (8, 4), "label_dim": 10},
+    "edm_adm_cond": {**ADM, "multipliers": (1, 2, 4), "attention": (8, 4), "classes": 10},
 }
 # The parameters of the published networks: of all, and of these the ones that count augmentation labels, which ours
 # have not. EDM's random frequencies are a buffer there and a parameter here.
@@ -130,7 +130,7 @@ def test_it_is_one_graph(name):
 def test_compiled_it_is_the_eager_one():
     """A network of few blocks that has every kind of layer, in the layout that compiled networks have."""
     network = build_unet(
-        {**GOLDEN["edm_song_ncsnpp"], "multipliers": (1, 1), "res_blocks": 0, "attention": (), "label_dim": 10}
+        {**GOLDEN["edm_song_ncsnpp"], "multipliers": (1, 1), "res_blocks": 0, "attention": (), "classes": 10}
     )
     network = fill_by_name(network).requires_grad_(False).in_channels_last()
     golden = {**_published("edm_song_ncsnpp")[1], "class_labels": torch.arange(4)}
@@ -199,7 +199,6 @@ def test_a_teacher_gives_the_noise_of_the_denoiser(name):
         ({**SONG, "channels": 18}, "network.channels: a width of 18 cannot be cut into 4 groups"),
         ({**SONG, "channels": 132}, "network.channels: a width of 132 cannot be cut into 32 groups"),
         ({**SONG, "channels": 2}, "network.channels: a width of 2 cannot be cut"),
-        ({**SONG, "label_dim": -1}, "network.label_dim: -1 is negative"),
         ({**SONG, "embedding": "sine"}, "network.embedding: 'sine' is unknown; choose positional or fourier"),
         ({**SONG, "encoder": "skip"}, "network.encoder: 'skip' is unknown; choose standard or residual"),
         ({**SONG, "resample_filter": (1, 2, 1)}, r"network.resample_filter: \[1, 2, 1\] needs an even number of taps"),
