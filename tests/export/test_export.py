@@ -439,7 +439,7 @@ def test_a_package_reads_both_words_of_a_seed(package):
 
 
 def test_a_run_from_a_unet2dmodel_with_its_defaults_goes_out_in_both_forms(tmp_path):
-    """Heads, classes and the ways of its time embedding reach the sampler that is built again of the files."""
+    """Heads and the ways of its time embedding reach the sampler that is built again of the files."""
     from diffusers import UNet2DModel  # late: as above
 
     torch.manual_seed(3)
@@ -454,7 +454,6 @@ def test_a_run_from_a_unet2dmodel_with_its_defaults_goes_out_in_both_forms(tmp_p
         norm_num_groups=4,
         attention_head_dim=4,
         resnet_time_scale_shift="scale_shift",
-        num_class_embeds=3,
     )
     model.save_pretrained(tmp_path / "model")
     convert_checkpoint(tmp_path / "model", tmp_path / "teacher")
@@ -463,7 +462,7 @@ def test_a_run_from_a_unet2dmodel_with_its_defaults_goes_out_in_both_forms(tmp_p
     run = train(load_config(tmp_path / "teacher" / "run.yaml"), tmp_path / "run")
     folder = export_run(run, "safetensors", tmp_path / "tensors")
     described = json.loads((folder / "config.json").read_text())["network"]
-    assert described.items() >= {"head_channels": 4, "classes": 3, "freq_shift": 0, "middle_norm_groups": 0}.items()
+    assert described.items() >= {"head_channels": 4, "freq_shift": 0, "middle_norm_groups": 0}.items()
     assert torch.equal(to_uint8(load_exported(folder)(SEEDS)), sample(run, SEEDS))
     pipeline = _load_pipeline(export_run(run, "diffusers", tmp_path / "pipeline"))
     assert torch.equal(_drawn(pipeline, seeds=SEEDS), sample(run, SEEDS))
