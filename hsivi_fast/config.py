@@ -111,6 +111,7 @@ BatchSize = _count(100_000)
 Evaluations = _count(10_000)
 Channels = _count(65_536)
 Knots = Annotated[tuple[_count(1_000_000, least=0), ...], Field(max_length=10_001)]  # by hand
+Betas = Annotated[tuple[Number, ...], Field(min_length=2, max_length=1_000_000)]
 Spacing = Literal["quad", "uniform", "angle"] | Knots
 
 
@@ -153,12 +154,21 @@ class NetworkConfig:
 
 
 @settings
+class BetasConfig:
+    """Betas from a start to an end, as diffusers' schedulers have them: see `method.schedule.signal_levels`."""
+
+    kind: Literal["linear", "scaled_linear", "sigmoid"]
+    start: Annotated[Number, Field(gt=0, lt=1)] = 1.0e-4
+    end: Annotated[Number, Field(gt=0, lt=1)] = 0.02
+
+
+@settings
 class TeacherConfig:
     """The frozen teacher and the noise that it was trained with: a checkpoint, or the exact score of a 2-D `target`."""
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
-    betas: Literal["linear", "cosine", "cosine_4000", "edm"] = "linear"
+    betas: Literal["linear", "cosine", "cosine_4000", "edm"] | BetasConfig | Betas = "linear"
     steps: _count(1_000_000, least=2) = 1000
     # What its network predicts: see `method/parametrisation.py`. "denoiser" is EDM's.
     prediction: Literal["epsilon", "x_0", "v", "denoiser"] = "epsilon"
@@ -627,6 +637,9 @@ def _validated(values):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
     if config.teacher.target is not None and config.teacher.prediction != "epsilon":
         raise ValueError(f"teacher.prediction: {config.teacher.prediction!r} is of a checkpoint; a 2-D target has none")
+    if isinstance(config.teacher.betas, tuple) and len(config.teacher.betas) != config.teacher.steps:
+        count, steps = len(config.teacher.betas), config.teacher.steps
+        raise ValueError(f"teacher.betas: {count} of them for teacher.steps={steps}; give one a step")
     if not isinstance(config.spacing, str):
         _check_knots(config)
     for key, value, what in (

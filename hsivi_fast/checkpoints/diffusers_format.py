@@ -80,8 +80,9 @@ _INNER = {
     "to_v": "v",
     "value": "v",
 }
-# diffusers' names of noise schedules and ours.
-_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+# diffusers' kinds of noise schedules that start and end somewhere, and its names of what networks predict and ours.
+_BETWEEN = ("linear", "scaled_linear", "sigmoid")
+_PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
 # diffusers' schedulers of one noise in discrete steps, given by betas. Others have continuous noise or none of betas.
 _DISCRETE = (
     "DDIMInverseScheduler",
@@ -321,7 +322,7 @@ def _is_count(value, largest):
 
 
 def _noise(folder):
-    """{"teacher": {betas, steps}} from the scheduler's configuration, {} where there is none.
+    """{"teacher": {betas, steps, prediction}} from the scheduler's configuration, {} where there is none.
 
     Raises ValueError for a noise that a teacher of ours cannot have.
     """
@@ -348,14 +349,11 @@ def _noise(folder):
         **given,
     }
     needed = {
-        "prediction_type": ("epsilon",),
-        "beta_schedule": tuple(_SCHEDULES),
-        "trained_betas": (None,),
+        "prediction_type": tuple(_PREDICTIONS),
+        "beta_schedule": (*_BETWEEN, "squaredcos_cap_v2"),
         "rescale_betas_zero_snr": (False,),
         "use_flow_sigmas": (False, None),
     }
-    if config["beta_schedule"] == "linear":
-        needed |= {"beta_start": (1e-4,), "beta_end": (0.02,)}
     for key, values in needed.items():
         if config[key] not in values:
             needs = " or ".join(map(repr, values))
@@ -365,7 +363,28 @@ def _noise(folder):
     if not _is_count(steps, _LARGEST_STEPS) or steps < 2:
         value = brief(repr(steps), 80)
         raise ValueError(f"{file}: num_train_timesteps = {value}; expected a whole number from 2 to {_LARGEST_STEPS}")
-    return {"teacher": {"betas": _SCHEDULES[config["beta_schedule"]], "steps": steps}}
+    teacher = {"betas": _betas(config, steps, file), "steps": steps}
+    if config["prediction_type"] != "epsilon":
+        teacher["prediction"] = _PREDICTIONS[config["prediction_type"]]
+    return {"teacher": teacher}
+
+
+def _betas(config, steps, file):
+    """teacher.betas of a scheduler's configuration; ValueError where they are no betas."""
+    given = config["trained_betas"]
+    if given is None and config["beta_schedule"] == "squaredcos_cap_v2":
+        return "cosine"
+    if given is None:
+        betas = {"kind": config["beta_schedule"], "start": config["beta_start"], "end": config["beta_end"]}
+        numbers, key = [betas["start"], betas["end"]], "beta_start, beta_end"
+    else:
+        betas = numbers = given if isinstance(given, list) else []
+        key = "trained_betas"
+    if any(type(number) not in (int, float) or not 0 < number < 1 for number in numbers) or len(numbers) < 2:
+        raise ValueError(f"{file}: {key} = {brief(repr(numbers), 80)}; expected numbers between 0 and 1")
+    if given is not None and len(given) != steps:
+        raise ValueError(f"{file}: trained_betas has {len(given)} of them; num_train_timesteps is {steps}")
+    return "linear" if betas == {"kind": "linear", "start": 1e-4, "end": 0.02} else betas
 
 
 def _our_tensors(file, tensors, network):

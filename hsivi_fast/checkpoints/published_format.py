@@ -131,7 +131,7 @@ def publishable_network(config):
     changes the noise by about 1e-4 of its size, and that code itself does so to ddpm-torch's teachers.
     """
     teacher, network = config.teacher, {**NORMS, **network_arguments(config.network)}
-    if teacher.timestep_scale != 1 or teacher.betas == "cosine_4000":
+    if teacher.timestep_scale != 1 or teacher.betas not in ("linear", "cosine"):
         key = "betas" if teacher.timestep_scale == 1 else "timestep_scale"
         raise ValueError(
             f"teacher.{key}: {getattr(teacher, key)!r} cannot be published, the published code has its own table of "

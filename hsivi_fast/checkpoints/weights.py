@@ -1,5 +1,6 @@
 """Weights from files into networks."""
 
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from ..data import brief
@@ -117,9 +118,10 @@ def _check_what_weights_do_not_show(checkpoint, config):
 
 
 def _differ(value, other):
-    """Whether two settings differ; a list of a file is a tuple of a configuration."""
-    value, other = (tuple(each) if isinstance(each, list) else each for each in (value, other))
-    return value != other
+    """Whether a setting of a configuration is another than that of a file, whose lists and mappings are plain."""
+    if is_dataclass(value):
+        value = asdict(value)
+    return (list(value) if isinstance(value, tuple) else value) != (list(other) if isinstance(other, tuple) else other)
 
 
 def _check_rescaled_timesteps(checkpoint, teacher):

@@ -1,6 +1,7 @@
 """config.json of an export: all that is needed to build the sampler again, as plain values."""
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def describe(config, sampler, step, weights):
         "network": {key: value for key, value in all_arguments(config.network).items() if value is not None},
         "teacher": {
             **source,
-            "betas": teacher.betas,
+            "betas": plain_betas(teacher),
             "steps": teacher.steps,
             "prediction": teacher.prediction,
             "timestep_scale": teacher.timestep_scale,
@@ -48,6 +49,14 @@ def describe(config, sampler, step, weights):
         "seeds": SEEDS,
         "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
     }
+
+
+def plain_betas(teacher):
+    """teacher.betas as JSON has them."""
+    betas = teacher.betas
+    if isinstance(betas, str):
+        return betas
+    return list(betas) if isinstance(betas, tuple) else asdict(betas)
 
 
 def _sample_format(config):

@@ -81,7 +81,7 @@ def write_model_card(folder, description, format, name, results):
         nfe=description["nfe"],
         version=description["hsivi_fast"],
         teacher=f"the exact score of {teacher['target']}" if points else teacher["checkpoint"],
-        betas=teacher["betas"],
+        betas=_title_of(teacher["betas"]),
         steps=teacher["steps"],
         licence=f"; its licence is {LICENCES[teacher['checkpoint']]}" if teacher.get("checkpoint") in LICENCES else "",
         step=run["step"],
@@ -94,6 +94,13 @@ def write_model_card(folder, description, format, name, results):
         use=_use(description, format, name),
     )
     (folder / "README.md").write_text(card)
+
+
+def _title_of(betas):
+    """The kind of betas, in a word."""
+    if isinstance(betas, str):
+        return betas
+    return "its own" if isinstance(betas, list) else f"{betas['kind']} ({betas['start']:g} to {betas['end']:g})"
 
 
 def _table(results):

@@ -1,10 +1,13 @@
 """Noise levels of the teacher and the knots at which a few-step sampler visits them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+# Names of whole schedules, and of kinds that need where they start and end.
 BETAS = ("linear", "cosine", "cosine_4000", "edm")
+BETA_KINDS = ("linear", "scaled_linear", "sigmoid")
 EDM_RHO = 7
 
 
@@ -17,9 +20,19 @@ def signal_levels(betas, steps):
     level of the formula at (t + 1/4) / 1000, where `cosine` in 1000 steps has that at (t + 1) / 1000.
     `edm`: the noise levels of EDM's sampler in as many steps, sigma_t from 0.002 to 80 evenly in sigma^(1/7), with
     alpha_bar = 1 / (1 + sigma^2) (Karras et al. 2022, arXiv 2206.00364, eq. 5); for teachers of every sigma.
-    Raises ValueError for another name, and for `cosine_4000` with another number of steps.
+    {kind, start, end}, a mapping or an object with these: betas between two, as diffusers' schedulers have them.
+    `linear` is even in beta, `scaled_linear` in its square root (Rombach et al. 2022), `sigmoid` one from -6 to 6.
+    A sequence: these betas themselves, one a step.
+    Raises ValueError for another name, for `cosine_4000` with another number of steps, and for betas that are not
+    `steps` numbers between 0 and 1.
     """
-    if betas == "linear":
+    if not isinstance(betas, str):
+        beta = _between(betas, steps) if _has_kind(betas) else np.asarray(betas, dtype=np.float64)
+        if beta.shape != (steps,):
+            raise ValueError(f"teacher.betas: {len(beta)} of them for teacher.steps={steps}; give one a step")
+        if not ((beta > 0) & (beta < 1)).all():
+            raise ValueError("teacher.betas: one of them is not between 0 and 1")
+    elif betas == "linear":
         beta = np.linspace(1e-4, 0.02, steps)
     elif betas == "cosine":
         level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -36,6 +49,24 @@ def signal_levels(betas, steps):
     else:
         raise ValueError(f"teacher.betas: {betas!r} is unknown; choose one of {', '.join(BETAS)}")
     return np.cumprod(1 - beta)
+
+
+def _has_kind(betas):
+    return hasattr(betas, "kind") or isinstance(betas, Mapping)
+
+
+def _between(betas, steps):
+    """The betas of {kind, start, end}, float64 [steps]."""
+    kind, start, end = (
+        betas[key] if isinstance(betas, Mapping) else getattr(betas, key) for key in ("kind", "start", "end")
+    )
+    if kind == "linear":
+        return np.linspace(start, end, steps)
+    if kind == "scaled_linear":
+        return np.linspace(np.sqrt(start), np.sqrt(end), steps) ** 2
+    if kind == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
+    raise ValueError(f"teacher.betas.kind: {kind!r} is unknown; choose one of {', '.join(BETA_KINDS)}")
 
 
 def knots(spacing, nfe, steps, drop_doubles=False, alpha_bar=None):
