@@ -18,6 +18,7 @@ from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config, ObjectiveConfig
 from .execution import Execution
 from .method.layers import Layers, attach_log_gamma
+from .method.parametrisation import noise_coefficients
 from .method.schedule import make_schedule, signal_levels
 from .method.windows import Windows
 from .nets import build_unet
@@ -153,11 +154,24 @@ def _network(config):
 
 
 def in_form_of(config, network):
-    """Give a network the configuration's precision, memory layout and scale of timesteps; returns it.
+    """Give a network the configuration's precision, memory layout, and the way to the noise in x_t; returns it.
 
-    Every network of a run passes here: teacher, student and score network, wherever they are built.
+    Every network of a run passes here: teacher, student and score network, wherever they are built. Raises ValueError
+    where teacher.prediction is not of such a network.
     """
-    network.precision, network.timestep_scale = config.precision, config.teacher.timestep_scale
+    teacher = config.teacher
+    if network.classes is not None:
+        raise ValueError(
+            f"network.classes: {network.classes}; networks with classes are converted, and no run has them yet"
+        )
+    network.precision, network.timestep_scale = config.precision, teacher.timestep_scale
+    if network.takes_sigma != (teacher.prediction == "denoiser"):
+        problem = f"{teacher.prediction!r} is not what the network predicts"
+        kind, wanted = ("one of EDM's", "denoiser") if network.takes_sigma else ("shown timesteps", "epsilon, x_0 or v")
+        raise ValueError(f"teacher.prediction: {problem}, which is {kind}; set teacher.prediction={wanted}")
+    if teacher.prediction != "epsilon":
+        levels = signal_levels(teacher.betas, teacher.steps)
+        network.convert_by(noise_coefficients(teacher.prediction, levels, teacher.timestep_scale))
     return network.in_channels_last() if config.channels_last else network
 
 

@@ -110,7 +110,8 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
 
     CONFIG is a name in configs/ or a YAML file. The names: digits (5 evaluations), digits_nfe1 to
     digits_nfe4, digits_nfe10, digits_long, toy2d, smoke, and mnist, cifar10, celeba64, imagenet64,
-    these four also with _nfe5 and _nfe15 (10 evaluations otherwise).
+    these four also with _nfe5 and _nfe15 (10 evaluations otherwise); edm_cifar10 and edm_ffhq64,
+    also with _nfe5.
     """
     from .config import load_config, resolved_yaml
 
@@ -208,7 +209,10 @@ def sample(run, seeds, outdir, batch, weights, **changes):
 )
 @click.argument("run")
 @click.option("--num-samples", default=50000, show_default=True, help="Images to draw, seeds 0 to this minus 1.")
-@click.option("--ref", help="Reference statistics, npz with mu and sigma; the run's data set by default.")
+@click.option(
+    "--ref",
+    help="In the place of the run's reference: cifar10, ffhq64, afhqv2, imagenet64, an address, or a file.",
+)
 @click.option(
     "--metric",
     type=click.Choice(["digits", "mnist", "inception"]),
@@ -261,6 +265,28 @@ def teacher(config, overrides, outdir, feature_network):
     target = _output_folder(outdir or f"runs/{config.name}_teacher")
     train = train_feature_network if feature_network else train_teacher
     click.echo(f"written: {train(config, target, progress=True)}")
+
+
+@hsivi.command(
+    cls=Command,
+    short_help="Make a data set's images of a folder of pictures.",
+    epilog="hsivi prepare celeba64 img_align_celeba --to celeba64.npz --count 50000",
+)
+@click.argument("name", metavar="SET", type=click.Choice(["celeba64", "celeba64_ddpm_torch", "images"]))
+@click.argument("folder")
+@click.option("--to", "target", required=True, help="A new file, FILE.npz: arr_0, uint8 [N, H, W, C].")
+@click.option("--count", type=click.IntRange(1, 10_000_000), help="The first so many pictures by name; all by default.")
+def prepare(name, folder, target, count):
+    """Write the images of a data set into one file, for data_path or eval.reference.
+
+    SET is celeba64 (of CelebA's aligned pictures, the 128x128 pixels around (89, 121), at 64x64: DDIM's crop, and that
+    of the published statistics), celeba64_ddpm_torch (148x148 pixels from (15, 40), as ddpm-torch trains), or images:
+    pictures of one size, as they are. Of CelebA the training part is taken, which is the pictures up to number 162770.
+    """
+    from .metrics.image_files import prepare_images
+
+    written = prepare_images(name, folder, target, count, progress=_is_main())
+    click.echo(f"{written} images: {target}")
 
 
 @hsivi.command(

@@ -36,7 +36,25 @@ ASSETS = PACKAGE / "assets"
 PUBLISHED_TEACHERS = {
     "cifar10": "https://github.com/tqch/ddpm-torch/releases/download/checkpoints/cifar10_2040.pt",
     "imagenet64": "https://openaipublic.blob.core.windows.net/diffusion/march-2021/imagenet64_uncond_100M_1500K.pt",
+    "edm_cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
+    "edm_cifar10_cond": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl",
+    "edm_ffhq64": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
+    "edm_afhqv2": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-afhqv2-64x64-uncond-vp.pkl",
+    "edm_imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-imagenet-64x64-cond-adm.pkl",
 }
+_EDM_LICENCE = "NVIDIA's, CC BY-NC-SA 4.0: not for commercial use, and nor is what is distilled from it"
+# What has to be said of a teacher's licence where the file is downloaded, and beside what is made of it.
+LICENCES = {name: _EDM_LICENCE for name in PUBLISHED_TEACHERS if name.startswith("edm_")}
+
+# Names that `eval.reference` may have, and where EDM publishes the statistics of these data sets on Inception.
+PUBLISHED_REFERENCES = {
+    "cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz",
+    "ffhq64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/ffhq-64x64.npz",
+    "afhqv2": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/afhqv2-64x64.npz",
+    "imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz",
+}
+# A name of a file that has no such address: `hsivi prepare` makes it of pictures.
+REFERENCES_TO_MAKE = ("celeba64",)
 
 settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -93,6 +111,7 @@ BatchSize = _count(100_000)
 Evaluations = _count(10_000)
 Channels = _count(65_536)
 Knots = Annotated[tuple[_count(1_000_000, least=0), ...], Field(max_length=10_001)]  # by hand
+Betas = Annotated[tuple[Number, ...], Field(min_length=2, max_length=1_000_000)]
 Spacing = Literal["quad", "uniform", "angle"] | Knots
 
 
@@ -101,21 +120,46 @@ class NetworkConfig:
     """The noise-prediction network: a `name` known to `nets`, or a `family` with its sizes, or both (overrides)."""
 
     name: StrictStr | None = None
-    family: Literal["ddpm", "adm", "mlp"] | None = None
+    family: Literal["ddpm", "adm", "mlp", "song", "dhariwal"] | None = None
     image_channels: _count(1024) | None = None
     image_size: _count(4096) | None = None
     channels: Channels | None = None
     multipliers: Annotated[tuple[_count(64), ...], Field(min_length=1, max_length=10)] | None = None
     res_blocks: _count(16, least=0) | None = None
-    # ddpm: true or false a level; adm: downsampling factors
+    # ddpm: true or false a level; adm: downsampling factors; song, dhariwal: resolutions
     attention: Annotated[tuple[StrictBool | _count(4096), ...], Field(max_length=10)] | None = None
+    attention_up: Annotated[tuple[StrictBool, ...], Field(max_length=10)] | None = None  # ddpm
     middle: StrictBool | None = None  # ddpm
+    middle_attention: StrictBool | None = None  # ddpm
+    middle_norm_groups: _count(65_536, least=0) | None = None  # ddpm
+    middle_scale: Annotated[Number, Field(gt=0, le=1000)] | None = None  # ddpm
     heads: _count(1024) | None = None  # adm
-    out_channels: _count(2048) | None = None  # adm
+    up_heads: _count(1024) | None = None  # adm
+    head_channels: Channels | None = None  # ddpm
+    out_channels: _count(2048) | None = None  # ddpm and adm
+    scale_shift: StrictBool | None = None  # ddpm and adm
+    classes: _count(1_000_000) | None = None  # not mlp
+    freq_shift: _count(1, least=0) | None = None  # ddpm
+    cos_first: StrictBool | None = None  # ddpm
+    down_padding: _count(1, least=0) | None = None  # ddpm
+    center_input: StrictBool | None = None  # ddpm
     norm_groups: Channels | None = None
     norm_eps: Annotated[Number, Field(gt=0, le=1)] | None = None
+    embedding: Literal["positional", "fourier"] | None = None  # song
+    encoder: Literal["standard", "residual"] | None = None  # song
+    noise_multiplier: _count(64) | None = None  # song: of the width of the embedding of noise
+    resample_filter: Annotated[tuple[Number, ...], Field(min_length=2, max_length=16)] | None = None  # song
     layers: _count(256) | None = None  # mlp
-    time_channels: Channels | None = None  # mlp
+    time_channels: Channels | None = None  # ddpm and mlp
+
+
+@settings
+class BetasConfig:
+    """Betas from a start to an end, as diffusers' schedulers have them: see `method.schedule.signal_levels`."""
+
+    kind: Literal["linear", "scaled_linear", "sigmoid"]
+    start: Annotated[Number, Field(gt=0, lt=1)] = 1.0e-4
+    end: Annotated[Number, Field(gt=0, lt=1)] = 0.02
 
 
 @settings
@@ -124,8 +168,10 @@ class TeacherConfig:
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
-    betas: Literal["linear", "cosine", "cosine_4000"] = "linear"
+    betas: Literal["linear", "cosine", "cosine_4000", "edm"] | BetasConfig | Betas = "linear"
     steps: _count(1_000_000, least=2) = 1000
+    # What its network predicts: see `method/parametrisation.py`. "denoiser" is EDM's.
+    prediction: Literal["epsilon", "x_0", "v", "denoiser"] = "epsilon"
     # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
     timestep_scale: Positive = 1.0
 
@@ -207,7 +253,7 @@ class EvalConfig:
     seeds: _count(1000) = 3
     # The feature network; by default the data set's own, and Inception where it has none.
     metric: Literal["digits", "mnist", "inception"] | None = None
-    # An npz file of reference statistics (mu, sigma) in the place of the data.
+    # In the place of the data: a known name, an address, or a file of statistics (mu, sigma) or of images (arr_0).
     reference: StrictStr | None = None
     # torch-fidelity's weights of Inception; otherwise they are looked for in torch's cache.
     inception: StrictStr | None = None
@@ -265,8 +311,8 @@ class Config:
     teacher: TeacherConfig
     nfe: Evaluations
     # Reference images for the metric, and the teacher's training data.
-    data: Literal["digits", "mnist", "images"] | None = None
-    # mnist: a folder of idx files; images: a folder of pictures or an npz file.
+    data: Literal["digits", "mnist", "cifar10", "celeba64", "images"] | None = None
+    # mnist: a folder of idx files; images: a folder of pictures or an npz file; others: see `load_data` in data.py.
     data_path: StrictStr | None = None
     # A trained run, whose student and score network this one starts from instead of the teacher.
     init: StrictStr | None = None
@@ -535,13 +581,19 @@ def _with_absolute_paths(values, folder):
     """
 
     def absolute(key, file):
-        is_known_name = key == "checkpoint" and file in PUBLISHED_TEACHERS  # a file of that name is ./cifar10
-        if os.path.isabs(file) or is_known_name:
+        if os.path.isabs(file) or _is_known_name(key, file):
             return file
         found = [base / file for base in (folder, Path.cwd(), ASSETS) if (base / file).exists()]
         return str(found[0].resolve()) if found else file
 
     return _with_files(values, absolute)
+
+
+def _is_known_name(key, text):
+    """Whether a text is a name and no path: a file of that name is ./cifar10."""
+    if key == "reference":
+        return text in PUBLISHED_REFERENCES or text in REFERENCES_TO_MAKE
+    return key == "checkpoint" and text in PUBLISHED_TEACHERS
 
 
 def _with_files(values, change):
@@ -570,7 +622,7 @@ def _shipped_file(key, file):
     Any other text as it is.
     """
     path = Path(file)
-    named = file == path.name and file not in PUBLISHED_TEACHERS
+    named = file == path.name and not _is_known_name(key, file)
     elsewhere = path.parts[-3:-1] == ("hsivi_fast", "assets") and not path.exists()
     shipped = ASSETS / path.name
     return str(shipped.resolve()) if (named or elsewhere) and shipped.is_file() else file
@@ -583,6 +635,11 @@ def _validated(values):
         raise ValueError(_first_problem(error)) from None
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
+    if config.teacher.target is not None and config.teacher.prediction != "epsilon":
+        raise ValueError(f"teacher.prediction: {config.teacher.prediction!r} is of a checkpoint; a 2-D target has none")
+    if isinstance(config.teacher.betas, tuple) and len(config.teacher.betas) != config.teacher.steps:
+        count, steps = len(config.teacher.betas), config.teacher.steps
+        raise ValueError(f"teacher.betas: {count} of them for teacher.steps={steps}; give one a step")
     if not isinstance(config.spacing, str):
         _check_knots(config)
     for key, value, what in (

@@ -1,12 +1,18 @@
 """Data sets: for teachers, feature networks and reference statistics. The distillation itself uses none.
 
 Files come from anywhere. So only regular files are opened, and what a header promises is held against limits before it
-is read. `regular_file`, `brief` and the two functions for npz files serve the rooms above as well.
+is read. `regular_file`, `brief`, the functions for npz files, and the cache's folder and locks serve the rooms above as
+well.
 """
 
+import contextlib
+import fcntl
 import gzip
+import http.client
 import math
 import os
+import shutil
+import socket
 import struct
 import warnings
 import zipfile
@@ -17,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the name says: of others PIL would start programs
@@ -27,6 +34,8 @@ LARGEST_IDX = 2**28  # bytes; MNIST's 60,000 images have 47 million
 NPZ_ARRAYS = 1000  # at most in a file
 BOMB_BYTES, BOMB_RATIO = 2**28, 100  # an array that is larger, and was packed by more, is no honest one
 BYTES_A_PIXEL = 5  # in memory: as it is read, and as float32
+CACHE_VARIABLE = "HSIVI_CACHE"
+PATIENCE = 30  # seconds without an answer after which a download is given up
 
 
 @dataclass(frozen=True)
@@ -41,32 +50,86 @@ class DataSet:
     levels: int
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How the pictures of a data set become its images: a square is cut out of each and made smaller, bilinearly.
+
+    width, height: of the pictures; left, top, side: the square, in pixels; size: the images' side. last: the number of
+    the last picture that belongs to the training part; pictures with higher numbers for names are left out.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    side: int
+    size: int
+    last: int
+
+
+# CelebA's aligned pictures have 178 x 218 pixels, and the first 162,770 are its training part. DDIM (Song et al. 2020)
+# takes the 128 x 128 pixels around (89, 121), as do PNDM, U-ViT and Analytic-DPM's statistics, which the published
+# HSIVI code names. ddpm-torch cuts out another square.
+RECIPES = {
+    "celeba64": Recipe(178, 218, left=25, top=57, side=128, size=64, last=162_770),
+    "celeba64_ddpm_torch": Recipe(178, 218, left=15, top=40, side=148, size=64, last=162_770),
+}
+
+
+class MissingFile(ValueError):
+    """A file that is not there and cannot be had: where it is to be had, where it belongs, and why it is missing.
+
+    address: as it may be shown; file: a path.
+    """
+
+    def __init__(self, message, address, file, reason):
+        super().__init__(message)
+        self.address, self.file, self.reason = address, Path(file), reason
+
+
 def load_data(name, path=None):
     """Load a data set by name.
 
     "digits": the 1,797 real 8x8 digits of scikit-learn's load_digits, with 17 grey levels.
     "mnist": the idx files in the folder `path`, packed with gzip or not. Two black pixels around its 28x28 digits make
     them 32x32. These are the training images where they are there, otherwise the test images.
+    "cifar10": the 50,000 training images of torchvision's CIFAR10, see `fetch_cifar10`.
+    "celeba64": `path` is the folder of CelebA's aligned pictures (img_align_celeba), of which the training part is cut
+    as `RECIPES` says, or an npz file that `hsivi prepare` wrote of them.
     "images": `path` is a folder of pictures of one size, or an npz file of uint8 [N, H, W, C] or [N, C, H, W].
     Raises ValueError for an unknown name, a missing path, what cannot be read, and what this machine's memory cannot
     hold.
     """
     if name == "digits":
         return _digits()
-    if name not in ("mnist", "images"):
-        raise ValueError(f"data: {name!r} is unknown; choose digits, mnist or images")
-    if path is None:
-        place = "a folder of idx files" if name == "mnist" else "a folder of pictures or an npz file"
-        raise ValueError(f"data_path: missing; data={name} is read from {place}, say data_path=FOLDER")
-    if not Path(path).exists():
+    if name not in PLACES:
+        raise ValueError(f"data: {name!r} is unknown; choose digits, {', '.join(list(PLACES)[:-1])} or images")
+    if path is None and name != "cifar10":
+        raise ValueError(f"data_path: missing; data={name} is read from {PLACES[name]}, say data_path=FOLDER")
+    if path is not None and not Path(path).exists():
         raise ValueError(f"data_path: {str(path)!r} is not there")
     if name == "mnist":
         return _mnist(Path(path))
-    pixels = _folder(Path(path)) if Path(path).is_dir() else _npz(Path(path))
+    if name == "cifar10":
+        pictures = fetch_cifar10(path)
+        return DataSet(_scaled(pictures.data.transpose(0, 3, 1, 2)), np.array(pictures.targets, np.int64), levels=256)
+    if Path(path).is_dir():
+        pixels = read_pictures(path, RECIPES.get(name), bytes_a_pixel=BYTES_A_PIXEL)
+    else:
+        pixels = npz_images(path, f"data_path: {str(path)!r}", IMAGES_OF.get(name), BYTES_A_PIXEL)
     return DataSet(_scaled(pixels), None, levels=256)
 
 
-IMAGES_OF = {"digits": (1, 8, 8), "mnist": (1, 32, 32)}  # [C, H, W] of the data sets that have one size
+# What each data set but the digits is read from.
+PLACES = {
+    "mnist": "a folder of idx files",
+    "cifar10": "a folder with cifar-10-batches-py in it",
+    "celeba64": "the folder of CelebA's aligned pictures, or an npz file that `hsivi prepare celeba64` wrote of them",
+    "images": "a folder of pictures or an npz file",
+}
+
+# [C, H, W] of the data sets that have one size.
+IMAGES_OF = {"digits": (1, 8, 8), "mnist": (1, 32, 32), "cifar10": (3, 32, 32), "celeba64": (3, 64, 64)}
 
 
 def check_image_size(config, event_shape):
@@ -82,8 +145,82 @@ def check_image_size(config, event_shape):
 
 
 def has_data(config):
-    """Whether a run's data set can be loaded: it comes with the package, or the run says where it is."""
-    return config.data == "digits" or config.data_path is not None
+    """Whether a run's data set can be loaded: it comes with the package or by itself, or the run says where it is."""
+    return config.data in ("digits", "cifar10") or config.data_path is not None
+
+
+def fetch_cifar10(path=None):
+    """torchvision's CIFAR10 of the training images: `data` is uint8 [50000, 32, 32, 3], `targets` a list of labels.
+
+    path: the folder that holds cifar-10-batches-py, or that folder itself. Without it the set is in the cache, where
+    torchvision downloads it to, or unpacks an archive that was put there by hand. It knows the sum of each file, and
+    opens none with another one.
+    Raises ValueError, in one line, where there is no whole set at `path`, and `MissingFile` where it cannot be
+    downloaded: what was not there before is deleted again.
+    """
+    from torchvision.datasets import CIFAR10  # here: it takes a second, and few runs read CIFAR-10
+
+    if path is not None:
+        root = Path(path).parent if Path(path).name == CIFAR10.base_folder else Path(path)
+        try:
+            return CIFAR10(root)
+        except RuntimeError:
+            raise ValueError(
+                f"data_path: {str(path)!r} holds no whole {CIFAR10.base_folder}; give the folder in which "
+                f"{CIFAR10.filename} was unpacked, or leave data_path out"
+            ) from None
+    folder = cache_folder() / "cifar10"
+    archive, unpacked = folder / CIFAR10.filename, folder / CIFAR10.base_folder
+    with held_in_cache(archive), _patience():
+        new = [place for place in (archive, unpacked) if not place.exists()]
+        try:
+            pictures = CIFAR10(folder, download=True)
+            new = []
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = brief(getattr(error, "reason", error))
+            raise MissingFile(
+                f"data: cifar10 cannot be downloaded from {CIFAR10.url} ({reason}); "
+                f"put {CIFAR10.filename} into {folder} by hand",
+                CIFAR10.url,
+                archive,
+                reason,
+            ) from None
+        finally:
+            for place in new:
+                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    return pictures
+
+
+@contextlib.contextmanager
+def _patience():
+    """Let no connection of the block wait longer than `PATIENCE` for an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def cache_folder(fallback=None):
+    """Where files of this machine are kept: $HSIVI_CACHE, or else `fallback`, or torch's own cache of checkpoints."""
+    return Path(os.environ.get(CACHE_VARIABLE) or fallback or Path(torch.hub.get_dir()) / "checkpoints")
+
+
+@contextlib.contextmanager
+def held_in_cache(file):
+    """Hold a file of the cache for one process; ValueError where the cache cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.with_name(f"{file.name}.lock"), "w")
+    except OSError as error:
+        raise ValueError(
+            f"cache {str(file.parent)!r}: cannot be written ({error.strerror or error}); "
+            f"set {CACHE_VARIABLE} to another folder"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _digits():
@@ -174,9 +311,12 @@ def _idx_content(stream):
     return shape, IDX_TYPES[kind], data
 
 
-def _npz(path):
-    """uint8 [N, C, H, W] of an npz file: `arr_0` if it is there, else the one array of that kind."""
-    where = f"data_path: {str(path)!r}"
+def npz_images(path, where, expected=None, bytes_a_pixel=1):
+    """uint8 [N, C, H, W] of an npz file: `arr_0` if it is there, else the one array of that kind.
+
+    where: begins the ValueError for what is none; expected: [C, H, W] that the images must have, or None for any.
+    bytes_a_pixel: those that the caller will take of this machine's memory; ValueError where it has not so many.
+    """
     arrays = npz_arrays(path, where, "images")
     fitting = [name for name, (shape, dtype) in arrays.items() if dtype == np.uint8 and len(shape) == 4]
     name = "arr_0" if "arr_0" in arrays else fitting[0] if len(fitting) == 1 else None
@@ -189,34 +329,61 @@ def _npz(path):
         raise ValueError(
             f"{where} holds {dtype} {list(shape)} as {name}, expected uint8 [N, H, W, C] or [N, C, H, W], N at least 1"
         )
-    _check_memory(where, math.prod(shape))
+    _check_memory(where, bytes_a_pixel * math.prod(shape))
     array = read_npz_array(path, name, where)
-    return array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
+    array = array.transpose(0, 3, 1, 2) if array.shape[3] in (1, 3) else array
+    if expected is not None and array.shape[1:] != expected:
+        raise ValueError(f"{where} holds images {list(array.shape[1:])}, expected {list(expected)}")
+    return array
 
 
-def _folder(folder):
-    """uint8 [N, C, H, W] of all pictures under a folder, in the order of their names."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and not file.is_dir())
+def read_pictures(folder, recipe=None, count=None, progress=False, key="data_path", bytes_a_pixel=1):
+    """uint8 [N, C, H, W] of all pictures under a folder, in the order of their names.
+
+    recipe: a `Recipe` by which each is cut; without one they must be of one size. count: the first so many alone.
+    progress: shows a bar on stderr. key: begins the errors. bytes_a_pixel: as of `npz_images`.
+    Raises ValueError, in one line, where there are none or too few, one is of another size or cannot be read, or this
+    machine's memory cannot hold them.
+    """
+    where = f"{key}: {str(folder)!r}"
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURES and not file.is_dir())
+    if recipe is not None:
+        files = [file for file in files if not file.stem.isdecimal() or int(file.stem) <= recipe.last]
     if not files:
-        raise ValueError(f"data_path: {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURES))})")
-    images = []
-    for file in files:
-        images.append(_picture(file, files[0], images[0].shape if images else None))
-        if len(images) == 1:
-            _check_memory(f"data_path: {str(folder)!r}", len(files) * images[0].size)
-    return np.stack(images)
+        raise ValueError(f"{where} holds no pictures ({', '.join(sorted(PICTURES))})")
+    if count is not None and count > len(files):
+        raise ValueError(f"{where} holds {len(files)} pictures, and {count} were asked for")
+    files, pixels = files[:count], None
+    expected, whose = None, f"{str(files[0])!r} is"
+    if recipe is not None:
+        expected, whose = (3, recipe.height, recipe.width), "CelebA's aligned pictures are"
+    for number, file in enumerate(tqdm(files, desc="pictures", disable=not progress, dynamic_ncols=True)):
+        image = _picture(file, expected, whose, recipe, key)
+        if pixels is None:
+            _check_memory(where, bytes_a_pixel * len(files) * image.size)
+            pixels = np.empty((len(files), *image.shape), np.uint8)
+            expected = expected or image.shape
+        pixels[number] = image
+    return pixels
 
 
-def _picture(file, first, expected):
-    """uint8 [C, H, W] of a picture; expected: that shape of the picture `first`, or None before it is known."""
-    where = f"data_path: {str(file)!r}"
+def _picture(file, expected, whose, recipe, key):
+    """uint8 [C, H, W] of a picture, cut by a recipe if there is one.
+
+    expected: the shape [C, H, W] that it must have, or None for any, and `whose` that is, for the error.
+    """
+    where = f"{key}: {str(file)!r}"
     regular_file(file, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of what is refused below or does not matter here
             with Image.open(file, formats=PICTURE_FORMATS) as picture:
-                _check_picture(picture, where, first, expected)
-                pixels = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+                _check_picture(picture, where, expected, whose)
+                picture = picture if picture.mode == "L" else picture.convert("RGB")
+                if recipe is not None:
+                    square = (recipe.left, recipe.top, recipe.left + recipe.side, recipe.top + recipe.side)
+                    picture = picture.crop(square).resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)
+                pixels = np.asarray(picture)
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # damaged, of another format, a bomb: PIL raises many kinds
@@ -228,7 +395,7 @@ class _Refused(Exception):
     """Why a picture that can be read is not taken."""
 
 
-def _check_picture(picture, where, first, expected):
+def _check_picture(picture, where, expected, whose):
     """Refuse a picture by its header, before its pixels are read."""
     width, height = picture.size
     shape = (1 if picture.mode == "L" else 3, height, width)
@@ -240,12 +407,12 @@ def _check_picture(picture, where, first, expected):
     if picture.mode not in PLAIN_MODES or "16" in str(raw):
         raise _Refused(f"{where} has more than 8 bits a channel (mode {picture.mode}); save it with 8")
     if expected is not None and shape != expected:
-        raise _Refused(f"{where} is {list(shape)}, {str(first)!r} is {list(expected)}; all pictures must have one size")
+        raise _Refused(f"{where} is {list(shape)}, {whose} {list(expected)}; all pictures must have one size")
 
 
-def _check_memory(where, pixels):
-    """ValueError where so many values of images do not fit this machine's memory."""
-    needed, there = BYTES_A_PIXEL * pixels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _check_memory(where, needed):
+    """ValueError where this machine's memory has not so many bytes."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         gib = 2**30
         raise ValueError(f"{where} needs {needed / gib:.1f} GiB of memory, this machine has {there / gib:.1f} GiB")

@@ -55,6 +55,7 @@ LONGEST_FIRST = [
     "test_faults.py",
     "test_kernels.py",
     "test_nets.py",
+    "test_edm_networks.py",
     "test_operators.py",
     "test_parity.py",
     "test_evaluation.py",

@@ -171,7 +171,7 @@ def test_help_has_an_example_and_starts_at_once(hsivi):
     start = time.perf_counter()
     assert hsivi_process("--help").returncode == 0
     assert time.perf_counter() - start < 3
-    for command in ("train", "sample", "eval", "teacher", "convert", "export", "report"):
+    for command in ("train", "sample", "eval", "prepare", "teacher", "convert", "export", "report"):
         done = hsivi(command, "--help")
         assert done.returncode == 0 and f"Example:\n  hsivi {command} " in done.stdout
 

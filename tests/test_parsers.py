@@ -3,19 +3,23 @@
 import gzip
 import io
 import json
+import pickle
 import struct
 import warnings
 
 import numpy as np
+import nvlabs_pickles
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
 from hsivi_fast.checkpoints.formats import read_checkpoint
+from hsivi_fast.checkpoints.network_pickles import read_array_pickle, read_network_pickle
 from hsivi_fast.config import CONFIGS, load_config
 from hsivi_fast.data import load_data, read_idx
 from hsivi_fast.metrics.distances import load_statistics
+from hsivi_fast.metrics.references import load_reference
 
 FEW = settings(
     max_examples=40,
@@ -46,6 +50,10 @@ WHOLE = {
         _torch_file({"ema": WEIGHTS}),
     ],
     "npz": [_npz_file(mu=np.zeros(2), sigma=np.eye(2)), _npz_file(arr_0=np.zeros((2, 4, 4, 1), np.uint8))],
+    "pickle": [
+        *(nvlabs_pickles.pickled(nvlabs_pickles.snapshot(nvlabs_pickles.network()), protocol) for protocol in (3, 4)),
+        *(pickle.dumps({"fid": {"mu": np.zeros(2), "sigma": np.eye(2)}}, protocol) for protocol in (4, 5)),
+    ],
     "idx": [data := struct.pack(">HBBIII", 0, 8, 3, 2, 4, 4) + bytes(32), gzip.compress(data)],
     "config": [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))[:4]],
 }
@@ -102,10 +110,20 @@ def test_what_a_safetensors_file_says_of_itself(tmp_path, value, key):
 
 
 @FEW
+@given(altered("pickle"))
+def test_pickles(tmp_path, data):
+    (tmp_path / "a.pkl").write_bytes(data)
+    _ends_in_a_line(lambda: read_network_pickle(tmp_path / "a.pkl"))
+    _ends_in_a_line(lambda: read_array_pickle(tmp_path / "a.pkl"))
+    _ends_in_a_line(lambda: load_reference(tmp_path / "a.pkl"))
+
+
+@FEW
 @given(altered("npz"))
 def test_npz_files(tmp_path, data):
     (tmp_path / "a.npz").write_bytes(data)
     _ends_in_a_line(lambda: load_statistics(tmp_path / "a.npz"))
+    _ends_in_a_line(lambda: load_reference(tmp_path / "a.npz"))
     _ends_in_a_line(lambda: load_data("images", str(tmp_path / "a.npz")))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hsivi_fast.config import load_config
+from hsivi_fast.config import PUBLISHED_REFERENCES, REFERENCES_TO_MAKE, load_config
 
 SHARED = {"steps": 200000, "f_learning_times": 20, "warmup": 2500, "clip": 1.0, "ema": 0.999}
 # Batch, betas, spacing, rule, rates of student and score network at 10 and 15 layers, and at 5.
@@ -11,6 +11,14 @@ PUBLISHED = {
     "celeba64": (128, "linear", "quad", "cosine", (1e-5, 5e-5), (1e-6, 5e-6)),
     "imagenet64": (2048, "cosine", "uniform", "cosine", (1e-5, 5e-5), (1e-6, 5e-6)),
 }
+
+
+@pytest.mark.parametrize("nfe", [5, 10, 15])
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_a_config_names_its_reference_and_is_measured_on_inception(data, nfe):
+    config = load_config(data if nfe == 10 else f"{data}_nfe{nfe}")
+    assert config.eval.reference == data and config.eval.metric == "inception"
+    assert data in PUBLISHED_REFERENCES or data in REFERENCES_TO_MAKE
 
 
 @pytest.mark.parametrize("nfe", [5, 10, 15])

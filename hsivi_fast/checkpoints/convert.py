@@ -12,7 +12,7 @@ from .download import locate_checkpoint
 from .files import as_written, make_folder, write_atomically, write_tensors, written_beside
 from .published_format import LOG_GAMMA, publishable_network, published_content
 from .run_folder import RunFolder
-from .sizes import TRAINED_RESCALED, known_name, what_ours_has_not
+from .sizes import IMAGENET64_270M, TRAINED_RESCALED, known_name, what_ours_has_not
 from .tensor_files import refuse_strange_tensors
 from .weights import read_fetched, read_teacher, weights_difference
 
@@ -23,6 +23,11 @@ _RESCALED = (
     "betas=cosine with steps=4000 and timestep_scale=0.25. betas=cosine with 1000 steps is the published HSIVI code's",
     "table: 0.75 of a step too noisy for such a teacher, sigma at tau_0 is 2.05 times too large.",
 )
+# The noise of networks that are known by their sizes, where it is another than linear in 1000 steps.
+_USUAL_NOISE = {
+    "imagenet64": {"betas": "cosine", "steps": 1000},
+    IMAGENET64_270M: {"betas": "cosine", "steps": 4000},  # its timesteps were not rescaled
+}
 
 
 def convert_checkpoint(source, to, step=None):
@@ -79,7 +84,8 @@ def _check_networks(checkpoint):
         raise ValueError(f"{where}: its tensors are of none of our UNets ({some}, ...)")
     described = dict(checkpoint.network)
     described.setdefault("image_size", 2 ** (len(described.get("multipliers", ())) - 1))  # no weight has its size
-    described.setdefault("norm_groups", 1)
+    if described["family"] in ("ddpm", "adm"):
+        described.setdefault("norm_groups", 1)
     try:
         with torch.device("meta"):
             expected = dict(build_unet(described).named_parameters())
@@ -100,14 +106,17 @@ def _network_yaml(checkpoint):
     name = known_name(checkpoint.network)
     settings = dict(checkpoint.settings)
     noise = settings.pop("teacher", None)
+    is_denoiser = (noise or {}).get("prediction") == "denoiser"
     guessed = [f"network.{key}" for key in checkpoint.assumed if key in checkpoint.network]
     missing = [f"network.{key}" for key in checkpoint.assumed if key not in checkpoint.network]
     rescaled = name in TRAINED_RESCALED
     if not noise and name != "imagenet64" and rescaled:
         noise = {"betas": "cosine_4000", "steps": 1000}
+    if is_denoiser:  # it knows every noise: the usual one is a choice, and no guess
+        noise = {"betas": "linear", "steps": 1000, **noise}
     if not noise:
         guessed += ["teacher.betas", "teacher.steps"]
-        noise = {"betas": "cosine" if name == "imagenet64" else "linear", "steps": 1000}
+        noise = _USUAL_NOISE.get(name, {"betas": "linear", "steps": 1000})
     if "student" in checkpoint.tensors:  # it belongs to the layers of its run
         missing += [key for key in ("nfe", "spacing", "eta") if key not in settings]
 
@@ -116,6 +125,8 @@ def _network_yaml(checkpoint):
         lines.append(f"Its sizes are those of the network {name}.")
     if rescaled:
         lines += _RESCALED
+    if is_denoiser:
+        lines.append("It is a denoiser D(x; sigma), which takes any noise: teacher.betas is a choice.")
     if guessed:
         usual = f"usual for {name}" if name else "usual"
         lines.append(f"The file does not say {', '.join(guessed)}: what stands here is {usual}; check it.")

@@ -6,6 +6,7 @@ import re
 import torch
 
 from ..data import brief, regular_file
+from ..nets import all_arguments
 from .checkpoint import Checkpoint
 from .tensor_files import is_named_tensors, read_safetensors, read_torch
 
@@ -35,27 +36,25 @@ _DEFAULTS = {
     "class_embed_type": None,
     "num_class_embeds": None,
 }
-# The values with which it is our DDPM UNet.
+# The values with which it can be our DDPM UNet.
 _NEEDED = {
-    "center_input_sample": (False,),
+    "center_input_sample": (False, True),
     "time_embedding_type": ("positional",),
-    "freq_shift": (1,),
-    "flip_sin_to_cos": (False,),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "downsample_padding": (0,),
+    "freq_shift": (0, 1),
+    "flip_sin_to_cos": (False, True),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_padding": (0, 1),
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
     "act_fn": ("silu", "swish"),
-    "resnet_time_scale_shift": ("default",),
-    "add_attention": (True,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "add_attention": (True, False),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 _BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
 # The keys that are whole numbers, and the largest that any network has by far.
 _COUNTS = {"in_channels": 64, "out_channels": 64, "layers_per_block": 32, "norm_num_groups": 4096}
-_LARGEST_WIDTH, _LARGEST_SIZE = 2**14, 2**14
+_LARGEST_WIDTH, _LARGEST_SIZE, _LARGEST_CLASSES, _LARGEST_SCALE = 2**14, 2**14, 10**6, 1000
 _STEM, _ENDINGS = "diffusion_pytorch_model", ("safetensors", "bin")
 _WEIGHT_FILES = tuple(f"{_STEM}.{ending}" for ending in _ENDINGS)
 _LARGEST_JSON = 2**24  # bytes
@@ -64,6 +63,7 @@ _OUTER = {
     "conv_in": "in_conv",
     "time_embedding.linear_1": "embed.0",
     "time_embedding.linear_2": "embed.2",
+    "class_embedding": "class_embed",
     "conv_norm_out": "out_conv.0",
     "conv_out": "out_conv.2",
 }
@@ -80,8 +80,9 @@ _INNER = {
     "to_v": "v",
     "value": "v",
 }
-# diffusers' names of noise schedules and ours.
-_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+# diffusers' kinds of noise schedules that start and end somewhere, and its names of what networks predict and ours.
+_BETWEEN = ("linear", "scaled_linear", "sigmoid")
+_PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
 # diffusers' schedulers of one noise in discrete steps, given by betas. Others have continuous noise or none of betas.
 _DISCRETE = (
     "DDIMInverseScheduler",
@@ -218,7 +219,10 @@ def _read_json(file):
 
 
 def _network(folder, config):
-    """Our description of a UNet2DModel; ValueError that names the first key with which it is none of ours."""
+    """Our description of a UNet2DModel, without settings that are as they are by default.
+
+    Raises ValueError that names the first key with which it is none of ours.
+    """
     where = f"checkpoint {str(folder)!r}: its config.json"
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"{where} is of a {brief(config.get('_class_name'), 80)}, only UNet2DModel can be read")
@@ -245,20 +249,32 @@ def _network(folder, config):
         if len(config[key]) != len(widths) or any(kind not in types for kind in config[key]):
             refuse(key, f"{len(widths)} of {' and '.join(types)}")
     attention = [kind.startswith("Attn") for kind in config["down_block_types"]]
-    if [kind.startswith("Attn") for kind in reversed(config["up_block_types"])] != attention:
-        refuse("up_block_types", "attention at the same levels as down_block_types")
+    attention_up = [kind.startswith("Attn") for kind in reversed(config["up_block_types"])]
     if any(width % channels for width in widths):
         refuse("block_out_channels", "multiples of the first")
-    attended = {width for width, has_attention in zip(widths, attention) if has_attention}
-    attended.add(widths[-1])  # in the middle
-    if config["attention_head_dim"] is not None and attended != {config["attention_head_dim"]}:
-        refuse("attention_head_dim", f"null, one head over all {' or '.join(map(str, sorted(attended)))} channels")
-    if config["time_embedding_dim"] not in (None, 4 * channels):
-        refuse("time_embedding_dim", f"{4 * channels}, four times the first width")
-    if config["out_channels"] != config["in_channels"]:
-        refuse("out_channels", f"{config['in_channels']}, as many as in_channels")
-    if config["attn_norm_num_groups"] not in (None, config["norm_num_groups"]):
-        refuse("attn_norm_num_groups", f"{config['norm_num_groups']}, as norm_num_groups")
+    middle = config["mid_block_type"] is not None
+    middle_attention = middle and bool(config["add_attention"])
+    attended = {width for width, *has_attention in zip(widths, attention, attention_up) if any(has_attention)}
+    attended |= {widths[-1]} if middle_attention else set()
+    head = config["attention_head_dim"]
+    if head is not None and not (_is_count(head, _LARGEST_WIDTH) and all(width % head == 0 for width in attended)):
+        refuse("attention_head_dim", f"null, or a divisor of {' and '.join(map(str, sorted(attended)))} channels")
+    time_channels = config["time_embedding_dim"] or 4 * channels
+    if not _is_count(time_channels, 4 * _LARGEST_WIDTH):
+        refuse("time_embedding_dim", f"null, or a whole number from 1 to {4 * _LARGEST_WIDTH}")
+    if config["out_channels"] not in (config["in_channels"], 2 * config["in_channels"]):
+        refuse("out_channels", f"{config['in_channels']}, as many as in_channels, or twice as many")
+    if config["num_class_embeds"] is not None and not _is_count(config["num_class_embeds"], _LARGEST_CLASSES):
+        refuse("num_class_embeds", f"null, or a whole number from 1 to {_LARGEST_CLASSES}")
+    scale = config["mid_block_scale_factor"]
+    if type(scale) not in (int, float) or not 0 < scale <= _LARGEST_SCALE:
+        refuse("mid_block_scale_factor", f"a number above 0, up to {_LARGEST_SCALE}")
+    scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
+    groups = config["attn_norm_num_groups"]  # of the middle alone, which is without a norm where nobody asks for one
+    if groups is None:
+        groups = 0 if scale_shift else config["norm_num_groups"]
+    elif not _is_count(groups, _COUNTS["norm_num_groups"]):
+        refuse("attn_norm_num_groups", f"null, or a whole number from 1 to {_COUNTS['norm_num_groups']}")
     size = config["sample_size"]
     if isinstance(size, list):
         if len(size) != 2 or size[0] != size[1]:
@@ -276,10 +292,27 @@ def _network(folder, config):
         "multipliers": [width // channels for width in widths],
         "res_blocks": config["layers_per_block"],
         "attention": attention,
-        "middle": True,
+        "middle": middle,
         "norm_groups": config["norm_num_groups"],
         "norm_eps": config["norm_eps"],
     }
+    others = {
+        "out_channels": config["out_channels"] if config["out_channels"] != config["in_channels"] else None,
+        "attention_up": attention_up if attention_up != attention else None,
+        "head_channels": head if attended - {head} else None,
+        "middle_attention": middle_attention or not middle,
+        "middle_norm_groups": groups if middle_attention and groups != config["norm_num_groups"] else None,
+        "middle_scale": float(scale) if middle else 1.0,
+        "scale_shift": scale_shift,
+        "time_channels": time_channels if time_channels != 4 * channels else None,
+        "classes": config["num_class_embeds"],
+        "freq_shift": int(config["freq_shift"]),
+        "cos_first": bool(config["flip_sin_to_cos"]),
+        "down_padding": int(config["downsample_padding"]),
+        "center_input": bool(config["center_input_sample"]),
+    }
+    usual = all_arguments({"family": "ddpm"})
+    network |= {key: value for key, value in others.items() if value != usual[key]}
     return {key: value for key, value in network.items() if value is not None}
 
 
@@ -289,7 +322,7 @@ def _is_count(value, largest):
 
 
 def _noise(folder):
-    """{"teacher": {betas, steps}} from the scheduler's configuration, {} where there is none.
+    """{"teacher": {betas, steps, prediction}} from the scheduler's configuration, {} where there is none.
 
     Raises ValueError for a noise that a teacher of ours cannot have.
     """
@@ -316,14 +349,11 @@ def _noise(folder):
         **given,
     }
     needed = {
-        "prediction_type": ("epsilon",),
-        "beta_schedule": tuple(_SCHEDULES),
-        "trained_betas": (None,),
+        "prediction_type": tuple(_PREDICTIONS),
+        "beta_schedule": (*_BETWEEN, "squaredcos_cap_v2"),
         "rescale_betas_zero_snr": (False,),
         "use_flow_sigmas": (False, None),
     }
-    if config["beta_schedule"] == "linear":
-        needed |= {"beta_start": (1e-4,), "beta_end": (0.02,)}
     for key, values in needed.items():
         if config[key] not in values:
             needs = " or ".join(map(repr, values))
@@ -333,7 +363,28 @@ def _noise(folder):
     if not _is_count(steps, _LARGEST_STEPS) or steps < 2:
         value = brief(repr(steps), 80)
         raise ValueError(f"{file}: num_train_timesteps = {value}; expected a whole number from 2 to {_LARGEST_STEPS}")
-    return {"teacher": {"betas": _SCHEDULES[config["beta_schedule"]], "steps": steps}}
+    teacher = {"betas": _betas(config, steps, file), "steps": steps}
+    if config["prediction_type"] != "epsilon":
+        teacher["prediction"] = _PREDICTIONS[config["prediction_type"]]
+    return {"teacher": teacher}
+
+
+def _betas(config, steps, file):
+    """teacher.betas of a scheduler's configuration; ValueError where they are no betas."""
+    given = config["trained_betas"]
+    if given is None and config["beta_schedule"] == "squaredcos_cap_v2":
+        return "cosine"
+    if given is None:
+        betas = {"kind": config["beta_schedule"], "start": config["beta_start"], "end": config["beta_end"]}
+        numbers, key = [betas["start"], betas["end"]], "beta_start, beta_end"
+    else:
+        betas = numbers = given if isinstance(given, list) else []
+        key = "trained_betas"
+    if any(type(number) not in (int, float) or not 0 < number < 1 for number in numbers) or len(numbers) < 2:
+        raise ValueError(f"{file}: {key} = {brief(repr(numbers), 80)}; expected numbers between 0 and 1")
+    if given is not None and len(given) != steps:
+        raise ValueError(f"{file}: trained_betas has {len(given)} of them; num_train_timesteps is {steps}")
+    return "linear" if betas == {"kind": "linear", "start": 1e-4, "end": 0.02} else betas
 
 
 def _our_tensors(file, tensors, network):
@@ -370,7 +421,8 @@ def _our_place(module, network):
     match = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", module)
     if match:
         kind, index, inner = match.groups()
-        index = 1 if kind == "attentions" else 2 * int(index)
+        between = network.get("middle_attention", True)  # attention stands between the two residual blocks
+        index = 1 if kind == "attentions" else (1 + between) * int(index)
         return f"middle.{index}", _INNER.get(inner, inner)
     kinds = "resnets|attentions|downsamplers|upsamplers"
     match = re.fullmatch(rf"(down|up)_blocks\.(\d+)\.({kinds})\.(\d+)\.(.+)", module)
@@ -384,7 +436,8 @@ def _our_place(module, network):
     if kind in ("downsamplers", "upsamplers"):
         blocks = network["res_blocks"] + (way == "up")  # before the change of resolution
         return (f"{stage}.{blocks}.1", "") if inner == "conv" else (None, None)
-    if network["attention"][level]:
+    attention = network["attention"] if way == "down" else network.get("attention_up", network["attention"])
+    if attention[level]:
         index = f"{index}.1" if kind == "attentions" else f"{index}.0"
     return f"{stage}.{index}", _INNER.get(inner, inner)
 

@@ -1,30 +1,24 @@
-"""Checkpoints from the network, once: a name or an address becomes a file in the cache.
+"""Checkpoints and reference statistics from the network, once: a name or an address becomes a file in the cache.
 
 Its sum is checked at every use.
 """
 
 import base64
-import contextlib
-import fcntl
 import hashlib
 import http.client
-import os
 import re
 import sys
 import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import torch
 from tqdm import tqdm
 
-from ..config import PUBLISHED_TEACHERS, without_password
-from ..data import brief, regular_file
+from ..config import LICENCES, PUBLISHED_REFERENCES, PUBLISHED_TEACHERS, REFERENCES_TO_MAKE, without_password
+from ..data import PATIENCE, MissingFile, brief, cache_folder, held_in_cache, regular_file
 from .files import file_sha256, write_atomically
 
-CACHE_VARIABLE = "HSIVI_CACHE"
 _BYTES_AT_ONCE = 1 << 20
-_TIMEOUT = 30  # seconds without an answer
 _DOWNLOADED = "# downloaded by hsivi"  # a line of FILE.sha256: the file may be deleted and fetched again
 
 
@@ -38,6 +32,27 @@ def locate_checkpoint(text, progress=False):
     return Path(text)
 
 
+def locate_reference(text, progress=False):
+    """The path of a reference that a configuration or a command names; it may be missing where it is a path.
+
+    A file is taken as it is. A name of `PUBLISHED_REFERENCES` or an address is fetched, with the errors of
+    `fetch_checkpoint`. A name of `REFERENCES_TO_MAKE` is a file of the cache; ValueError where it is not there says how
+    it is made.
+    """
+    text = str(text)
+    if text in PUBLISHED_REFERENCES or _is_address(text):
+        return _fetch("reference", PUBLISHED_REFERENCES, text, progress)
+    if text not in REFERENCES_TO_MAKE:
+        return Path(text)
+    file = cache_folder() / f"{text}.npz"
+    if not file.is_file():
+        raise ValueError(
+            f"reference {text!r}: has no address to be fetched from; make it of CelebA's aligned pictures with "
+            f"`hsivi prepare {text} FOLDER --to {file}`, or say eval.reference=FILE"
+        )
+    return file
+
+
 def fetch_checkpoint(name_or_url, progress=False):
     """The local path of a checkpoint, which is downloaded where it is not there yet.
 
@@ -48,71 +63,70 @@ def fetch_checkpoint(name_or_url, progress=False):
     not. `progress` shows a bar on stderr. A user and password in the address, USER:PASSWORD@HOST, are sent to that host
     alone and shown in no message.
 
-    Raises ValueError, in one line, for an unknown name, for a file that cannot be had, which says where to put it by
-    hand, and for a wrong sum, which says both sums.
+    Raises ValueError, in one line, for an unknown name, for a file that cannot be had (`MissingFile`), which says where
+    to put it by hand, and for a wrong sum, which says both sums.
     """
-    address = PUBLISHED_TEACHERS.get(name_or_url, name_or_url)
-    if not _is_address(address):
-        raise ValueError(
-            f"checkpoint {without_password(name_or_url)!r}: neither a known name ({', '.join(PUBLISHED_TEACHERS)}) "
-            "nor an http, https or file address"
-        )
-    address, _, fragment = address.partition("#")
-    expected = _sum_in(fragment, name_or_url)
-    _check_address(address)
-    file = cache_folder() / _file_name(address)
-    with _locked(file):  # several processes of a machine may want it at the same time
-        if file.is_file():
-            _check_cached(file, expected)
-        else:
-            _download(address, file, expected, progress)
+    return _fetch("checkpoint", PUBLISHED_TEACHERS, name_or_url, progress)
+
+
+def fetch_file(address, file, start_of_sum, what, progress=False):
+    """Download a file to its place, unless it is there already; returns the place.
+
+    start_of_sum: the first hexadecimal digits of its sha256; what: begins the errors, which are `fetch_checkpoint`'s.
+    """
+    file = Path(file)
+    if not file.is_file():
+        with held_in_cache(file):
+            if not file.is_file():
+                _download(what, address, file, start_of_sum, progress)
     return file
 
 
-def cache_folder(fallback=None):
-    """Where files of this machine are kept: $HSIVI_CACHE, or else `fallback`, or torch's own cache of checkpoints."""
-    return Path(os.environ.get(CACHE_VARIABLE) or fallback or Path(torch.hub.get_dir()) / "checkpoints")
+def _fetch(what, known, name_or_url, progress):
+    """`fetch_checkpoint` of something else too; what: begins the errors; known: {name: address}."""
+    address = known.get(name_or_url, name_or_url)
+    if not _is_address(address):
+        raise ValueError(
+            f"{what} {without_password(name_or_url)!r}: neither a known name ({', '.join(known)}) "
+            "nor an http, https or file address"
+        )
+    address, _, fragment = address.partition("#")
+    expected = _sum_in(what, fragment, name_or_url)
+    _check_address(what, address)
+    file = cache_folder() / _file_name(address)
+    with held_in_cache(file):  # several processes of a machine may want it at the same time
+        if file.is_file():
+            _check_cached(what, file, expected)
+        else:
+            _download(what, address, file, expected, progress)
+            if name_or_url in LICENCES:
+                print(f"{file.name}: its licence is {LICENCES[name_or_url]}", file=sys.stderr)
+    return file
 
 
 def _is_address(text):
     return text.startswith(("http://", "https://", "file://"))
 
 
-def _sum_in(fragment, address):
+def _sum_in(what, fragment, address):
     if not fragment:
         return None
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
         address = without_password(address)
-        raise ValueError(f"checkpoint {address!r}: what follows # must be sha256= and 64 hexadecimal digits")
+        raise ValueError(f"{what} {address!r}: what follows # must be sha256= and 64 hexadecimal digits")
     return match[1].lower()
 
 
 def _file_name(address):
     """A known file keeps its name; others start with digits of their address's sum, since two may end alike."""
     name = PurePosixPath(unquote(urlsplit(address).path)).name or "checkpoint"
-    if address in PUBLISHED_TEACHERS.values():
+    if address in (*PUBLISHED_TEACHERS.values(), *PUBLISHED_REFERENCES.values()):
         return name
     return f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{name}"
 
 
-@contextlib.contextmanager
-def _locked(file):
-    """Hold a file of the cache for one process; ValueError where the cache cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file.with_name(f"{file.name}.lock"), "w")
-    except OSError as error:
-        raise ValueError(
-            f"cache {str(file.parent)!r}: cannot be written ({error.strerror or error}); "
-            f"set {CACHE_VARIABLE} to another folder"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _check_cached(file, expected):
+def _check_cached(what, file, expected):
     """Compare a file's sum with the expected one or, where that is None, with the one of its first use."""
     found, wanted = file_sha256(file), expected or _recorded_sum(file)
     if wanted is None:
@@ -120,7 +134,7 @@ def _check_cached(file, expected):
     elif found != wanted:
         since = "" if expected else " as at its first use"
         raise ValueError(
-            f"checkpoint {str(file)!r}: its sha256 is {found}, expected {wanted}{since}; "
+            f"{what} {str(file)!r}: its sha256 is {found}, expected {wanted}{since}; "
             f"delete it and {_sum_file(file).name} to have it downloaded again"
         )
 
@@ -148,13 +162,13 @@ def _recorded_sum(file):
     return words[0] if words else None
 
 
-def _check_address(address):
+def _check_address(what, address):
     """ValueError where an address cannot be taken apart."""
     try:
         urlsplit(address).port  # noqa: B018, it is what raises for a port that is no number
     except ValueError as error:
         shown = without_password(address)
-        raise ValueError(f"checkpoint {shown}: is no address ({without_password(brief(error))})") from None
+        raise ValueError(f"{what} {shown}: is no address ({without_password(brief(error))})") from None
 
 
 def _request(address):
@@ -170,13 +184,16 @@ def _request(address):
     return request
 
 
-def _download(address, file, expected, progress):
+def _download(what, address, file, expected, progress):
+    """Fetch a file to its place, with its sum beside it; expected: its sum or the start of it, or None."""
     unfinished, digest = file.with_name(f"{file.name}.part"), hashlib.sha256()
     shown = without_password(address)
     if address.startswith("file://") and Path(local := unquote(urlsplit(address).path)).exists():
-        regular_file(local, f"checkpoint {shown}")
+        regular_file(local, f"{what} {shown}")
     try:
-        with urllib.request.urlopen(_request(address), timeout=_TIMEOUT) as answer, open(unfinished, "wb") as out:
+        with urllib.request.urlopen(_request(address), timeout=PATIENCE) as answer, open(unfinished, "wb") as out:
+            if answer.headers.get_content_type() == "text/html":  # of a login, or of what has moved
+                raise OSError("the answer is a web page and not a file")
             stated = answer.headers.get("Content-Length") or ""
             size = int(stated) if stated.isdecimal() else 0
             with tqdm(
@@ -195,17 +212,17 @@ def _download(address, file, expected, progress):
             if size and out.tell() != size:
                 raise OSError(f"the answer ended after {out.tell()} of {size} bytes")
         found = digest.hexdigest()
-        if expected and found != expected:
+        if expected and not found.startswith(expected):
             raise ValueError(
-                f"checkpoint {shown}: what was downloaded has the sha256 {found}, expected {expected}; it was deleted"
+                f"{what} {shown}: what was downloaded has the sha256 {found}, expected {expected}; it was deleted"
             )
         _record_sum(file, found, downloaded=True)
         unfinished.replace(file)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"checkpoint {shown}: cannot be downloaded ({without_password(brief(reason))}); "
-            f"put the file at {file} by hand"
+        reason = without_password(brief(reason))
+        raise MissingFile(
+            f"{what} {shown}: cannot be downloaded ({reason}); put the file at {file} by hand", shown, file, reason
         ) from None
     finally:
         unfinished.unlink(missing_ok=True)

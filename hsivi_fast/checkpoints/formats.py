@@ -1,6 +1,7 @@
 """Which format a checkpoint has, told by its content, and one way to read them all.
 
-The formats are our own safetensors, ddpm-torch's, improved-diffusion's, diffusers' and the published HSIVI code's.
+The formats are our own safetensors, ddpm-torch's, improved-diffusion's, diffusers', EDM's and the published HSIVI
+code's.
 """
 
 import json
@@ -9,12 +10,21 @@ from pathlib import Path
 from ..data import brief, regular_file
 from .checkpoint import Checkpoint, checked_statements
 from .diffusers_format import read_diffusers
+from .edm_format import edm_checkpoint, is_edm, read_edm_pickle
 from .published_format import read_published
 from .sizes import describe_network, family_of, known_name
-from .tensor_files import DamagedFile, is_named_tensors, read_safetensors, read_torch, without_module_prefix
+from .tensor_files import (
+    DamagedFile,
+    is_named_tensors,
+    is_of_nvlabs,
+    read_safetensors,
+    read_torch,
+    without_module_prefix,
+)
 
 READABLE = (
-    "ours (safetensors), ddpm-torch, improved-diffusion, a diffusers UNet2DModel folder, the published HSIVI code's"
+    "ours (safetensors), ddpm-torch, improved-diffusion, EDM (NVlabs), a diffusers UNet2DModel folder, "
+    "the published HSIVI code's"
 )
 DDPM_TORCH_EPS = 1e-6  # of ddpm-torch's normalisations, and so of the cifar10 and celeba64 teachers that it trained
 
@@ -33,6 +43,8 @@ def read_checkpoint(path):
     if start[8:] == b"{":  # eight bytes of a length, then JSON
         content, metadata = read_safetensors(path)
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # torch's archive, or its format before 1.6
+        if is_of_nvlabs(path):
+            return read_edm_pickle(path)
         content, metadata = read_torch(path), None
     else:
         raise DamagedFile(
@@ -62,6 +74,9 @@ def _recognise(path, content, metadata):
                     f"{where}: has diffusers' weights without their config.json; give the folder that holds both"
                 )
             return read_diffusers(path.parent)
+        if is_edm(without_module_prefix(content)):
+            stated, settings = _statements(path, metadata or {})
+            return edm_checkpoint(path, "EDM's weights", without_module_prefix(content), stated, settings)
         family = family_of(without_module_prefix(content))
         if family or metadata is not None:  # a safetensors file may hold any network of ours, a classifier too
             formats = {"ddpm": "a DDPM UNet's weights", "adm": "improved-diffusion's", None: "a safetensors file"}

@@ -6,9 +6,9 @@ import torch
 
 from ..config import resolved_dict
 from ..data import brief
-from ..nets import NETWORKS, network_arguments
+from ..nets import all_arguments, network_arguments
 from .checkpoint import Checkpoint, checked_statements
-from .sizes import NORMS, describe_network, known_name
+from .sizes import ASKED, INVISIBLE, NORMS, describe_network, known_name
 from .tensor_files import without_module_prefix
 
 LOG_GAMMA = "log_scaled_gamma"
@@ -127,31 +127,40 @@ def publishable_network(config):
     """The full description of a run's network.
 
     Raises ValueError where the published code has no network of its kind. It also raises where that code's network has
-    other groups, heads or noise: its file would not show them. Another norm_eps is a warning: it changes the noise by
-    about 1e-4 of its size, and that code itself does so to ddpm-torch's teachers.
+    another noise, or other groups, heads or settings that its file would not show. Another norm_eps is a warning: it
+    changes the noise by about 1e-4 of its size, and that code itself does so to ddpm-torch's teachers.
     """
     teacher, network = config.teacher, {**NORMS, **network_arguments(config.network)}
-    if teacher.timestep_scale != 1 or teacher.betas == "cosine_4000":
+    if teacher.timestep_scale != 1 or teacher.betas not in ("linear", "cosine"):
         key = "betas" if teacher.timestep_scale == 1 else "timestep_scale"
         raise ValueError(
             f"teacher.{key}: {getattr(teacher, key)!r} cannot be published, the published code has its own table of "
             "noise for 1000 steps and would load the file without a word"
         )
-    if network["family"] == "mlp":
-        raise ValueError("network.family: 'mlp' has no place in the published code's layout, which holds UNets")
+    if network["family"] not in ("ddpm", "adm"):
+        family = network["family"]
+        raise ValueError(f"network.family: {family!r} has no place in the published code's layout, which has two UNets")
+    if teacher.prediction != "epsilon":
+        raise ValueError(
+            f"teacher.prediction: {teacher.prediction!r} cannot be published, the published code's networks predict "
+            "the noise"
+        )
     network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}
     if network["family"] == "ddpm":
         network.setdefault("middle", True)
     name = known_name(network)
-    if name not in _PUBLISHED_NETWORKS:
-        return network
-    published = {**NORMS, **NETWORKS[name]}
-    for key in ("norm_groups", "heads"):
-        if network.get(key) != published.get(key):
+    known = name in _PUBLISHED_NETWORKS
+    ours, published = all_arguments(network), all_arguments(name if known else {"family": network["family"]})
+    whose = f"{name} network has" if known else "networks have"
+    for key in INVISIBLE:
+        may_differ = ("image_size", "norm_eps") if known else ASKED
+        if key not in may_differ and ours.get(key) != published.get(key):
             raise ValueError(
-                f"network.{key}: {network[key]!r} cannot be published, the published code's {name} network has "
-                f"{published[key]!r} and would load the file without a word"
+                f"network.{key}: {ours[key]!r} cannot be published, the published code's {whose} {published[key]!r} "
+                "and would load the file without a word"
             )
+    if not known:
+        return network
     if network["norm_eps"] != NORMS["norm_eps"]:
         warnings.warn(
             f"network.norm_eps: the run has {network['norm_eps']:g}, the published code runs its {name} network with "

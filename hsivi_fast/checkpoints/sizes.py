@@ -3,16 +3,35 @@
 import inspect
 import re
 
-from ..nets import FAMILIES, NETWORKS
+from ..nets import FAMILIES, NETWORKS, all_arguments
 
-INVISIBLE = ("image_size", "norm_groups", "norm_eps", "heads")  # settings of a UNet that its weights do not show
+# Settings of a UNet that its weights do not show. In a file that does not describe itself, those after the first four
+# are what they are by default.
+ASKED = ("norm_eps", "norm_groups", "image_size", "heads")
+INVISIBLE = (
+    *ASKED,
+    *("up_heads", "head_channels", "middle_norm_groups", "middle_scale"),
+    *("freq_shift", "cos_first", "down_padding", "center_input", "resample_filter"),
+)
 # `build_unet`'s values, and the published HSIVI code's. Only diffusers' and our own files say them.
 NORMS = {"norm_groups": 32, "norm_eps": 1e-5}
-# Networks that are known by their sizes: ours, and one of improved-diffusion's that no configuration here has.
+# Networks that are known by their sizes: ours, and those of improved-diffusion's that no configuration here has.
 CIFAR10_50M = "improved-diffusion's cifar10_uncond_50M_500K"
+IMAGENET64_270M = "improved-diffusion's imagenet64_cond_270M_250K"
+LSUN_100M = "improved-diffusion's lsun_uncond_100M"
 _KNOWN = {
     **NETWORKS,
     CIFAR10_50M: {**NETWORKS["imagenet64"], "image_size": 32, "multipliers": (1, 2, 2, 2), "attention": (2, 4)},
+    IMAGENET64_270M: {**NETWORKS["imagenet64"], "channels": 192, "classes": 1000},
+    LSUN_100M: {
+        **NETWORKS["imagenet64"],
+        "image_size": 256,
+        "multipliers": (1, 1, 2, 2, 4, 4),
+        "res_blocks": 2,
+        "attention": (16,),
+        "heads": 1,
+        "scale_shift": False,
+    },
 }
 # Of these, the ones that improved-diffusion trained with 4000 steps of the cosine schedule and rescaled timesteps: the
 # network was shown t / 4, so 0 .. 999.75.
@@ -39,7 +58,7 @@ def describe_network(tensors, stated):
         return dict(stated) or None, ()
     usual = {**_USUAL, **_KNOWN.get(known_name(sizes), {})}  # a network known by its sizes has its other settings too
     settings = inspect.signature(FAMILIES[family]).parameters
-    assumed = tuple(key for key in settings if key not in sizes and key not in stated)
+    assumed = tuple(key for key in settings if key in ASKED and key not in sizes and key not in stated)
     for key in ("norm_groups", "heads"):
         if sizes["channels"] % usual[key]:
             del usual[key]  # it cannot be that
@@ -61,7 +80,7 @@ def known_name(description):
     for name, network in _KNOWN.items():
         if network["family"] != description.get("family"):
             continue
-        complete = {"middle": True, **network} if network["family"] == "ddpm" else network
+        complete = all_arguments(network)
         if all(_as_list(complete.get(key)) == value for key, value in visible.items()):
             return name
     return None
@@ -76,16 +95,19 @@ def _ddpm_sizes(tensors):
     if not channels or not image_channels:
         raise ValueError("empty")
     levels = {name.split(".")[1] for name in tensors if name.startswith("upsamples.")}
-    multipliers, attention = [], []
+    multipliers, attention_up = [], []
     for level in range(len(levels)):
         stage = f"upsamples.level_{level}.0"
-        attention.append(f"{stage}.0.conv1.weight" in tensors)
-        block = f"{stage}.0" if attention[-1] else stage
+        attention_up.append(f"{stage}.0.conv1.weight" in tensors)
+        block = f"{stage}.0" if attention_up[-1] else stage
         multipliers.append(tensors[f"{block}.conv1.weight"].shape[0] // channels)
     if not multipliers or not min(multipliers):
         raise ValueError("a level narrower than the first")
     blocks_up = {name.split(".")[2] for name in tensors if name.startswith("upsamples.level_0.")}
-    return {
+    attention = attention_up
+    if len(blocks_up) > 1:
+        attention = [f"downsamples.level_{level}.0.0.conv1.weight" in tensors for level in range(len(levels))]
+    sizes = {
         "family": "ddpm",
         "image_channels": image_channels,
         "channels": channels,
@@ -94,6 +116,28 @@ def _ddpm_sizes(tensors):
         "attention": attention,
         "middle": "middle.0.conv1.weight" in tensors,
     }
+    # What is not as it is by default.
+    if attention_up != attention:
+        sizes["attention_up"] = attention_up
+    if "middle.1.conv1.weight" in tensors:
+        sizes["middle_attention"] = False
+    elif "middle.1.project_in.weight" in tensors and not any(name.startswith("middle.1.norm.") for name in tensors):
+        sizes["middle_norm_groups"] = 0
+    outputs, time_channels = _rows(tensors, "out_conv.2.weight"), _rows(tensors, "embed.0.weight")
+    if outputs not in (None, image_channels):
+        sizes["out_channels"] = outputs
+    if time_channels not in (None, 4 * channels):
+        sizes["time_channels"] = time_channels
+    if _rows(tensors, f"{block}.fc.weight") == 2 * channels * multipliers[-1]:
+        sizes["scale_shift"] = True
+    if "class_embed.weight" in tensors:
+        sizes["classes"] = _rows(tensors, "class_embed.weight")
+    return sizes
+
+
+def _rows(tensors, name):
+    """The first size of a tensor, or None where it has none or is not there: loading will name it."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].dim() else None
 
 
 def _adm_sizes(tensors):
@@ -116,7 +160,7 @@ def _adm_sizes(tensors):
             attention.append(factor)
     if not image_channels or not min(widths) // channels:
         raise ValueError("a level narrower than the first")
-    return {
+    sizes = {
         "family": "adm",
         "image_channels": image_channels,
         "channels": channels,
@@ -125,6 +169,12 @@ def _adm_sizes(tensors):
         "attention": attention,
         "out_channels": tensors["out.2.weight"].shape[0],
     }
+    # What is not as it is by default.
+    if _rows(tensors, "input_blocks.1.0.emb_layers.1.weight") == widths[0]:
+        sizes["scale_shift"] = False
+    if "label_emb.weight" in tensors:
+        sizes["classes"] = _rows(tensors, "label_emb.weight")
+    return sizes
 
 
 def what_ours_has_not(tensors):
@@ -137,11 +187,8 @@ def what_ours_has_not(tensors):
 
 def _ddpm_strangeness(tensors):
     image_channels, outputs = tensors["in_conv.weight"].shape[1], tensors["out_conv.2.weight"].shape[0]
-    if outputs != image_channels:
-        return (
-            f"out_conv.2.weight has {outputs} output channels, as where the variance is learned too; "
-            f"our DDPM UNet needs {image_channels}, as many as the image"
-        )
+    if outputs not in (image_channels, 2 * image_channels):
+        return f"out_conv.2.weight has {outputs} output channels; ours needs {image_channels}, or {2 * image_channels}"
     levels = {name.split(".")[1] for name in tensors if name.startswith("upsamples.")}
     if len(levels) > 1 and not any(re.fullmatch(r"downsamples\.level_0\.\d+\.1\.weight", name) for name in tensors):
         return "downsamples.level_0 ends without a convolution, so it is average pooling; ours needs resample_with_conv"
@@ -149,10 +196,6 @@ def _ddpm_strangeness(tensors):
 
 
 def _adm_strangeness(tensors):
-    labels = [name for name in tensors if name.startswith("label_emb.")]
-    if labels:
-        shape = list(tensors[labels[0]].shape)
-        return f"{labels[0]} {shape} makes it class-conditional; ours is unconditional, with class_cond off"
     image_channels, outputs = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
     if image_channels > 4 or outputs < image_channels:
         return (
@@ -163,8 +206,8 @@ def _adm_strangeness(tensors):
         return f"out.2.weight has {outputs} output channels; ours needs {image_channels}, or {2 * image_channels}"
     block = "input_blocks.1.0"
     rows, width = tensors[f"{block}.emb_layers.1.weight"].shape[0], tensors[f"{block}.in_layers.2.weight"].shape[0]
-    if rows != 2 * width:
-        return f"{block}.emb_layers.1.weight has {rows} rows; ours needs use_scale_shift_norm, with {2 * width}"
+    if rows not in (width, 2 * width):
+        return f"{block}.emb_layers.1.weight has {rows} rows; ours needs {width}, or {2 * width} for scale and shift"
     numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks.")}
     gap = min(set(range(len(numbers))) - numbers, default=None)
     if gap is not None:

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ..data import brief
+from .nesting import LARGEST_DEPTH, is_deeply_nested
 
 
 class _Ignored:
@@ -51,10 +52,12 @@ def read_safetensors(path):
 def read_torch(path):
     """Whatever torch.save wrote, with its tensors mapped from the disk where the format allows that.
 
-    No pickled code is run. Raises ValueError where the file holds some or is of another program, and DamagedFile, a
-    ValueError, where it is damaged.
+    No pickled code is run. Raises ValueError where the file holds some, is of another program or would crash torch, and
+    DamagedFile, a ValueError, where it is damaged.
     """
     where = f"checkpoint {str(path)!r}"
+    if is_deeply_nested(path):
+        raise ValueError(f"{where}: nests values more than {LARGEST_DEPTH} deep; no checkpoint does")
     try:
         with (
             open(path, "rb") as file,
@@ -67,11 +70,6 @@ def read_torch(path):
             file.seek(0)
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if _is_of_nvlabs(path):
-            raise ValueError(
-                f"{where}: is an EDM (NVlabs) pickle, whose code is never run; such files are not read yet, "
-                "save its tensors alone with that code, torch.save(network.state_dict(), ...)"
-            ) from None
         code = re.search(_PICKLED_NAME, str(error))
         if code:
             raise ValueError(
@@ -88,7 +86,7 @@ def read_torch(path):
         raise DamagedFile(f"{where}: not a readable torch file ({brief(error)})") from None
 
 
-def _is_of_nvlabs(path):
+def is_of_nvlabs(path):
     """Whether a pickle is one of NVlabs' codes, which put the classes that they save into the file."""
     with open(path, "rb") as file:
         start = file.read(2**16)

@@ -1,12 +1,13 @@
 """Weights from files into networks."""
 
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from ..data import brief
-from ..nets import network_arguments
+from ..nets import all_arguments
 from .download import forget_download, locate_checkpoint
 from .formats import read_checkpoint
-from .sizes import NORMS, TRAINED_RESCALED, known_name
+from .sizes import INVISIBLE, TRAINED_RESCALED, known_name
 from .tensor_files import DamagedFile, refuse_strange_tensors
 
 
@@ -70,6 +71,17 @@ def _described(name, parameters, weights):
     return brief(name, 80)
 
 
+def locate_teacher(config, progress=False):
+    """The path of the checkpoint that `config.teacher.checkpoint` names, which is downloaded where that is due.
+
+    progress: shows a bar on stderr. Raises ValueError, in one line, where it is missing or cannot be had.
+    """
+    path = locate_checkpoint(config.teacher.checkpoint, progress)
+    if not path.exists():
+        raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
+    return path
+
+
 def read_teacher(config, network, progress=False):
     """Read the checkpoint that `config.teacher.checkpoint` names into `network`, and return the network.
 
@@ -78,9 +90,7 @@ def read_teacher(config, network, progress=False):
     Raises ValueError, in one line, where it cannot be had or read, or is of another network or another noise than the
     configuration says.
     """
-    path = locate_checkpoint(config.teacher.checkpoint, progress)
-    if not path.exists():
-        raise ValueError(f"checkpoint {str(path)!r}: no such file; say where it is with teacher.checkpoint=FILE")
+    path = locate_teacher(config, progress)
     checkpoint = read_fetched(path, config.teacher.checkpoint)
     load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
     _check_what_weights_do_not_show(checkpoint, config)
@@ -90,19 +100,28 @@ def read_teacher(config, network, progress=False):
 
 def _check_what_weights_do_not_show(checkpoint, config):
     """ValueError that names the first setting of which a checkpoint says something else than the configuration."""
-    network = {**NORMS, **network_arguments(config.network)}
     stated = {key: checkpoint.network[key] for key in checkpoint.stated}
-    noise = {key: getattr(config.teacher, key) for key in ("betas", "steps", "timestep_scale")}
+    if "family" in stated:  # a whole description: what it leaves out is as it is by default
+        stated = all_arguments(stated)
+    noise = {key: getattr(config.teacher, key) for key in ("prediction", "betas", "steps", "timestep_scale")}
     for group, configured, trained_with, keys in (
-        ("network", network, stated, ("norm_eps", "norm_groups", "image_size", "heads")),
+        ("network", all_arguments(config.network), stated, INVISIBLE),
         ("teacher", noise, checkpoint.settings.get("teacher", {}), tuple(noise)),
     ):
         for key in keys:
-            if key in configured and key in trained_with and configured[key] != trained_with[key]:
+            if key in configured and key in trained_with and _differ(configured[key], trained_with[key]):
+                value = "null" if trained_with[key] is None else trained_with[key]
                 raise ValueError(
                     f"{group}.{key}: {configured[key]!r} is not what the teacher {checkpoint.source!r} was trained "
-                    f"with; set {group}.{key}={trained_with[key]}"
+                    f"with; set {group}.{key}={value}"
                 )
+
+
+def _differ(value, other):
+    """Whether a setting of a configuration is another than that of a file, whose lists and mappings are plain."""
+    if is_dataclass(value):
+        value = asdict(value)
+    return (list(value) if isinstance(value, tuple) else value) != (list(other) if isinstance(other, tuple) else other)
 
 
 def _check_rescaled_timesteps(checkpoint, teacher):

@@ -1,13 +1,13 @@
 """config.json of an export: all that is needed to build the sampler again, as plain values."""
 
-import inspect
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from ..checkpoints.files import file_sha256
 from ..config import without_password
-from ..nets import FAMILIES, network_arguments
+from ..nets import all_arguments
 
 KIND = "hsivi_fast sampler, 1"  # what config.json describes, and the version of the description
 
@@ -28,11 +28,13 @@ def describe(config, sampler, step, weights):
     return {
         "kind": KIND,
         "hsivi_fast": version("hsivi_fast"),
-        "network": _all_arguments(config.network),
+        # With its family's defaults in it: they may change, an export may not.
+        "network": {key: value for key, value in all_arguments(config.network).items() if value is not None},
         "teacher": {
             **source,
-            "betas": teacher.betas,
+            "betas": plain_betas(teacher),
             "steps": teacher.steps,
+            "prediction": teacher.prediction,
             "timestep_scale": teacher.timestep_scale,
         },
         "nfe": layers.nfe,
@@ -49,14 +51,12 @@ def describe(config, sampler, step, weights):
     }
 
 
-def _all_arguments(network):
-    """The description of a network with its family's defaults in it: they may change, an export may not."""
-    given = network_arguments(network)
-    defaults = {}
-    for name, parameter in inspect.signature(FAMILIES[given["family"]]).parameters.items():
-        if name not in given and parameter.default not in (parameter.empty, None):
-            defaults[name] = parameter.default
-    return given | defaults
+def plain_betas(teacher):
+    """teacher.betas as JSON has them."""
+    betas = teacher.betas
+    if isinstance(betas, str):
+        return betas
+    return list(betas) if isinstance(betas, tuple) else asdict(betas)
 
 
 def _sample_format(config):

@@ -1,5 +1,6 @@
 """README.md of an export: where the sampler comes from, what it measures, and how it is used."""
 
+from ..config import LICENCES
 from ..metrics.table import table_lines
 from .aoti import LARGEST_BATCH
 
@@ -20,7 +21,7 @@ hsivi_fast {version}.
 | | |
 |---|---|
 | network evaluations (NFE) | {nfe} |
-| teacher | {teacher}, {betas} betas, {steps} steps |
+| teacher | {teacher}, {betas} betas, {steps} steps{licence} |
 | student | step {step} of the run, {weights} weights |
 | sampler | eta {eta}, {spacing} spacing, timesteps {timesteps} |
 | samples | {sample} |
@@ -80,8 +81,9 @@ def write_model_card(folder, description, format, name, results):
         nfe=description["nfe"],
         version=description["hsivi_fast"],
         teacher=f"the exact score of {teacher['target']}" if points else teacher["checkpoint"],
-        betas=teacher["betas"],
+        betas=_title_of(teacher["betas"]),
         steps=teacher["steps"],
+        licence=f"; its licence is {LICENCES[teacher['checkpoint']]}" if teacher.get("checkpoint") in LICENCES else "",
         step=run["step"],
         weights=run["weights"],
         eta=description["eta"],
@@ -92,6 +94,13 @@ def write_model_card(folder, description, format, name, results):
         use=_use(description, format, name),
     )
     (folder / "README.md").write_text(card)
+
+
+def _title_of(betas):
+    """The kind of betas, in a word."""
+    if isinstance(betas, str):
+        return betas
+    return "its own" if isinstance(betas, list) else f"{betas['kind']} ({betas['start']:g} to {betas['end']:g})"
 
 
 def _table(results):

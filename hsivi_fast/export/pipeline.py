@@ -24,7 +24,8 @@ from .. import ops
 from ..checkpoints.weights import load_weights
 from ..data import to_uint8
 from ..method.layers import Layers
-from ..method.schedule import make_schedule
+from ..method.parametrisation import noise_coefficients
+from ..method.schedule import make_schedule, signal_levels
 from ..nets import build_unet
 from ..sampling.sampler import SMALLEST_CPU_BATCH
 
@@ -47,7 +48,8 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
     """The student with its learned noise scale, as a model of diffusers.
 
     network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision,
-    channels_last and timestep_scale: how the network computes. Its weights are float32 and have the names of a run's
+    channels_last and timestep_scale: how the network computes; prediction, betas, steps: the teacher's, which say how
+    noise is made of what it predicts. Its weights are float32 and have the names of a run's
     checkpoint after "student.". down_block_types: a text for those who read config.json as another class's.
     """
 
@@ -61,11 +63,16 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
         precision="fp32",
         channels_last=False,
         timestep_scale=1.0,
+        prediction="epsilon",
+        betas="linear",
+        steps=1000,
         down_block_types=NO_UNET2D,
     ):
         super().__init__()
         self.student = build_unet(network)
         self.student.precision, self.student.timestep_scale = precision, timestep_scale
+        if prediction != "epsilon":
+            self.student.convert_by(noise_coefficients(prediction, signal_levels(betas, steps), timestep_scale))
         self.student.channels_last = channels_last  # of what lies inside; files of weights are row-major
         self.student.register_parameter("log_scaled_gamma", torch.nn.Parameter(torch.zeros(tuple(log_scaled_gamma))))
 

@@ -1,8 +1,14 @@
 """Noise levels of the teacher and the knots at which a few-step sampler visits them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+# Names of whole schedules, and of kinds that need where they start and end.
+BETAS = ("linear", "cosine", "cosine_4000", "edm")
+BETA_KINDS = ("linear", "scaled_linear", "sigmoid")
+EDM_RHO = 7
 
 
 def signal_levels(betas, steps):
@@ -12,9 +18,21 @@ def signal_levels(betas, steps):
     `cosine_4000`: every fourth level of `cosine` in 4000 steps, for 1000 steps. It is what a network was trained on
     that was shown t / 4 for t = 0 .. 3999, as improved-diffusion's with `rescale_timesteps`: at its timestep t the
     level of the formula at (t + 1/4) / 1000, where `cosine` in 1000 steps has that at (t + 1) / 1000.
-    Raises ValueError for another name, and for `cosine_4000` with another number of steps.
+    `edm`: the noise levels of EDM's sampler in as many steps, sigma_t from 0.002 to 80 evenly in sigma^(1/7), with
+    alpha_bar = 1 / (1 + sigma^2) (Karras et al. 2022, arXiv 2206.00364, eq. 5); for teachers of every sigma.
+    {kind, start, end}, a mapping or an object with these: betas between two, as diffusers' schedulers have them.
+    `linear` is even in beta, `scaled_linear` in its square root (Rombach et al. 2022), `sigmoid` one from -6 to 6.
+    A sequence: these betas themselves, one a step.
+    Raises ValueError for another name, for `cosine_4000` with another number of steps, and for betas that are not
+    `steps` numbers between 0 and 1.
     """
-    if betas == "linear":
+    if not isinstance(betas, str):
+        beta = _between(betas, steps) if _has_kind(betas) else np.asarray(betas, dtype=np.float64)
+        if beta.shape != (steps,):
+            raise ValueError(f"teacher.betas: {len(beta)} of them for teacher.steps={steps}; give one a step")
+        if not ((beta > 0) & (beta < 1)).all():
+            raise ValueError("teacher.betas: one of them is not between 0 and 1")
+    elif betas == "linear":
         beta = np.linspace(1e-4, 0.02, steps)
     elif betas == "cosine":
         level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -25,9 +43,30 @@ def signal_levels(betas, steps):
                 f"teacher.steps: {steps} does not go with teacher.betas=cosine_4000, which has 1000 levels"
             )
         return signal_levels("cosine", 4000)[::4]
+    elif betas == "edm":
+        lowest, highest = 0.002 ** (1 / EDM_RHO), 80 ** (1 / EDM_RHO)
+        return 1 / (1 + np.linspace(lowest, highest, steps) ** (2 * EDM_RHO))
     else:
-        raise ValueError(f"teacher.betas: {betas!r} is unknown; choose linear, cosine or cosine_4000")
+        raise ValueError(f"teacher.betas: {betas!r} is unknown; choose one of {', '.join(BETAS)}")
     return np.cumprod(1 - beta)
+
+
+def _has_kind(betas):
+    return hasattr(betas, "kind") or isinstance(betas, Mapping)
+
+
+def _between(betas, steps):
+    """The betas of {kind, start, end}, float64 [steps]."""
+    kind, start, end = (
+        betas[key] if isinstance(betas, Mapping) else getattr(betas, key) for key in ("kind", "start", "end")
+    )
+    if kind == "linear":
+        return np.linspace(start, end, steps)
+    if kind == "scaled_linear":
+        return np.linspace(np.sqrt(start), np.sqrt(end), steps) ** 2
+    if kind == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
+    raise ValueError(f"teacher.betas.kind: {kind!r} is unknown; choose one of {', '.join(BETA_KINDS)}")
 
 
 def knots(spacing, nfe, steps, drop_doubles=False, alpha_bar=None):

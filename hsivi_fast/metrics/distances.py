@@ -157,7 +157,7 @@ def load_statistics(path):
     """Reference statistics from an npz file, as EDM publishes them: `mu` [D] and `sigma` [D, D], float64.
 
     `features` too where the file says what made them. Raises ValueError, in one line that names the file and the array,
-    where they cannot be a mean and a covariance: see `_check_statistics`.
+    where they cannot be a mean and a covariance: see `checked_statistics`.
     """
     where = f"reference {str(path)!r}"
     arrays = npz_arrays(path, where, "mu and sigma")
@@ -166,27 +166,35 @@ def load_statistics(path):
             raise ValueError(
                 f"{where}: expected an npz file with mu and sigma, it holds {', '.join(arrays) or 'nothing'}"
             )
-        shape, dtype = arrays[name]
-        if dtype.kind != "f":
-            raise ValueError(f"{where}: {name} is {brief(dtype)}; expected numbers of type float64 or float32")
-    mu, sigma = arrays["mu"][0], arrays["sigma"][0]
-    if len(mu) != 1 or sigma != 2 * mu or not 0 < mu[0] <= LARGEST_FEATURES:
-        raise ValueError(
-            f"{where}: mu {brief(mu)} and sigma {brief(sigma)} do not fit each other; "
-            f"expected [D] and [D, D] with D from 1 to {LARGEST_FEATURES}"
-        )
-    statistics = {name: read_npz_array(path, name, where).astype(np.float64) for name in ("mu", "sigma")}
-    _check_statistics(where, statistics)
+    _check_shapes(where, *(arrays[name] for name in ("mu", "sigma")))  # before either is read
+    statistics = checked_statistics(where, *(read_npz_array(path, name, where) for name in ("mu", "sigma")))
     if arrays.get("features", (None, None))[0] == ():  # one text
         statistics["features"] = brief(read_npz_array(path, "features", where))
     return statistics
 
 
-def _check_statistics(where, statistics):
-    """ValueError where they are not finite, or sigma is no covariance.
+def _check_shapes(where, mu, sigma):
+    """ValueError where two arrays, each (shape, dtype), can be no mean and covariance."""
+    for name, (_, dtype) in (("mu", mu), ("sigma", sigma)):
+        if dtype.kind != "f":
+            raise ValueError(f"{where}: {name} is {brief(dtype)}; expected numbers of type float64 or float32")
+    shape = mu[0]
+    if len(shape) != 1 or sigma[0] != 2 * shape or not 0 < shape[0] <= LARGEST_FEATURES:
+        raise ValueError(
+            f"{where}: mu {brief(shape)} and sigma {brief(sigma[0])} do not fit each other; "
+            f"expected [D] and [D, D] with D from 1 to {LARGEST_FEATURES}"
+        )
 
-    That is where it is asymmetric or has a negative eigenvalue, each beyond what rounding does to float32 sums.
+
+def checked_statistics(where, mu, sigma):
+    """{"mu": [D], "sigma": [D, D]} of two arrays, as float64.
+
+    Raises ValueError that begins with `where` where they are of other shapes, no floats or not finite, or sigma is no
+    covariance: asymmetric or with a negative eigenvalue, each beyond what rounding does to float32 sums.
     """
+    mu, sigma = np.asarray(mu), np.asarray(sigma)
+    _check_shapes(where, (mu.shape, mu.dtype), (sigma.shape, sigma.dtype))
+    statistics = {"mu": mu.astype(np.float64), "sigma": sigma.astype(np.float64)}
     for name, values in statistics.items():
         strange = np.argwhere(~(np.abs(values) <= LARGEST_STATISTIC))  # NaN is among them
         if len(strange):
@@ -206,6 +214,7 @@ def _check_statistics(where, statistics):
     smallest = float(np.linalg.eigvalsh(sigma)[0])
     if smallest < -allowed:
         raise ValueError(f"{where}: sigma has the eigenvalue {smallest:g}; a covariance has none below 0")
+    return statistics
 
 
 def save_statistics(path, statistics):

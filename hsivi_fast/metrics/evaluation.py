@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checkpoints.download import cache_folder
 from ..checkpoints.run_folder import RunFolder
 from ..config import MOST_IMAGES, change_config
-from ..data import has_data, load_data, to_uint8
+from ..data import cache_folder, has_data, load_data, to_uint8
 from ..parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_memory
 from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
@@ -36,23 +36,25 @@ from .distances import (
 )
 from .features import SIZES, check_images, describe_features, feature_extractor, image_features, network_of
 from .image_files import ImageFiles
+from .needed_files import fetch_needed
+from .references import load_reference
 from .table import spread_key
 
 
 class ImageMetric:
     """Frechet distance of samples to reference images, on a feature network, after rounding to the data's grey levels.
 
-    context: the run's; reference: statistics. Without them those of the file `eval.reference` are taken, and without
-    that those of the run's data, which are kept in a folder of the user (`cached_statistics`).
-    event_shape: that of the run's images, which the data must have.
-    With eval.kid and eval.prc also kernel distance, precision and recall: they need the data, and look at up to
-    `FEATURES_KEPT` images of each side.
+    context: the run's. The reference is `eval.reference`, see `load_reference`, and without it the run's data.
+    Statistics of images are kept in a folder of the user (`cached_statistics`).
+    event_shape: that of the run's images, which the images that they are compared with must have.
+    With eval.kid and eval.prc also kernel distance, precision and recall: they need such images, and look at up to
+    `FEATURES_KEPT` of each side.
     Raises ValueError with nothing to compare with, or with a reference of another feature network.
     """
 
     batch_size = 250  # samples per network call
 
-    def __init__(self, context, reference=None, event_shape=None):
+    def __init__(self, context, event_shape=None):
         config, self.world, self.device = context.config, context.world, context.device
         settings = config.eval
         self.name = network_of(config)
@@ -64,30 +66,29 @@ class ImageMetric:
             *["kernel_inception_distance"] * self.kid,
             *["precision", "recall", "f_score"] * self.prc,
         )
-        if reference is None and settings.reference is not None:
-            reference = load_statistics(settings.reference)
-        images = None
-        if reference is None or self.kid or self.prc:
-            images = self._reference_images(config, reference, event_shape)
+        reference, images, are_small = None, None, False
+        if settings.reference is not None:
+            reference = load_reference(settings.reference, progress=sys.stderr.isatty())
+        if reference is not None and "images" in reference:
+            images, reference = _fitting("ref", torch.from_numpy(reference["images"]), event_shape), None
+        elif reference is None or self.kid or self.prc:
+            images = _fitting("data_path", self._data(config, reference), event_shape)
+            are_small = config.data == "digits"  # they come with the package, and are measured sooner than looked up
         self.extractor = feature_extractor(self.name, self.device, self.weights)
         if reference is None:
-            # What comes with the package is small, and measured sooner than looked up.
-            reference = self.statistics(images) if config.data_path is None else self.cached_statistics(images)
+            reference = self.statistics(images) if are_small else self.cached_statistics(images)
         self.reference = reference
         self._check_reference()
         self.reference_features = self._some_features(images) if self.kid or self.prc else None
 
-    def _reference_images(self, config, reference, event_shape):
+    def _data(self, config, reference):
         """The run's data [N, C, H, W] in -1 .. 1."""
         if not has_data(config):
             if reference is not None:
                 raise ValueError("data_path: missing; eval.kid and eval.prc compare with images")
             nothing = "without reference images or statistics (eval.reference, ref) there is nothing to measure against"
             raise ValueError(f"data_path: missing; {nothing} (eval.num_samples=0 switches measuring off)")
-        images = torch.from_numpy(load_data(config.data, config.data_path).images)
-        if event_shape is not None and tuple(images.shape[1:]) != tuple(event_shape):
-            raise ValueError(f"data_path: holds images {list(images.shape[1:])}, the run makes {list(event_shape)}")
-        return images
+        return torch.from_numpy(load_data(config.data, config.data_path).images)
 
     def _check_reference(self):
         size, made_by = len(self.reference["mu"]), self.reference.get("features")
@@ -181,6 +182,13 @@ class ImageMetric:
         )
 
 
+def _fitting(key, images, event_shape):
+    """Images [N, C, H, W], where they are of the run's shape; ValueError that begins with `key` otherwise."""
+    if event_shape is not None and tuple(images.shape[1:]) != tuple(event_shape):
+        raise ValueError(f"{key}: holds images {list(images.shape[1:])}, the run makes {list(event_shape)}")
+    return images
+
+
 class PlaneMetric:
     """Jensen-Shannon divergence (nats, on a grid with exact target masses) and sliced Wasserstein-2 distance.
 
@@ -210,22 +218,22 @@ class PlaneMetric:
         return self
 
 
-def build_metric(context, reference=None, network=None):
+def build_metric(context, network=None):
     """What measures a run's samples; called by all of several processes at once.
 
-    reference: statistics in the place of the run's own. network: any with the run's `event_shape`, the context's
+    network: any with the run's `event_shape`, the context's
     teacher by default; a 2-D run is measured against its teacher.
     Raises ValueError where the configuration names nothing to compare with.
     """
     config = context.config
     if config.teacher.target is not None:
         return PlaneMetric(context.teacher, context.world)
-    if config.data is None and config.eval.reference is None and reference is None:
+    if config.data is None and config.eval.reference is None:
         nothing = "without reference images or statistics (eval.reference) there is nothing to measure against"
         raise ValueError(f"data: missing; {nothing} (eval.num_samples=0 switches measuring off)")
     event_shape = (network or context.teacher).event_shape
     check_images(network_of(config), event_shape)
-    return ImageMetric(context, reference, event_shape)
+    return ImageMetric(context, event_shape)
 
 
 def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=None, nfe=None, files=None, first_set=0):
@@ -362,7 +370,7 @@ def evaluate(
     """Measure a run's sampler on images of the seeds 0 .. num_samples-1; returns a row as in results.json.
 
     run: what `train` returned or a folder's path; weights: "ema" or "raw".
-    ref: an npz file of reference statistics instead of the run's own reference.
+    ref: in the place of the run's own reference, see `load_reference`.
     on_batch(n): called after every batch with the number of samples in it.
     metric, inception: in the place of eval.metric and eval.inception. Another feature network is compared with the
     data, or with `ref`, and not with eval.reference.
@@ -376,7 +384,6 @@ def evaluate(
     check_num_samples(num_samples)
     if metric is not None and metric not in SIZES:
         raise ValueError(f"metric: {metric!r} is unknown; choose {', '.join(SIZES)}")
-    reference = load_statistics(ref) if ref is not None else None
     folder = RunFolder.of(run)
     config = folder.config()
     world = connect(config)
@@ -388,8 +395,10 @@ def evaluate(
         config = context.config
         if metric not in (None, network_of(config)):  # the run's own statistics are not of this network
             config = replace(config, eval=replace(config.eval, metric=metric, reference=None))
-        config = change_config(config, {"eval.inception": inception and str(inception)})
-        measure = build_metric(replace(context, config=config), reference, sampler.network)
+        given = {"eval.inception": inception, "eval.reference": ref}
+        config = change_config(config, {key: value and str(value) for key, value in given.items()})
+        fetch_needed(config, teacher=False, measured=True)
+        measure = build_metric(replace(context, config=config), sampler.network)
         if save_images is not None:
             world.from_main(lambda: _check_room(num_samples, sampler.network.event_shape, save_images))
         files = ImageFiles(save_images, world) if save_images is not None else None

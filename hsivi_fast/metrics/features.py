@@ -4,7 +4,8 @@ They are a classifier of digits in two sizes, and torch-fidelity's port of Incep
 """
 
 import os
-import socket
+import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..checkpoints.download import fetch_file
 from ..checkpoints.files import file_sha256
 from ..checkpoints.tensor_files import is_named_tensors, read_torch
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import ASSETS
+from ..data import MissingFile
 
 INCEPTION = "inception-v3-compat"  # its name in torch-fidelity's registry
 CLASSIFIERS = {"digits": 8, "mnist": 32}  # side of the images that each was trained on
 SIZES = {"digits": 64, "mnist": 64, "inception": 2048}  # features of each network
-DOWNLOAD_PATIENCE = 30  # seconds of silence after which a machine counts as having no network
 
 
 class DigitsClassifier(nn.Module):
@@ -88,7 +90,7 @@ def feature_extractor(name, device, weights=None):
     from torch_fidelity.utils import create_feature_extractor
 
     if name == "inception":
-        return _inception(create_feature_extractor, weights).to(device)
+        return _inception_from(create_feature_extractor, fetch_inception(weights)).to(device)
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, _classifier_features())
     return create_feature_extractor(name, ["64"], cuda=False, verbose=False).to(device)
@@ -169,23 +171,27 @@ def _inception_from(create, file):
             raise ValueError(f"{problem} ({type(error).__name__})") from None
 
 
-def _inception(create, weights):
-    """torch-fidelity's Inception with its last pooled layer, from a file or by torch-fidelity's own download."""
+def fetch_inception(weights=None):
+    """The file of Inception's weights: `weights` if given, else that of torch's cache, which is downloaded at first.
+
+    A download whose sum is not the one in the file's name is deleted.
+    Raises ValueError, in one line, where it is not there, and `MissingFile` where it cannot be downloaded.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # late: as above
+
     file = weights_file("inception", weights)
     if file.is_file():
-        return _inception_from(create, file)
+        return file
     if weights:
         raise ValueError(f"eval.inception: {str(file)!r} is not there")
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
+    start_of_sum = re.search(r"-([0-9a-f]+)\.", file.name)[1]
     try:
-        return create(INCEPTION, ["2048"], cuda=False, verbose=True)  # verbose: the progress of the download
-    except (OSError, RuntimeError) as error:
-        # No network, no room on the disk, or not the file whose hash is in its name.
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise ValueError(
-            f"eval.inception: missing, and Inception's weights could not be downloaded ({reason}); "
-            f"say eval.inception=FILE, or put {file.name} into {file.parent}"
+        return fetch_file(URL_INCEPTION_V3, file, start_of_sum, "eval.inception", progress=sys.stderr.isatty())
+    except MissingFile as error:
+        raise MissingFile(
+            f"eval.inception: missing, and Inception's weights could not be downloaded ({error.reason}); "
+            f"say eval.inception=FILE, or put {URL_INCEPTION_V3} into {file.parent}",
+            URL_INCEPTION_V3,
+            file,
+            error.reason,
         ) from None
-    finally:
-        socket.setdefaulttimeout(patience)

@@ -1,4 +1,4 @@
-"""Drawn images as files that other people's tools read.
+"""Images as files that other people's tools read: drawn ones, and a data set's.
 
 They are a folder of PNGs, or one npz in the layout of guided-diffusion's evaluator.
 """
@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from ..checkpoints.files import as_written, make_folder, write_arrays, written_beside
+from ..data import RECIPES, read_pictures
+from ..parallel.machine import refuse_beyond_disk
 
 
 def write_pictures(folder, seeds, pixels):
@@ -71,3 +73,26 @@ class ImageFiles:
         images = self.world.gather_shares(share, count).cpu().numpy()
         if self.world.is_main:
             write_arrays(self.path, arr_0=images)
+
+
+def prepare_images(name, folder, target, count=None, progress=False):
+    """Write the images of a data set, made of a folder of its pictures, to an npz file; returns how many there are.
+
+    name: of `RECIPES`, or "images" for pictures of one size as they are. target: a new file, FILE.npz, that gets
+    `arr_0`, uint8 [N, H, W, C], in the order of the pictures' names. count: the first so many alone. progress: shows a
+    bar on stderr.
+    Raises ValueError, in one line, for a target that is there or is no npz file, and as `read_pictures`; OSError that
+    names the file where it cannot be written.
+    """
+    target = as_written(target)
+    if target.suffix.lower() != ".npz":
+        raise ValueError(f"to {str(target)!r}: give a name that ends in .npz")
+    if target.exists():
+        raise ValueError(f"to {str(target)!r}: is there already; choose another name, or delete it")
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder {str(folder)!r}: is not there, or is no folder")
+    pixels = read_pictures(folder, RECIPES.get(name), count, progress, key="folder")
+    refuse_beyond_disk(f"folder: {len(pixels)} pictures", pixels.size, target, "choose another disk")
+    make_folder(target.parent)
+    write_arrays(target, arr_0=pixels.transpose(0, 2, 3, 1))
+    return len(pixels)

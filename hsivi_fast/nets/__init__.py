@@ -1,4 +1,4 @@
-"""The networks: two UNet families and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
+"""The networks: UNets and an MLP with the parameter names of the published checkpoints, and 2-D mixtures.
 
 May import ops only.
 """
@@ -9,10 +9,21 @@ from dataclasses import asdict, is_dataclass
 
 from .adm import ADMUNet
 from .ddpm import DDPMUNet
+from .edm_unet import DhariwalUNet, SongUNet
 from .mlp import MLP
 
-FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP}
+FAMILIES = {"ddpm": DDPMUNet, "adm": ADMUNet, "mlp": MLP, "song": SongUNet, "dhariwal": DhariwalUNet}
 
+_EDM_CIFAR10 = {
+    "family": "song",
+    "image_channels": 3,
+    "image_size": 32,
+    "channels": 128,
+    "multipliers": (2, 2, 2),
+    "res_blocks": 4,
+    "attention": (16,),
+}
+_EDM_FACES64 = {**_EDM_CIFAR10, "image_size": 64, "multipliers": (1, 2, 2, 2)}
 # The published networks, and the small ones that this project trains itself.
 NETWORKS = {
     "digits": {
@@ -63,6 +74,20 @@ NETWORKS = {
         "heads": 4,
         "out_channels": 6,
     },
+    "edm_cifar10": _EDM_CIFAR10,
+    "edm_cifar10_cond": {**_EDM_CIFAR10, "classes": 10},
+    "edm_ffhq64": _EDM_FACES64,
+    "edm_afhqv2": _EDM_FACES64,
+    "edm_imagenet64": {
+        "family": "dhariwal",
+        "image_channels": 3,
+        "image_size": 64,
+        "channels": 192,
+        "multipliers": (1, 2, 3, 4),
+        "res_blocks": 3,
+        "attention": (32, 16, 8),
+        "classes": 1000,
+    },
     "smoke": {
         "family": "ddpm",
         "image_channels": 1,
@@ -85,6 +110,7 @@ def build_unet(network):
     One with `name` starts from that named network, and its other entries override. Entries that are None are left out.
 
     Returns a module with `event_shape` and forward(x [B, *event_shape] float, t [B] int) -> [B, *event_shape].
+    The families song and dhariwal are EDM's raw networks, which predict no noise: see `edm_unet.py`.
     Raises ValueError for an unknown name, family or argument, or sizes that do not fit each other.
     """
     arguments = network_arguments(network)
@@ -121,3 +147,16 @@ def network_arguments(network):
             "or describe one with family, channels, ..."
         )
     return {**NETWORKS.get(name, {}), **given}
+
+
+def all_arguments(network):
+    """`network_arguments` with the defaults of its family in it, those that are None too.
+
+    Raises ValueError as `network_arguments`; the family must be known.
+    """
+    given = network_arguments(network)
+    defaults = {}
+    for name, parameter in inspect.signature(FAMILIES[given["family"]]).parameters.items():
+        if name not in given and parameter.default is not parameter.empty:
+            defaults[name] = parameter.default
+    return given | defaults

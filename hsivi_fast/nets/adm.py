@@ -8,21 +8,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, NoisePredictor, pixel_attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, class_embedding, pixel_attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
-    """conv(SiLU(norm)) twice; the time embedding scales and shifts the second normalisation."""
+    """conv(SiLU(norm)) twice, and a skip connection.
 
-    def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps):
+    The time embedding scales and shifts the second normalisation; without `scale_shift` it is added before that.
+    """
+
+    def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps, scale_shift):
         super().__init__()
+        self.scale_shift = scale_shift
         self.in_layers = nn.ModuleDict(
             {
                 "0": GroupNorm(norm_groups, in_channels, eps=norm_eps),
                 "2": nn.Conv2d(in_channels, out_channels, 3, padding=1),
             }
         )
-        self.emb_layers = nn.ModuleDict({"1": nn.Linear(embed_channels, 2 * out_channels)})
+        self.emb_layers = nn.ModuleDict(
+            {"1": nn.Linear(embed_channels, 2 * out_channels if scale_shift else out_channels)}
+        )
         self.out_layers = nn.ModuleDict(
             {
                 "0": GroupNorm(norm_groups, out_channels, eps=norm_eps),
@@ -33,9 +39,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, embedding):
         h = self.in_layers["2"](self.in_layers["0"](x, silu=True))  # [B, out_channels, H, W]
-        scale, shift = self.emb_layers["1"](embedding).chunk(2, dim=1)  # each [B, out_channels]
-        h = self.out_layers["3"](self.out_layers["0"](h, silu=True, scale=scale, shift=shift))
-        return h + self.skip_connection(x)
+        norm, of_time = self.out_layers["0"], self.emb_layers["1"](embedding)
+        if self.scale_shift:
+            scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
+            h = norm(h, silu=True, scale=scale, shift=shift)
+        else:
+            h = norm(h, silu=True, add=of_time)
+        return self.out_layers["3"](h) + self.skip_connection(x)
 
 
 class AttentionBlock(nn.Module):
@@ -59,8 +69,12 @@ class AttentionBlock(nn.Module):
 class ADMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
-    `attention` lists the downsampling factors (1, 2, 4, ...) at which self-attention follows each residual block.
+    With `classes` it also takes class_labels, [B] integers in 0 .. classes - 1, or None for no class.
+
+    `attention` lists the downsampling factors (1, 2, 4, ...) at which self-attention follows each residual block. It
+    has `heads` heads, and `up_heads` on the way up where that differs.
     `out_channels` may be larger than the image's channels: the first `image_channels` of them are the noise.
+    `scale_shift` is of the residual blocks.
     Raises ValueError for sizes that do not fit each other.
     """
 
@@ -76,6 +90,9 @@ class ADMUNet(NoisePredictor):
         out_channels=None,
         norm_groups=32,
         norm_eps=1e-5,
+        up_heads=None,
+        scale_shift=True,
+        classes=None,
     ):
         super().__init__()
         levels = len(multipliers)
@@ -88,6 +105,9 @@ class ADMUNet(NoisePredictor):
             raise ValueError(
                 f"network.channels: {channels} is not a multiple of norm_groups = {norm_groups} and of heads = {heads}"
             )
+        up_heads = heads if up_heads is None else up_heads
+        if channels % up_heads:
+            raise ValueError(f"network.channels: {channels} is not a multiple of up_heads = {up_heads}")
         out_channels = image_channels if out_channels is None else out_channels
         if out_channels < image_channels:
             raise ValueError(f"network.out_channels: {out_channels} is less than image_channels = {image_channels}")
@@ -95,9 +115,12 @@ class ADMUNet(NoisePredictor):
         self.channels = channels
         embed_channels = 4 * channels
 
-        def stage(in_channels, width, factor):
+        def residual(in_channels, width):
+            return ResidualBlock(in_channels, width, embed_channels, norm_groups, norm_eps, scale_shift)
+
+        def stage(in_channels, width, factor, heads):
             """One residual block, with attention where this downsampling factor has it."""
-            layers = nn.ModuleList([ResidualBlock(in_channels, width, embed_channels, norm_groups, norm_eps)])
+            layers = nn.ModuleList([residual(in_channels, width)])
             if factor in attention:
                 layers.append(AttentionBlock(width, heads, norm_groups, norm_eps))
             return layers
@@ -105,6 +128,8 @@ class ADMUNet(NoisePredictor):
         self.time_embed = nn.Sequential(
             nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
         )
+        self.classes = classes
+        self.label_emb = None if classes is None else nn.Embedding(classes, embed_channels)
 
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(image_channels, channels, 3, padding=1)])])
         width = channels
@@ -112,7 +137,7 @@ class ADMUNet(NoisePredictor):
         factor = 1  # by which the resolution is lower than the image's
         for level, multiplier in enumerate(multipliers):
             for _ in range(res_blocks):
-                self.input_blocks.append(stage(width, channels * multiplier, factor))
+                self.input_blocks.append(stage(width, channels * multiplier, factor, heads))
                 width = channels * multiplier
                 skips.append(width)
             if level < levels - 1:
@@ -123,16 +148,16 @@ class ADMUNet(NoisePredictor):
 
         self.middle_block = nn.ModuleList(
             [
-                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
+                residual(width, width),
                 AttentionBlock(width, heads, norm_groups, norm_eps),
-                ResidualBlock(width, width, embed_channels, norm_groups, norm_eps),
+                residual(width, width),
             ]
         )
 
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for index in range(res_blocks + 1):
-                layers = stage(width + skips.pop(), channels * multiplier, factor)
+                layers = stage(width + skips.pop(), channels * multiplier, factor, up_heads)
                 width = channels * multiplier
                 if level > 0 and index == res_blocks:
                     layers.append(nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
@@ -143,10 +168,12 @@ class ADMUNet(NoisePredictor):
             {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
-    def predict(self, x, t):
+    def predict(self, x, t, class_labels=None):
         half = self.channels // 2
         angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, x.device)  # [B, channels / 2]
-        embedding = F.silu(self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1)))  # [B, 4 channels]
+        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4 channels]
+        of_class = class_embedding(self.label_emb, class_labels, len(x))
+        embedding = F.silu(embedding if of_class is None else embedding + of_class)
 
         h, skips = x, []
         for layers in self.input_blocks:

@@ -20,6 +20,8 @@ class NoisePredictor(nn.Module):
     "bf16" takes matrix products, convolutions and what lies between them in bfloat16 by autocast;
     the statistics of normalisations stay in float32.
 
+    A network that predicts something else than the noise has `coefficients` (`convert_by`): what stands around it is
+    float32 in every precision.
     With `channels_last` the tensors inside an image network have that memory layout; input and result stay row-major.
     The network computes with t * `timestep_scale`, which is 1/4 where it was trained with 4000 steps on 0 .. 999.75.
     """
@@ -27,23 +29,48 @@ class NoisePredictor(nn.Module):
     precision = "fp32"
     channels_last = False
     timestep_scale = 1.0
+    classes = None  # how many a network has whose `predict` takes class labels
+    takes_sigma = False  # whether `predict` is shown ln(sigma) / 4 in the place of a timestep, as EDM's networks are
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("coefficients", None, persistent=False)  # made again wherever the network is
+
+    def convert_by(self, coefficients):
+        """Make noise of what the network predicts; returns the network.
+
+        coefficients: [4, steps] of each timestep, see `method.parametrisation.noise_coefficients`.
+        """
+        self.coefficients = torch.as_tensor(coefficients, dtype=torch.float32)
+        return self
 
     def in_channels_last(self):
         """Convert the convolutions' weights and everything inside to channels_last; returns the network."""
         self.channels_last = len(self.event_shape) == 3
         return self.to(memory_format=torch.channels_last) if self.channels_last else self
 
-    def forward(self, x, t):
-        """x [B, *event_shape] float, t [B] integers in 0 .. steps-1 of the teacher -> [B, *event_shape]."""
+    def forward(self, x, t, *conditions):
+        """x [B, *event_shape] float, t [B] integers in 0 .. steps-1 of the teacher -> [B, *event_shape].
+
+        `conditions` are what else a network's `predict` takes, as class labels.
+        """
+        if self.coefficients is not None:
+            inner, time, skip, out = self.coefficients[:, t].to(x.dtype)  # each [B]
+            inner, skip, out = (factor.reshape(-1, *[1] * (x.ndim - 1)) for factor in (inner, skip, out))
+            return skip * x + out * self._predicted(inner * x, time, *conditions)
         if self.timestep_scale != 1:
             t = t * self.timestep_scale  # [B] float
+        return self._predicted(x, t, *conditions)
+
+    def _predicted(self, x, t, *conditions):
+        """`predict` in the network's precision and memory layout: float32 in, float32 out."""
         inside = x.to(memory_format=torch.channels_last) if self.channels_last else x
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
-                noise = self.predict(inside, t).to(x.dtype)
+                predicted = self.predict(inside, t, *conditions).to(x.dtype)
         else:
-            noise = self.predict(inside, t)
-        return noise.contiguous() if self.channels_last else noise
+            predicted = self.predict(inside, t, *conditions)
+        return predicted.contiguous() if self.channels_last else predicted
 
 
 class GroupNorm(nn.GroupNorm):
@@ -67,6 +94,23 @@ def pixel_attention(q, k, v):
     """Scaled dot-product attention over N pixels; q, k, v are [B, heads, d, N] and so is the result."""
     q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+
+
+def class_embedding(table, labels, batch):
+    """The rows [B, D] of a table of classes for `labels`, int64 or int32 [B]; None without labels.
+
+    table: nn.Embedding [classes, D], or None for a network without classes.
+    Raises ValueError for labels where there is no table, and for others than one whole number an image. That they lie
+    in 0 .. classes - 1 is for the caller to see to: looking would wait for the device.
+    """
+    if labels is None:
+        return None
+    if table is None:
+        raise ValueError("class_labels: the network has no classes; leave them out")
+    if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+        found = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"class_labels: {found}, expected whole numbers (int64 or int32) of shape {[batch]}")
+    return table(labels)
 
 
 def timestep_frequencies(half, spread, device):

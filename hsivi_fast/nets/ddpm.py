@@ -1,4 +1,4 @@
-"""The DDPM UNet (Ho et al. 2020, arXiv 2006.11239, appendix B).
+"""The DDPM UNet (Ho et al. 2020, arXiv 2006.11239, appendix B), and what diffusers' UNet2DModel has made of it.
 
 It has the parameters of ddpm-torch's checkpoints, name for name, and is used for CIFAR-10, CelebA-64, MNIST and digits.
 Level i works at resolution H / 2^i with channels * multipliers[i] channels.
@@ -8,50 +8,71 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, NoisePredictor, pixel_attention, timestep_frequencies, upsample
+from .blocks import GroupNorm, NoisePredictor, class_embedding, pixel_attention, timestep_frequencies, upsample
 
 
 class ResidualBlock(nn.Module):
-    """conv(SiLU(norm)) twice, the time embedding added in between, and a skip connection."""
+    """conv(SiLU(norm)) twice, and a skip connection.
 
-    def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps):
+    The time embedding is added in between. With `scale_shift` it scales and shifts the second normalisation instead.
+    """
+
+    def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps, scale_shift):
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.fc = nn.Linear(embed_channels, out_channels)
+        self.fc = nn.Linear(embed_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
         h = self.conv1(self.norm1(x, silu=True))  # [B, out_channels, H, W]
-        h = self.conv2(self.norm2(h, silu=True, add=self.fc(embedding)))
-        return h + self.skip(x)
+        if self.scale_shift:
+            scale, shift = self.fc(embedding).chunk(2, dim=1)  # each [B, out_channels]
+            h = self.norm2(h, silu=True, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, silu=True, add=self.fc(embedding))
+        return self.conv2(h) + self.skip(x)
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all pixels."""
+    """Self-attention over all pixels, by one head or several; `norm_groups` 0 is no normalisation before it."""
 
-    def __init__(self, channels, norm_groups, norm_eps):
+    def __init__(self, channels, heads, norm_groups, norm_eps):
         super().__init__()
-        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.heads = heads
+        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps) if norm_groups else nn.Identity()
         self.project_in = nn.Conv2d(channels, 3 * channels, 1)
         self.project_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
-        q, k, v = self.project_in(self.norm(x)).flatten(2).unsqueeze(1).chunk(3, dim=2)  # each [B, 1, C, H W]
+        qkv = self.project_in(self.norm(x)).flatten(2)  # [B, 3 C, H W]: q, k, v come first, then the heads
+        q, k, v = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).unbind(1)
         return x + self.project_out(pixel_attention(q, k, v).reshape(batch, channels, height, width))
 
 
 class DDPMUNet(NoisePredictor):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
-    `attention` says for each level whether self-attention follows each residual block.
+    With `classes` it also takes class_labels, [B] integers in 0 .. classes - 1, or None for no class.
+
+    `attention` says for each level whether self-attention follows each residual block. `attention_up` says so of the
+    way up where that differs. A head has `head_channels` channels, by default all of its level.
     `res_blocks` counts the residual blocks of a level on the way down; the way up has one more.
-    Without `middle` and with `res_blocks` 0 the network is small enough for checks.
-    Raises ValueError where a width is no multiple of `norm_groups`, the image size none of 2^(levels - 1),
-    or `attention` has another length than `multipliers`.
+    Without `middle` and with `res_blocks` 0 the network is small enough for checks. `middle_attention` false leaves the
+    attention out of it, `middle_norm_groups` are those of that attention if others (0 for no normalisation), and
+    `middle_scale` divides what comes out of each of its blocks.
+    `out_channels` may be larger than the image's channels: the first `image_channels` of them are the noise.
+    `scale_shift` is of the residual blocks. `time_channels` is the width of the time embedding, 4 channels by default.
+    The sinusoids' frequencies fall by 10000 over channels / 2 - `freq_shift` of them; `cos_first` puts the cosines
+    before the sines. `down_padding` 1 pads a halving convolution on all sides, 0 at the bottom and on the right alone.
+    `center_input` takes images in 0 .. 1 to -1 .. 1.
+    Raises ValueError where a width is no multiple of `norm_groups` or `head_channels`, the image size none of
+    2^(levels - 1), `attention` or `attention_up` has another length than `multipliers`, and for other sizes that do not
+    fit each other.
     """
 
     def __init__(
@@ -65,13 +86,28 @@ class DDPMUNet(NoisePredictor):
         middle=True,
         norm_groups=32,
         norm_eps=1e-5,
+        out_channels=None,
+        attention_up=None,
+        head_channels=None,
+        middle_attention=True,
+        middle_norm_groups=None,
+        middle_scale=1.0,
+        scale_shift=False,
+        time_channels=None,
+        classes=None,
+        freq_shift=1,
+        cos_first=False,
+        down_padding=0,
+        center_input=False,
     ):
         super().__init__()
         levels = len(multipliers)
-        if len(attention) != levels:
-            raise ValueError(
-                f"network.attention: {len(attention)} entries for {levels} levels; give one true or false a level"
-            )
+        attention_up = attention if attention_up is None else attention_up
+        for key, given in (("attention", attention), ("attention_up", attention_up)):
+            if len(given) != levels:
+                raise ValueError(
+                    f"network.{key}: {len(given)} entries for {levels} levels; give one true or false a level"
+                )
         if image_size % 2 ** (levels - 1):
             raise ValueError(
                 f"network.image_size: {image_size} cannot be halved {levels - 1} times; "
@@ -79,17 +115,41 @@ class DDPMUNet(NoisePredictor):
             )
         if channels % norm_groups:
             raise ValueError(f"network.channels: {channels} is not a multiple of norm_groups = {norm_groups}")
-        self.event_shape = (image_channels, image_size, image_size)
-        self.channels = channels
-        embed_channels = 4 * channels
+        if channels % 2 or channels // 2 <= freq_shift:
+            raise ValueError(f"network.channels: {channels} must be even, and more than {2 * freq_shift}")
+        out_channels = image_channels if out_channels is None else out_channels
+        if out_channels < image_channels:
+            raise ValueError(f"network.out_channels: {out_channels} is less than image_channels = {image_channels}")
+        for key, value in (("freq_shift", freq_shift), ("down_padding", down_padding)):
+            if value not in (0, 1):
+                raise ValueError(f"network.{key}: {value!r} must be 0 or 1")
         widths = [channels * multiplier for multiplier in multipliers]
+        middle_norm_groups = norm_groups if middle_norm_groups is None else middle_norm_groups
+        if middle_norm_groups and widths[-1] % middle_norm_groups:
+            raise ValueError(
+                f"network.middle_norm_groups: the {widths[-1]} channels of the last level are no multiple of "
+                f"{middle_norm_groups}"
+            )
+        self.event_shape = (image_channels, image_size, image_size)
+        self.channels, self.freq_shift, self.cos_first = channels, freq_shift, cos_first
+        self.down_padding, self.center_input, self.middle_scale = down_padding, center_input, middle_scale
+        embed_channels = 4 * channels if time_channels is None else time_channels
 
-        def block(level, in_channels):
-            """One residual block, with attention where this level has it."""
-            residual = ResidualBlock(in_channels, widths[level], embed_channels, norm_groups, norm_eps)
-            if not attention[level]:
-                return residual
-            return nn.ModuleList([residual, AttentionBlock(widths[level], norm_groups, norm_eps)])
+        def residual(in_channels, width):
+            return ResidualBlock(in_channels, width, embed_channels, norm_groups, norm_eps, scale_shift)
+
+        def self_attention(width, norm_groups):
+            if head_channels and width % head_channels:
+                raise ValueError(
+                    f"network.head_channels: a level of {width} channels is no multiple of {head_channels}"
+                )
+            return AttentionBlock(width, width // head_channels if head_channels else 1, norm_groups, norm_eps)
+
+        def block(width, in_channels, attended):
+            """One residual block, with attention where its level has it."""
+            if not attended:
+                return residual(in_channels, width)
+            return nn.ModuleList([residual(in_channels, width), self_attention(width, norm_groups)])
 
         def resample(width, stride, padding):
             """The convolution of a change of resolution; entry 0, padding or repetition, has no parameters."""
@@ -98,6 +158,8 @@ class DDPMUNet(NoisePredictor):
         self.embed = nn.Sequential(
             nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
         )
+        self.classes = classes
+        self.class_embed = None if classes is None else nn.Embedding(classes, embed_channels)
         self.in_conv = nn.Conv2d(image_channels, channels, 3, padding=1)
 
         self.downsamples = nn.ModuleDict()
@@ -106,25 +168,26 @@ class DDPMUNet(NoisePredictor):
         for level in range(levels):
             layers = nn.ModuleList()
             for _ in range(res_blocks):
-                layers.append(block(level, width))
+                layers.append(block(widths[level], width, attention[level]))
                 width = widths[level]
                 skips.append(width)
             if level < levels - 1:
-                layers.append(resample(width, stride=2, padding=0))
+                layers.append(resample(width, stride=2, padding=down_padding))
                 skips.append(width)
             self.downsamples[f"level_{level}"] = layers
 
         self.middle = nn.ModuleList()
         if middle:
-            self.middle.append(ResidualBlock(width, width, embed_channels, norm_groups, norm_eps))
-            self.middle.append(AttentionBlock(width, norm_groups, norm_eps))
-            self.middle.append(ResidualBlock(width, width, embed_channels, norm_groups, norm_eps))
+            self.middle.append(residual(width, width))
+            if middle_attention:
+                self.middle.append(self_attention(width, middle_norm_groups))
+            self.middle.append(residual(width, width))
 
         upsamples = {}
         for level in reversed(range(levels)):
             layers = nn.ModuleList()
             for _ in range(res_blocks + 1):
-                layers.append(block(level, width + skips.pop()))
+                layers.append(block(widths[level], width + skips.pop(), attention_up[level]))
                 width = widths[level]
             if level > 0:
                 layers.append(resample(width, stride=1, padding=1))
@@ -132,26 +195,33 @@ class DDPMUNet(NoisePredictor):
         self.upsamples = nn.ModuleDict({name: upsamples[name] for name in sorted(upsamples)})
 
         self.out_conv = nn.ModuleDict(
-            {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, image_channels, 3, padding=1)}
+            {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
-    def predict(self, x, t):
+    def predict(self, x, t, class_labels=None):
         half = self.channels // 2
-        angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half - 1, x.device)  # [B, channels / 2]
-        embedding = F.silu(self.embed(torch.cat([angles.sin(), angles.cos()], dim=1)))  # [B, 4 channels]
+        frequencies = timestep_frequencies(half, half - self.freq_shift, x.device)
+        angles = t.to(torch.float32)[:, None] * frequencies  # [B, channels / 2]
+        waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
+        embedding = self.embed(torch.cat(waves, dim=1))  # [B, 4 channels], or the width that was asked for
+        of_class = class_embedding(self.class_embed, class_labels, len(x))
+        embedding = F.silu(embedding if of_class is None else embedding + of_class)
 
-        h = self.in_conv(x)
+        h = self.in_conv(2 * x - 1 if self.center_input else x)
         skips = [h]
         for layers in self.downsamples.values():
             for layer in layers:
                 if isinstance(layer, nn.ModuleDict):
-                    h = layer["1"](F.pad(h, (0, 1, 0, 1)))  # "same" padding of a stride-2 convolution on an even size
+                    # Without padding of its own: the "same" padding of a stride-2 convolution on an even size.
+                    h = layer["1"](h if self.down_padding else F.pad(h, (0, 1, 0, 1)))
                 else:
                     h = _apply(layer, h, embedding)
                 skips.append(h)
 
         for layer in self.middle:
             h = layer(h, embedding)
+            if self.middle_scale != 1:
+                h = h / self.middle_scale
 
         for name in reversed(self.upsamples.keys()):
             for layer in self.upsamples[name]:
@@ -160,7 +230,8 @@ class DDPMUNet(NoisePredictor):
                 else:
                     h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
 
-        return self.out_conv["2"](self.out_conv["0"](h, silu=True))
+        h = self.out_conv["2"](self.out_conv["0"](h, silu=True))
+        return h[:, : x.shape[1]] if h.shape[1] > x.shape[1] else h
 
 
 def _apply(layer, h, embedding):

@@ -15,6 +15,7 @@ from ..checkpoints.run_folder import RunFolder
 from ..config import phases_of
 from ..data import check_image_size
 from ..metrics.evaluation import build_metric, final_table
+from ..metrics.needed_files import fetch_needed
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
 from ..parallel.out_of_memory import memory_advice
@@ -97,6 +98,8 @@ class Training:
         check_memory(config, world.size, choose_device(config.device) if world.size == 1 else world.device)
         # Told before anything is built. The folder is made and held in `in_its_folder`.
         has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
+        world.mark("fetching files")
+        fetch_needed(config, teacher=True, measured=config.eval.num_samples > 0)
         self.context = context = build_context(config, world, teacher=True)
         check_image_size(config, context.teacher.event_shape)
         # A machine may have another file under that name.

@@ -13,6 +13,8 @@ from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.diffusers_format import _DISCRETE
 from hsivi_fast.checkpoints.formats import read_checkpoint
 from hsivi_fast.checkpoints.weights import read_weights
+from hsivi_fast.config import load_config
+from hsivi_fast.method.schedule import signal_levels
 
 
 def _unet2d(**changes):
@@ -148,21 +150,15 @@ def test_what_weights_do_not_show_is_compared_with_the_run(tmp_path, changes, me
     [
         (
             "attention_head_dim",
-            8,
-            "attention_head_dim = 8, which our DDPM UNet cannot be; it needs null, one head over all 64 channels",
+            24,
+            "attention_head_dim = 24, which our DDPM UNet cannot be; it needs null, or a divisor of 64 channels",
         ),
-        ("flip_sin_to_cos", True, "flip_sin_to_cos = True"),
-        ("freq_shift", 0, "freq_shift = 0"),
-        ("downsample_padding", 1, "downsample_padding = 1"),
-        ("resnet_time_scale_shift", "scale_shift", "resnet_time_scale_shift = 'scale_shift'"),
-        ("num_class_embeds", 10, "num_class_embeds = 10"),
         ("class_embed_type", "timestep", "class_embed_type"),
         ("down_block_types", ["DownBlock2D", "ResnetDownsampleBlock2D"], "down_block_types"),
-        ("up_block_types", ["UpBlock2D", "UpBlock2D"], "attention at the same levels"),
+        ("up_block_types", ["UpBlock2D", "SkipUpBlock2D"], "up_block_types"),
         ("block_out_channels", [32, 48], "multiples of the first"),
-        ("out_channels", 6, "as many as in_channels"),
+        ("out_channels", 5, "as many as in_channels"),
         ("act_fn", "gelu", "act_fn = 'gelu'"),
-        ("add_attention", False, "add_attention"),
         ("time_embedding_type", "fourier", "'fourier'"),
         ("_class_name", "UNet2DConditionModel", "is of a UNet2DConditionModel"),
         ("block_out_channels", None, "no list block_out_channels"),
@@ -197,9 +193,14 @@ def test_another_noise_than_the_teacher_s_is_refused(tmp_path):
     for changes, message in (
         ({"beta_schedule": "squaredcos_cap_v2"}, "teacher.betas: 'linear' .* set teacher.betas=cosine"),
         ({"num_train_timesteps": 4000}, "set teacher.steps=4000"),
-        ({"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
-        ({"beta_end": 0.01}, "beta_end = 0.01"),
-        ({"beta_schedule": "sigmoid"}, "'sigmoid'"),
+        ({"prediction_type": "v_prediction"}, "teacher.prediction: 'epsilon' .* set teacher.prediction=v"),
+        (
+            {"prediction_type": "flow_prediction"},
+            "prediction_type = 'flow_prediction', which a teacher here cannot have",
+        ),
+        ({"beta_end": 0.01}, "teacher.betas: 'linear' .* set teacher.betas={'kind': 'linear', 'start': 0.0001, 'end'"),
+        ({"beta_schedule": "sigmoid"}, "teacher.betas: 'linear' .* set teacher.betas={'kind': 'sigmoid'"),
+        ({"beta_schedule": "laplace"}, "beta_schedule = 'laplace', which a teacher here cannot have"),
     ):
         (tmp_path / "unet" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **changes}))
         with pytest.raises(ValueError, match=message):
@@ -304,10 +305,13 @@ def test_a_value_that_no_unet_has_is_refused_before_a_network_is_built(tmp_path,
             "rescale_betas_zero_snr = True, which a teacher here cannot have; it needs False",
         ),
         ({"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        ({"trained_betas": [0.1] * 999}, "trained_betas has 999 of them; num_train_timesteps is 1000"),
         (
-            {"trained_betas": [0.1] * 1000},
-            r"trained_betas = \[0.1, .* \.\.\., which a teacher here cannot have; it needs None",
+            {"trained_betas": [0.1, 1.5] * 500},
+            r"trained_betas = \[0.1, 1.5, .* \.\.\.; expected numbers between 0 and 1",
         ),
+        ({"trained_betas": "0.1"}, r"trained_betas = \[\]; expected numbers"),
+        ({"beta_start": 0.0}, r"beta_start, beta_end = \[0.0, 0.02\]; expected numbers between 0 and 1"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps = '1000'; expected a whole number from 2"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000"),
         ({"num_train_timesteps": 1}, "num_train_timesteps = 1;"),
@@ -331,6 +335,60 @@ def test_json_of_another_shape_is_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"config.json: ") as error:
         read_checkpoint(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_start": 0.0005},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "sigmoid"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.001 + 0.0001 * step for step in range(100)], "num_train_timesteps": 100},
+    ],
+    ids=str,
+)
+def test_the_noise_is_diffusers_own(tmp_path, settings):
+    """Read, converted and given to a run, the levels are those of diffusers' scheduler."""
+    import diffusers  # here: it takes seconds
+
+    scheduler = diffusers.DDPMScheduler(**settings, prediction_type="v_prediction")
+    _unet2d().save_pretrained(tmp_path / "model")
+    scheduler.save_pretrained(tmp_path / "model" / "scheduler")
+    convert_checkpoint(tmp_path / "model", tmp_path / "ours")
+    run = tmp_path / "ours" / "network.yaml"
+    run.write_text(run.read_text() + "nfe: 3\neval: {num_samples: 0}\n")
+    config = load_config(run)
+    assert config.teacher.prediction == "v"
+    levels = signal_levels(config.teacher.betas, config.teacher.steps)
+    torch.testing.assert_close(torch.from_numpy(levels).float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    assert load_teacher(config, "cpu").coefficients is not None
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_a_teacher_of_another_prediction_gives_diffusers_noise(tmp_path, prediction):
+    """DDIM's step to timestep 0's level, whose noise diffusers computes by itself, is the same from ours."""
+    import diffusers  # here: it takes seconds
+
+    model = _unet2d(norm_eps=1e-5)
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    model.save_pretrained(tmp_path / "model")
+    scheduler.save_pretrained(tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "ours")
+    run = tmp_path / "ours" / "network.yaml"
+    run.write_text(run.read_text() + "nfe: 3\n")
+    teacher = load_teacher(load_config(run), "cpu")
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 3, 8, 8)
+    for t in (900, 500, 100):
+        with torch.no_grad():
+            output, noise = model(x, t).sample, teacher(x, torch.tensor([t, t]))
+        step = scheduler.step(output, t, x)
+        now, then = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 100]
+        x_0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
+        torch.testing.assert_close(
+            then.sqrt() * x_0 + (1 - then).sqrt() * noise, step.prev_sample, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_schedulers_that_are_taken_say_their_betas():

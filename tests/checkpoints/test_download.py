@@ -65,7 +65,7 @@ def test_a_file_put_there_by_hand_is_used_and_its_sum_noted(tmp_path, monkeypatc
     (tmp_path / "cache" / "cifar10_2040.pt").write_bytes(served[1].read_bytes())
     assert teacher_has(tmp_path, DDPM, "cifar10", random_weights(DDPM))
     assert (tmp_path / "cache" / "cifar10_2040.pt.sha256").read_text().split()[0] == served[2]
-    with pytest.raises(ValueError, match=r"neither a known name \(cifar10, imagenet64\) nor"):
+    with pytest.raises(ValueError, match=r"neither a known name \(cifar10, imagenet64, edm_cifar10, .*\) nor"):
         download.fetch_checkpoint("cifar11")
 
 
@@ -184,3 +184,12 @@ def test_addresses_of_pipes_and_devices_are_not_opened(tmp_path, served):
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ValueError, match="is a pipe, socket or device; give a regular file"):
             download.fetch_checkpoint(f"file://{path}")
+
+
+def test_a_licence_is_told_where_its_file_is_downloaded(served, monkeypatch, capsys):
+    monkeypatch.setitem(download.PUBLISHED_TEACHERS, "edm_cifar10", served[0])
+    file = download.fetch_checkpoint("edm_cifar10")
+    said = f"{file.name}: its licence is NVIDIA's, CC BY-NC-SA 4.0: not for commercial use"
+    assert said in capsys.readouterr().err
+    download.fetch_checkpoint("edm_cifar10")
+    assert "licence" not in capsys.readouterr().err

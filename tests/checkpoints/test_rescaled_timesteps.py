@@ -8,9 +8,9 @@ from small_checkpoints import ADM, random_weights, run_config
 from hsivi_fast.build import build_score_net, build_student, build_untrained_student
 from hsivi_fast.checkpoints import weights as weights_room
 from hsivi_fast.checkpoints.checkpoint import Checkpoint
-from hsivi_fast.checkpoints.convert import convert_checkpoint
+from hsivi_fast.checkpoints.convert import _network_yaml, convert_checkpoint
 from hsivi_fast.checkpoints.published_format import publishable_network
-from hsivi_fast.checkpoints.sizes import CIFAR10_50M, describe_network, known_name
+from hsivi_fast.checkpoints.sizes import CIFAR10_50M, IMAGENET64_270M, LSUN_100M, describe_network, known_name
 from hsivi_fast.config import load_config
 from hsivi_fast.nets import NETWORKS, build_unet
 
@@ -87,6 +87,43 @@ def test_the_converted_cifar10_of_improved_diffusion_says_its_noise(tmp_path):
     assert "0.75 of a step too noisy for such a teacher, sigma at tau_0 is 2.05 times too large" in text
     config = load_config(tmp_path / "ours" / "network.yaml", ["nfe=10"])
     assert (config.teacher.betas, config.teacher.steps, config.network.image_size) == ("cosine_4000", 1000, 32)
+
+
+LSUN = {
+    **NETWORKS["imagenet64"],
+    "image_size": 256,
+    "multipliers": (1, 1, 2, 2, 4, 4),
+    "res_blocks": 2,
+    "attention": (16,),
+    "heads": 1,
+    "scale_shift": False,
+}
+
+
+@pytest.mark.parametrize(
+    "network, name, millions, noise",
+    [
+        ({**NETWORKS["imagenet64"], "channels": 192, "classes": 1000}, IMAGENET64_270M, 273, ("cosine", 4000)),
+        (LSUN, LSUN_100M, 114, ("linear", 1000)),
+    ],
+    ids=["imagenet64_cond", "lsun"],
+)
+def test_networks_whose_timesteps_were_not_rescaled_are_known_by_their_sizes(tmp_path, network, name, millions, noise):
+    checkpoint = _known(network)
+    assert checkpoint.network == {**network, "norm_groups": 32, "norm_eps": 1e-5, **_lists(network)}
+    assert round(sum(tensor.numel() for tensor in checkpoint.tensors["teacher"].values()) / 1e6) == millions
+    text = _network_yaml(checkpoint)
+    assert f"# Its sizes are those of the network {name}." in text and "rescaled" not in text
+    assert f"what stands here is usual for {name}; check it." in text
+    (tmp_path / "network.yaml").write_text(text)
+    (tmp_path / "teacher.safetensors").touch()
+    config = load_config(tmp_path / "network.yaml", ["nfe=10"])
+    assert (config.teacher.betas, config.teacher.steps, config.network.heads) == (*noise, network["heads"])
+    weights_room._check_rescaled_timesteps(checkpoint, config.teacher)
+
+
+def _lists(network):
+    return {key: list(value) for key, value in network.items() if isinstance(value, tuple)}
 
 
 @pytest.mark.parametrize("override", ["teacher.timestep_scale=0.25", "teacher.betas=cosine_4000"])

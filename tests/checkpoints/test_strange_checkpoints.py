@@ -33,9 +33,9 @@ def _reshaped(weights, shapes):
     return {**weights, **{name: torch.zeros(shape) for name, shape in shapes.items()}}
 
 
-def _halved_rows(weights):
-    """As without scale and shift: half as many rows in all embeddings of blocks."""
-    return {name: tensor[: len(tensor) // 2] if ".emb_layers." in name else tensor for name, tensor in weights.items()}
+def _fewer_rows(weights):
+    """A quarter of the rows in all embeddings of blocks: half are as without scale and shift."""
+    return {name: tensor[: len(tensor) // 4] if ".emb_layers." in name else tensor for name, tensor in weights.items()}
 
 
 def _refused(source, to):
@@ -48,10 +48,11 @@ def _refused(source, to):
 
 
 ANOTHER_NETWORK = {
-    "class-conditional": (
-        {**IMPROVED, "label_emb.weight": torch.zeros(10, 128)},
-        "label_emb.weight [10, 128] makes it class-conditional; ours is unconditional, with class_cond off",
+    "classes of another width": (
+        {**IMPROVED, "label_emb.weight": torch.zeros(10, 64)},
+        "another shape for label_emb.weight ([10, 64], expected [10, 128])",
     ),
+    "classes of a bias": ({**IMPROVED, "label_emb.bias": torch.zeros(10)}, "it has unknown label_emb.bias"),
     "super-resolution": (
         _reshaped(IMPROVED, {"input_blocks.0.0.weight": (32, 6, 3, 3)}),
         "input_blocks.0.0.weight takes 6 channels, as of a super-resolution network with a second image",
@@ -60,17 +61,17 @@ ANOTHER_NETWORK = {
         _reshaped(IMPROVED, {"out.2.weight": (5, 32, 3, 3), "out.2.bias": (5,)}),
         "out.2.weight has 5 output channels; ours needs 3, or 6",
     ),
-    "scale and shift off": (
-        _halved_rows(IMPROVED),
-        "input_blocks.1.0.emb_layers.1.weight has 32 rows; ours needs use_scale_shift_norm, with 64",
+    "neither scale and shift nor a shift": (
+        _fewer_rows(IMPROVED),
+        "input_blocks.1.0.emb_layers.1.weight has 16 rows; ours needs 32, or 64 for scale and shift",
     ),
     "pooling, improved-diffusion": (
         _without(IMPROVED, "input_blocks.2.0.op"),
         "input_blocks.2 has no weights, so it is average pooling; ours needs conv_resample",
     ),
-    "learned variance": (
-        _reshaped(OURS, {"out_conv.2.weight": (6, 32, 3, 3), "out_conv.2.bias": (6,)}),
-        "out_conv.2.weight has 6 output channels, as where the variance is learned too; our DDPM UNet needs 3",
+    "another number of outputs, ddpm-torch": (
+        _reshaped(OURS, {"out_conv.2.weight": (5, 32, 3, 3), "out_conv.2.bias": (5,)}),
+        "out_conv.2.weight has 5 output channels; ours needs 3, or 6",
     ),
     "pooling, ddpm-torch": (
         _without(OURS, "downsamples.level_0.1."),
@@ -79,6 +80,23 @@ ANOTHER_NETWORK = {
     "a missing key": (
         _without(OURS, "middle.1.norm.bias"),
         "compared with what its sizes say it lacks middle.1.norm.bias",
+    ),
+    "no embedding of a block": (
+        _without(OURS, "upsamples.level_1.0.0.fc.weight"),
+        "compared with what its sizes say it lacks upsamples.level_1.0.0.fc.weight",
+    ),
+    "no output": (
+        _without(OURS, "out_conv.2.weight"),
+        "compared with what its sizes say it lacks out_conv.2.weight",
+    ),
+    "a width of nothing": (_reshaped(OURS, {"embed.0.weight": ()}), "another shape for embed.0.weight ([], expected"),
+    "no classes": (
+        {**OURS, "class_embed.weight": torch.zeros(0, 128)},
+        "its tensor class_embed.weight is empty, [0, 128]",
+    ),
+    "classes of nothing": (
+        {**OURS, "class_embed.weight": torch.tensor(1.0)},
+        "it has unknown class_embed.weight",
     ),
     "an extra key": ({**OURS, "middle.3.norm1.bias": torch.zeros(64)}, "it has unknown middle.3.norm1.bias"),
     "a name with ..": ({**OURS, "../../middle": torch.zeros(64)}, "it has unknown ../../middle"),
@@ -274,7 +292,7 @@ def _scripted(file):
 
 STRANGE_FILES = {
     "a pipe": (os.mkfifo, "is a pipe, socket or device; give a regular file"),
-    "an EDM pickle": (_of_nvlabs, "is an EDM (NVlabs) pickle, whose code is never run; such files are not read yet"),
+    "an EDM pickle": (_of_nvlabs, "has a persistent object that is none of NVlabs' torch_utils.persistence"),
     "TorchScript": (_scripted, "is a TorchScript program, which is never run; save its tensors alone"),
     "a pickle": (lambda file: file.write_bytes(pickle.dumps({"a": print})), "pickled code"),
     "nothing": (lambda file: file.touch(), "is neither a safetensors file nor one of torch.save"),

@@ -1,7 +1,11 @@
 """Files that torch.save wrote: ddpm-torch's, improved-diffusion's, and those that are refused."""
 
+import io
 import os
 import pickle
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ from safetensors.torch import save_file
 from small_checkpoints import ADM, DDPM, published_file, random_weights, run_config, teacher_has, with_module_prefix
 
 from hsivi_fast.build import load_teacher
+from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.formats import read_checkpoint
+from hsivi_fast.checkpoints.nesting import is_deeply_nested
 from hsivi_fast.checkpoints.weights import read_weights
 from hsivi_fast.nets import build_unet
 
@@ -69,6 +75,27 @@ def test_improved_diffusion_has_six_outputs_of_which_three_are_used(tmp_path):
     assert "image_size" not in found
 
 
+@pytest.mark.parametrize(
+    "changes", [{"classes": 7}, {"scale_shift": False}, {"classes": 7, "scale_shift": False}], ids=str
+)
+def test_classes_and_an_added_embedding_are_told_by_improved_diffusion_s_tensors(tmp_path, changes):
+    network = {**ADM, **changes}
+    weights = random_weights(network)
+    torch.save(weights, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt").network
+    assert found.items() >= {key: value for key, value in network.items() if key != "image_size"}.items()
+    file = convert_checkpoint(tmp_path / "a.pt", tmp_path / "ours")[0]
+    again = read_checkpoint(file).weights()
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_ddpm_torch_network_may_have_learned_its_variance_too(tmp_path):
+    network = {**DDPM, "out_channels": 6}
+    torch.save({"model": random_weights(network)}, tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").network.items() >= {"out_channels": 6, "norm_eps": 1e-6}.items()
+    assert teacher_has(tmp_path, network, tmp_path / "a.pt", random_weights(network))
+
+
 class Malicious:
     def __init__(self, file):
         self.file = str(file)
@@ -91,6 +118,70 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, write):
     with pytest.raises(ValueError, match=r"evil.pt': .*pickled code.*never run") as caught:
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "harm").exists() and "\n" not in str(caught.value)
+
+
+def _with_content(file, pickled, archive):
+    """Write a file of torch's with this pickle in the place of its content."""
+    torch.save(random_weights(DDPM), file, _use_new_zipfile_serialization=archive)
+    whole = file.read_bytes()
+    if not archive:
+        stream = io.BytesIO(whole)
+        for _ in range(3):  # a magic number, a version and the system
+            pickle.load(stream)
+        file.write_bytes(whole[: stream.tell()] + pickled)
+        return
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("/data.pkl") else old.read(name))
+
+
+def _nested(depth, key):
+    """The opcodes of a dict of this depth: its one key, or its one value, is a tuple in a tuple in a tuple."""
+    tuples = b")" + b"\x85" * (depth - 1)
+    return b"\x80\x02}" + (tuples + b"K\x01" if key else b"K\x01" + tuples) + b"s."
+
+
+DEEP = {
+    "a key": _nested(200_000, key=True),
+    "a value": _nested(200_000, key=False),
+    # Each tuple goes into a list and comes back from the memo, so that the stack holds one at most.
+    "by the memo": b"\x80\x02])q\x00a" + b"h\x00\x85q\x00a" * 200_000 + b"}h\x00K\x01s.",
+    "lists": b"\x80\x02}K\x01" + b"](" * 200_000 + b"e" * 200_000 + b"s.",
+}
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_nesting_is_one_line_and_no_crash(tmp_path, kind, archive):
+    """In a process of its own: torch.load ends in a segmentation fault where a deep tuple is a key."""
+    file = tmp_path / "deep.pt"
+    _with_content(file, DEEP[kind], archive)
+    code = "import sys; from hsivi_fast.checkpoints.weights import read_weights; read_weights(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == 1, (done.returncode, done.stderr[-300:])
+    assert done.stderr.splitlines()[-1] == (
+        f"ValueError: checkpoint '{file}': nests values more than 100 deep; no checkpoint does"
+    )
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
+def test_the_depth_of_nesting_has_a_limit_that_no_checkpoint_meets(tmp_path, archive):
+    file = tmp_path / "a.pt"
+    for depth, deep in ((100, False), (101, True)):
+        _with_content(file, _nested(depth, key=True), archive)
+        assert is_deeply_nested(file) == deep, depth
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.Adam(parameters, amsgrad=True)
+    parameters[0].grad = torch.ones(2)
+    optimizer.step()
+    many = {f"layer.{index}": torch.ones(1) for index in range(3000)}  # more items than one opcode adds
+    content = {"model": many, "optimizer": optimizer.state_dict(), "logs": [[float(i), (i, i)] for i in range(5000)]}
+    torch.save(content, file, _use_new_zipfile_serialization=archive)
+    assert not is_deeply_nested(file)
+    whole = file.read_bytes()
+    for length in (0, 1, 3, 1000, len(whole) // 2):
+        file.write_bytes(whole[:length])
+        assert not is_deeply_nested(file)
 
 
 def test_a_pickled_network_is_refused_by_its_class(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hsivi_fast import load_config, sample, train
+from hsivi_fast.checkpoints.convert import convert_checkpoint
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.data import to_uint8
 from hsivi_fast.export import export_run, load_exported, safetensors_format
@@ -432,3 +433,36 @@ def test_a_package_reads_both_words_of_a_seed(package):
     seeds = range(2**40 + 5, 2**40 + 21)
     packaged = torch._inductor.aoti_load_package(str(folder / "sampler.pt2"))
     _check_near(packaged(torch.tensor(seeds)).int(), sample(run, seeds).int())
+
+
+# ---- networks of diffusers' own --------------------------------------------------------------------------------------
+
+
+def test_a_run_from_a_unet2dmodel_with_its_defaults_goes_out_in_both_forms(tmp_path):
+    """Heads and the ways of its time embedding reach the sampler that is built again of the files."""
+    from diffusers import UNet2DModel  # late: as above
+
+    torch.manual_seed(3)
+    model = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",
+    )
+    model.save_pretrained(tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "teacher")
+    more = "base: smoke\n" + (tmp_path / "teacher" / "network.yaml").read_text()
+    (tmp_path / "teacher" / "run.yaml").write_text(more.replace("network:\n", "network:\n  name: null\n"))
+    run = train(load_config(tmp_path / "teacher" / "run.yaml"), tmp_path / "run")
+    folder = export_run(run, "safetensors", tmp_path / "tensors")
+    described = json.loads((folder / "config.json").read_text())["network"]
+    assert described.items() >= {"head_channels": 4, "freq_shift": 0, "middle_norm_groups": 0}.items()
+    assert torch.equal(to_uint8(load_exported(folder)(SEEDS)), sample(run, SEEDS))
+    pipeline = _load_pipeline(export_run(run, "diffusers", tmp_path / "pipeline"))
+    assert torch.equal(_drawn(pipeline, seeds=SEEDS), sample(run, SEEDS))

@@ -93,16 +93,17 @@ def test_distance_grows_with_noise_and_rounding_hides_what_the_data_cannot_show(
 
 
 def test_reference_files(tmp_path):
-    context = context_of(load_config("digits"))
     np.savez(tmp_path / "good.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "small.npz", mu=np.zeros(32), sigma=np.eye(32))
     np.savez(tmp_path / "odd.npz", mu=np.zeros(64), sigma=np.eye(32))
     np.savez(tmp_path / "other.npz", mean=np.zeros(64))
     (tmp_path / "text.npz").write_text("mu")
-    metric = ImageMetric(context, load_statistics(tmp_path / "good.npz"))
-    assert metric.reference["mu"].shape == (64,)
+    good, small = (
+        context_of(load_config("digits", [f"eval.reference={tmp_path / name}.npz"])) for name in ("good", "small")
+    )
+    assert ImageMetric(good).reference["mu"].shape == (64,)
     with pytest.raises(ValueError, match="ref: has 32 features, the feature network digits gives 64"):
-        ImageMetric(context, load_statistics(tmp_path / "small.npz"))
+        ImageMetric(small)
     for name, message in (
         ("odd", "do not fit"),
         ("other", "expected an npz file with mu and sigma"),

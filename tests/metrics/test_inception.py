@@ -3,18 +3,25 @@
 Our stream is compared with torch-fidelity's own route through folders of pictures.
 """
 
-import urllib.error
+import hashlib
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from local_server import LOGIN, Answer, serving
 
 from hsivi_fast import load_config, train
 from hsivi_fast.build import build_context
 from hsivi_fast.data import load_data
 from hsivi_fast.metrics.evaluation import ImageMetric, evaluate
-from hsivi_fast.metrics.features import describe_features, feature_extractor, image_features, weights_file
+from hsivi_fast.metrics.features import (
+    describe_features,
+    feature_extractor,
+    fetch_inception,
+    image_features,
+    weights_file,
+)
 from hsivi_fast.metrics.image_files import ImageFiles
 from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.training import trainer
@@ -134,32 +141,52 @@ def test_a_trained_run_is_measured_on_inception_where_it_is_asked_for(weights, t
 
 
 @pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """An empty cache of torch and no network: the list of the downloads that were tried."""
+def network(tmp_path, monkeypatch):
+    """An empty cache of torch, and a server that has nothing but what a test lets it have: (answers, paths asked)."""
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-    tried = []
-
-    def no_network(url, progress):
-        tried.append(progress)
-        raise urllib.error.URLError("Name or service not known")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
-    return tried
+    answers = {}
+    with serving(answers) as (base, asked):
+        monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"{base}/{PUBLISHED}")
+        yield answers, asked
 
 
-def test_missing_weights_are_one_line_that_names_both_ways(downloads, tmp_path):
+def test_missing_weights_are_one_line_that_names_both_ways(network, tmp_path):
     folder = tmp_path / "hub" / "checkpoints"
     assert weights_file("inception") == folder / PUBLISHED
-    message = f"eval.inception: missing, .*Name or service not known.*say eval.inception=FILE, or put {PUBLISHED} into "
+    message = f"eval.inception: missing, .*Not Found.*say eval.inception=FILE, or put http://.*/{PUBLISHED} into "
     with pytest.raises(ValueError, match=message) as caught:
         feature_extractor("inception", CPU)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-    assert downloads == [True]  # with its progress shown
+    assert network[1] == [f"/{PUBLISHED}"]
 
 
-def test_files_of_something_else_are_named_and_nothing_is_downloaded(downloads, tmp_path):
+def test_weights_are_downloaded_once_and_by_the_sum_in_their_name(network, weights, tmp_path, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    answers, asked = network
+    whole = weights.read_bytes()
+    cut = Answer(whole[:99], length=len(whole))
+    named = f"weights-{hashlib.sha256(whole).hexdigest()[:8]}.pth"
+    address = inception.URL_INCEPTION_V3.replace(PUBLISHED, named)
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", address)
+    folder = tmp_path / "hub" / "checkpoints"
+    for answer, message in (
+        (Answer(whole[:-1]), "what was downloaded has the sha256 [0-9a-f]{64}, expected [0-9a-f]{8}; it was deleted"),
+        (cut, rf"could not be downloaded \(the answer ended after 99 of {len(whole)} bytes"),
+        (LOGIN, r"could not be downloaded \(the answer is a web page and not a file\)"),
+    ):
+        answers[f"/{named}"] = answer
+        with pytest.raises(ValueError, match=f"^eval.inception.*{message}") as caught:
+            fetch_inception()
+        assert "\n" not in str(caught.value) and [file.suffix for file in folder.iterdir()] == [".lock"]
+    answers[f"/{named}"] = Answer(whole)
+    assert fetch_inception().read_bytes() == fetch_inception().read_bytes() == whole
+    assert asked == [f"/{named}"] * 4
+
+
+def test_files_of_something_else_are_named_and_nothing_is_downloaded(network, tmp_path):
     (tmp_path / "text.pth").write_text("weights")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     for name, message in (
@@ -175,7 +202,7 @@ def test_files_of_something_else_are_named_and_nothing_is_downloaded(downloads, 
     found.write_text("half a file")
     with pytest.raises(ValueError, match="does not hold"):
         feature_extractor("inception", CPU)
-    assert downloads == []
+    assert network[1] == []
 
 
 class Planted:
