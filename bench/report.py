@@ -24,6 +24,7 @@ from bench.measure import read_records
 from bench.options import command_line
 from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
 from hsivi_fast.metrics.table import sampler_title, table_lines
+from hsivi_fast.report.figures import distance_against_nfe
 
 README = Path(__file__).resolve().parent / "README.md"
 RESULTS = README.parent / "results"
@@ -223,10 +224,16 @@ def table_of_results(name):
     if name == "evaluations":
         return markdown(*recipe.by_evaluations(_good_rows("recipe"), _good_rows("solvers")))
     if name == "mnist":
-        return mnist_table(run_rows("mnist") + run_rows("mnist_nfe5"))
+        return mnist_table(_mnist_rows())
     if (RESULTS / f"{name}.json").is_file():
         return run_table(run_rows(name))
     return table(name, read_records(RESULTS / f"{name}.jsonl"))
+
+
+def _mnist_rows():
+    """Those of both runs on MNIST, a sampler and number of evaluations once."""
+    rows = {(row["sampler"], row["nfe"]): row for name in ("mnist_nfe5", "mnist") for row in run_rows(name)}
+    return sorted(rows.values(), key=lambda row: row["nfe"])
 
 
 def run_rows(name):
@@ -286,6 +293,7 @@ def main():
         return 0
     README.write_text(filled(README.read_text(), table_of_results))
     (RESULTS / "speed.png").write_bytes(picture(arguments.device))
+    (RESULTS / "mnist_distance_vs_nfe.png").write_bytes(distance_against_nfe(_mnist_rows()))
     courses = _good_rows("time_to_quality")
     if courses:
         (RESULTS / "time_to_quality.png").write_bytes(time_to_quality.picture(courses, _good_rows("solvers")))

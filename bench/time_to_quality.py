@@ -39,7 +39,7 @@ PUBLISHED = [
 VARIANTS = {  # name -> (overrides of configs/digits.yaml, every how many steps it is measured)
     "shipped before there was a start": (OLD_DIGITS, 100),
     "shipped": ([], 100),
-    "published": ([*PUBLISHED, "train.steps=1200"], 300),
+    "published": ([*PUBLISHED, "train.steps=600"], 300),
 }
 SOLVERS_AT = (5, 10)  # evaluations, of the lines
 MEASURED = ["eval.num_samples=4000", "eval.seeds=1", "eval.baselines=[]", "device=cpu"]

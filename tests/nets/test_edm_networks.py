@@ -119,7 +119,7 @@ def test_channels_last_changes_no_number(name):
     _check(denoised, grad, load_golden(name))
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", ["edm_song_uncond", "edm_adm_cond"])
 def test_it_is_one_graph(name):
     """Traced whole, as `Execution` compiles it, but run without the compiler, which would take minutes."""
     network, golden = _published(name)
