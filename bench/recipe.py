@@ -61,7 +61,9 @@ OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
 }
 DIGITS = ["eval.num_samples=4000", "eval.ddim_nfe=[5,10,20,50]", "eval.solver_spacing=linspace", "channels_last=true"]
 MNIST = ["eval.num_samples=2000", "eval.ddim_nfe=[5]", "precision=bf16"]
-WHOLE = {"paths, then windows": []}  # the config as it is
+OF_MNIST = {
+    "paths, then windows": ["train.steps=200", "train.student_lr=3e-5", "train.score_net_lr=1e-4"],
+}
 START = {"paths": ["start.score_net_updates=0", "train.steps=1"]}  # the start of the config itself, alone
 FEWER = {  # evaluations -> (study, variant) of what is best there
     **{nfe: (f"digits_nfe{nfe}", "paths") for nfe in (1, 2, 3)},
@@ -71,7 +73,7 @@ FEWER = {  # evaluations -> (study, variant) of what is best there
 STUDIES = {  # name -> (config, overrides, variants, metric)
     "digits": ("digits", DIGITS, OF_DIGITS, "frechet_distance"),
     **{study: (study, DIGITS, START, "frechet_distance") for study, _ in FEWER.values() if study != "digits"},
-    "mnist_nfe5": ("mnist_nfe5", MNIST, WHOLE, "frechet_distance"),
+    "mnist_nfe5": ("mnist_nfe5", MNIST, OF_MNIST, "frechet_distance"),
     **{
         target: ("toy2d", ["eval.num_samples=20000", f"teacher.target={target}"], OF_PLANE, "js_divergence")
         for target in ("checkerboard", "ring", "swiss_roll")

@@ -164,18 +164,12 @@ def test_a_file_of_no_kind_has_no_table():
 def test_the_headline_of_the_readme_has_the_figures_of_the_results():
     students = {(line["study"], line["variant"]): line["others"] for line in recipe.summary(committed("recipe"))}
     digits = {nfe: students[key][0] for nfe, key in recipe.FEWER.items()}
-    mnist = students["mnist_nfe5", "paths, then windows"][0]
-    best, best_of_mnist = (
-        {row["nfe"]: row["frechet_distance"] for row in committed(name) if row["sampler"] == "best"}
-        for name in ("solvers", "solvers_mnist")
-    )
+    best = {row["nfe"]: row["frechet_distance"] for row in committed("solvers") if row["sampler"] == "best"}
     ratios = {row["case"]: row["ratio"] for row in [*committed("train_step_cpu"), *committed("sampling_cpu")]}
     wanted = {
         "fewer-evaluations": f"at 1 evaluation | {digits[1]:.2f} | best solver: {best[1]:.2f} |",
         "": f"at 2 evaluations | {digits[2]:.2f} | best solver: {best[2]:.2f} |",
         " ": f"at 5 evaluations | {digits[5]:.2f} | best solver: {best[5]:.2f}; with 10: {best[10]:.2f} |",
-        "mnist": f"at 5 evaluations | {mnist:.1f} | best solver: {best_of_mnist[5]:.1f}; "
-        f"with 10: {best_of_mnist[10]:.1f} |",
         "training": f"bfloat16 | {ratios['train_cycle_bf16']:.2f} times as fast |",
         "sampling": f"{ratios['sampling_bf16_eager']:.1f} to {ratios['sampling_bf16']:.1f} times as fast |",
     }
