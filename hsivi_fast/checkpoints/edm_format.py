@@ -63,13 +63,15 @@ def edm_checkpoint(path, format, tensors, stated=None, settings=None):
     if "map_augment.weight" in tensors:
         notes.append("Its layer of augmentation labels was left out, which counts nothing without them")
     ours = {name: tensor for name, tensor in tensors.items() if not name.endswith(_LEFT_OUT)}
+    shows_all = network["family"] == "dhariwal" or any(name.endswith(".resample_filter") for name in tensors)
     network |= stated or {}
     return Checkpoint(
         source=str(path),
         format=format,
         tensors={"teacher": ours},
         network=network,
-        stated=tuple(network),  # a file of ours has no filters, which show the taps
+        # A file of ours has no filters, which show the taps: what was converted says them.
+        stated=tuple(network if shows_all else stated or ()),
         settings={"teacher": {"prediction": "denoiser"}, **(settings or {})},
         notes=tuple(notes),
     )
