@@ -83,7 +83,9 @@ def edm_sizes(tensors):
     Everything shows in names and shapes; what is as usual is left out. Raises ValueError, KeyError or IndexError where
     they are of no such network.
     """
-    stem = next(name for name in tensors if re.fullmatch(r"enc\.(\d{1,5})x\1_conv\.weight", name))
+    stem = next((name for name in tensors if re.fullmatch(r"enc\.(\d{1,5})x\1_conv\.weight", name)), None)
+    if stem is None:
+        raise ValueError("no first convolution")
     size = int(stem.split(".")[1].split("x")[0])
     channels, image_channels = tensors[stem].shape[:2]
     sizes = sorted({int(match[1]) for name in tensors if (match := _block(name))}, reverse=True)
@@ -95,19 +97,19 @@ def edm_sizes(tensors):
     widths = [tensors[f"enc.{level}x{level}_block0.conv0.weight"].shape[0] for level in sizes]
     attention = [level for level in sizes if f"enc.{level}x{level}_block0.qkv.weight" in tensors]
     is_song = "out_norm.weight" not in tensors
+    noise_channels = tensors["map_layer0.weight"].shape[1]
+    width = channels if is_song else noise_channels  # DhariwalUNet's first convolution has the first level's width
     network = {
         "family": "song" if is_song else "dhariwal",
         "image_channels": image_channels,
         "image_size": size,
-        "channels": channels if is_song else _model_channels(tensors),
-        "multipliers": [],
+        "channels": width,
+        "multipliers": [of_level // width for of_level in widths],
         "res_blocks": len(blocks),
         "attention": attention,
     }
-    network["multipliers"] = [width // network["channels"] for width in widths]
     if not min(network["multipliers"]):
         raise ValueError("a level narrower than the first")
-    noise_channels = tensors["map_layer0.weight"].shape[1]
     if "map_label.weight" in tensors:
         network["classes"] = tensors["map_label.weight"].shape[1]
     if is_song:
@@ -125,11 +127,6 @@ def edm_sizes(tensors):
 
 def _block(name):
     return re.match(r"enc\.(\d{1,5})x\1_block(\d{1,3})\.", name)
-
-
-def _model_channels(tensors):
-    """Of DhariwalUNet, whose first convolution already has the width of the first level."""
-    return tensors["map_layer0.weight"].shape[1]
 
 
 def _taps(tensors):

@@ -74,10 +74,10 @@ def _recognise(path, content, metadata):
                     f"{where}: has diffusers' weights without their config.json; give the folder that holds both"
                 )
             return read_diffusers(path.parent)
-        if is_edm(without_module_prefix(content)):
-            stated, settings = _statements(path, metadata or {})
-            return edm_checkpoint(path, "EDM's weights", without_module_prefix(content), stated, settings)
-        family = family_of(without_module_prefix(content))
+        tensors = without_module_prefix(content)
+        if is_edm(tensors):
+            return edm_checkpoint(path, "EDM's weights", tensors, *_statements(path, metadata or {}))
+        family = family_of(tensors)
         if family or metadata is not None:  # a safetensors file may hold any network of ours, a classifier too
             formats = {"ddpm": "a DDPM UNet's weights", "adm": "improved-diffusion's", None: "a safetensors file"}
             return _teacher(path, formats[family], content, metadata)

@@ -1,14 +1,16 @@
 """Weights from files into networks."""
 
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
+from ..config import resolved_dict
 from ..data import brief
 from ..nets import all_arguments
 from .download import forget_download, locate_checkpoint
 from .formats import read_checkpoint
 from .sizes import INVISIBLE, TRAINED_RESCALED, known_name
 from .tensor_files import DamagedFile, refuse_strange_tensors
+
+NOISE = ("prediction", "betas", "steps", "timestep_scale")  # of a teacher: what it was trained on, and predicts
 
 
 def read_weights(path, role="teacher"):
@@ -103,10 +105,10 @@ def _check_what_weights_do_not_show(checkpoint, config):
     stated = {key: checkpoint.network[key] for key in checkpoint.stated}
     if "family" in stated:  # a whole description: what it leaves out is as it is by default
         stated = all_arguments(stated)
-    noise = {key: getattr(config.teacher, key) for key in ("prediction", "betas", "steps", "timestep_scale")}
+    teacher = resolved_dict(config)["teacher"]
     for group, configured, trained_with, keys in (
         ("network", all_arguments(config.network), stated, INVISIBLE),
-        ("teacher", noise, checkpoint.settings.get("teacher", {}), tuple(noise)),
+        ("teacher", teacher, checkpoint.settings.get("teacher", {}), NOISE),
     ):
         for key in keys:
             if key in configured and key in trained_with and _differ(configured[key], trained_with[key]):
@@ -118,9 +120,7 @@ def _check_what_weights_do_not_show(checkpoint, config):
 
 
 def _differ(value, other):
-    """Whether a setting of a configuration is another than that of a file, whose lists and mappings are plain."""
-    if is_dataclass(value):
-        value = asdict(value)
+    """Whether a setting of a configuration is another than that of a file, whose lists may be tuples there."""
     return (list(value) if isinstance(value, tuple) else value) != (list(other) if isinstance(other, tuple) else other)
 
 

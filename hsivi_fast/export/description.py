@@ -1,12 +1,11 @@
 """config.json of an export: all that is needed to build the sampler again, as plain values."""
 
 import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from ..checkpoints.files import file_sha256
-from ..config import without_password
+from ..config import resolved_dict, without_password
 from ..nets import all_arguments
 
 KIND = "hsivi_fast sampler, 1"  # what config.json describes, and the version of the description
@@ -32,7 +31,7 @@ def describe(config, sampler, step, weights):
         "network": {key: value for key, value in all_arguments(config.network).items() if value is not None},
         "teacher": {
             **source,
-            "betas": plain_betas(teacher),
+            "betas": resolved_dict(config)["teacher"]["betas"],
             "steps": teacher.steps,
             "prediction": teacher.prediction,
             "timestep_scale": teacher.timestep_scale,
@@ -49,14 +48,6 @@ def describe(config, sampler, step, weights):
         "seeds": SEEDS,
         "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
     }
-
-
-def plain_betas(teacher):
-    """teacher.betas as JSON has them."""
-    betas = teacher.betas
-    if isinstance(betas, str):
-        return betas
-    return list(betas) if isinstance(betas, tuple) else asdict(betas)
 
 
 def _sample_format(config):

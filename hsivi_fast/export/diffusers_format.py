@@ -6,7 +6,7 @@ import torch
 
 from ..data import to_uint8
 from .check import CHECKED, check_samples
-from .description import plain_betas, write_description
+from .description import write_description
 
 # diffusers copies the file into its cache and runs it there, after the user has agreed to that.
 PIPELINE = '''\
@@ -51,13 +51,13 @@ def write_diffusers(sampler, config, description, folder):
         config.channels_last,
         config.teacher.timestep_scale,
         config.teacher.prediction,
-        plain_betas(config.teacher),
+        description["teacher"]["betas"],
         config.teacher.steps,
     )
     network.load_student(sampler.network.state_dict())
     scheduler = HSIVIScheduler(
         config.teacher.steps,
-        plain_betas(config.teacher),
+        description["teacher"]["betas"],
         config.nfe,
         config.spacing,
         config.eta,

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, NoisePredictor, class_embedding, pixel_attention, timestep_frequencies, upsample
+from .blocks import (
+    GroupNorm,
+    NoisePredictor,
+    check_halvings,
+    class_embedding,
+    pixel_attention,
+    timestep_frequencies,
+    upsample,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -96,11 +104,7 @@ class ADMUNet(NoisePredictor):
     ):
         super().__init__()
         levels = len(multipliers)
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"network.image_size: {image_size} cannot be halved {levels - 1} times; "
-                f"use a multiple of {2 ** (levels - 1)}"
-            )
+        check_halvings(image_size, levels - 1)
         if channels % norm_groups or channels % heads:
             raise ValueError(
                 f"network.channels: {channels} is not a multiple of norm_groups = {norm_groups} and of heads = {heads}"

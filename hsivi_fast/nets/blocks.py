@@ -99,18 +99,33 @@ def pixel_attention(q, k, v):
 def class_embedding(table, labels, batch):
     """The rows [B, D] of a table of classes for `labels`, int64 or int32 [B]; None without labels.
 
-    table: nn.Embedding [classes, D], or None for a network without classes.
-    Raises ValueError for labels where there is no table, and for others than one whole number an image. That they lie
-    in 0 .. classes - 1 is for the caller to see to: looking would wait for the device.
+    table: nn.Embedding [classes, D], or None for a network without classes. Raises ValueError as `check_class_labels`.
     """
     if labels is None:
         return None
-    if table is None:
+    check_class_labels(None if table is None else table.num_embeddings, labels, batch)
+    return table(labels)
+
+
+def check_class_labels(classes, labels, batch):
+    """ValueError for labels of a network without classes, and for others than one whole number an image.
+
+    classes: how many the network has, or None. That labels lie in 0 .. classes - 1 is for the caller to see to: looking
+    would wait for the device.
+    """
+    if classes is None:
         raise ValueError("class_labels: the network has no classes; leave them out")
     if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
         found = f"{labels.dtype} of shape {list(labels.shape)}"
         raise ValueError(f"class_labels: {found}, expected whole numbers (int64 or int32) of shape {[batch]}")
-    return table(labels)
+
+
+def check_halvings(image_size, halvings):
+    """ValueError for an image size that cannot be halved so often."""
+    if image_size % 2**halvings:
+        raise ValueError(
+            f"network.image_size: {image_size} cannot be halved {halvings} times; use a multiple of {2**halvings}"
+        )
 
 
 def timestep_frequencies(half, spread, device):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import NoisePredictor, timestep_frequencies
+from .blocks import NoisePredictor, check_class_labels, check_halvings, timestep_frequencies
 from .edm_blocks import Block, FourierFrequencies, ResamplingConv, norm
 
 HEAD_CHANNELS = 64  # of one attention head of `DhariwalUNet`
@@ -34,11 +34,7 @@ class EDMUNet(NoisePredictor):
     def __init__(self, image_channels, image_size, multipliers, attention, classes):
         super().__init__()
         levels = len(multipliers)
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"network.image_size: {image_size} cannot be halved {levels - 1} times; "
-                f"use a multiple of {2 ** (levels - 1)}"
-            )
+        check_halvings(image_size, levels - 1)
         sizes = [image_size >> level for level in range(levels)]
         for size in attention:
             if size not in sizes:
@@ -102,12 +98,9 @@ class EDMUNet(NoisePredictor):
 
     def _labels(self, x, class_labels):
         """One-hot labels [B, classes] as they are embedded, or None for a network without classes."""
-        if not self.classes:
-            if class_labels is not None:
-                raise ValueError("class_labels: the network has no classes; leave them out")
-            return None
         if class_labels is None:
-            return x.new_zeros(len(x), self.classes)
+            return x.new_zeros(len(x), self.classes) if self.classes else None
+        check_class_labels(self.classes, class_labels, len(x))
         return (class_labels[:, None] == torch.arange(self.classes, device=x.device)).to(x.dtype)
 
 

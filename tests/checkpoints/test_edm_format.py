@@ -3,6 +3,7 @@
 import nvlabs_pickles
 import pytest
 import torch
+from edm_networks import FOURIER, SONG
 from golden_values import fill_by_name
 from safetensors.torch import save_file
 
@@ -11,21 +12,6 @@ from hsivi_fast.checkpoints.formats import read_checkpoint
 from hsivi_fast.checkpoints.weights import load_weights
 from hsivi_fast.nets import build_unet
 
-SONG = {
-    "family": "song",
-    "image_channels": 1,
-    "image_size": 8,
-    "channels": 8,
-    "multipliers": [1, 2],
-    "res_blocks": 1,
-    "attention": [4],
-}
-FOURIER = {
-    "embedding": "fourier",
-    "noise_multiplier": 2,
-    "encoder": "residual",
-    "resample_filter": [1.0, 3.0, 3.0, 1.0],
-}
 NETWORKS = {
     "ddpmpp": SONG,
     "classes": {**SONG, "multipliers": [2, 1], "res_blocks": 2, "attention": [8, 4], "classes": 10},
@@ -116,12 +102,14 @@ def test_other_preconditionings_are_named(tmp_path):
     "change, message",
     [
         ({"model.enc.8x8_down.aux_skip.weight": torch.ones(1)}, "looks like one of EDM's .* skip connections"),
+        ({"model.enc.8x8_conv.weight": None}, "looks like one of EDM's .*no first convolution"),
         ({"model.enc.3x3_block0.conv0.weight": torch.ones(1)}, "looks like one of EDM's .*a level without blocks"),
         ({"model.enc.4x4_down.skip.resample_filter": torch.ones(1, 1, 2, 2)}, "different filters"),
     ],
 )
 def test_what_is_nearly_one_of_edms_is_refused(tmp_path, change, message):
     _, tensors = _published(SONG)
-    torch.save({**tensors, **change}, tmp_path / "odd.pt")
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    torch.save(changed, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "odd.pt")

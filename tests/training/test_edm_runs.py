@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from edm_networks import FOURIER, SONG
 from golden_values import fill_by_name
 from run_files import checkpoint
 from safetensors.torch import save_file
@@ -17,18 +18,7 @@ from hsivi_fast.nets import build_unet
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-NETWORK = {
-    "family": "song",
-    "image_channels": 1,
-    "image_size": 8,
-    "channels": 8,
-    "multipliers": [1, 2],
-    "res_blocks": 1,
-    "attention": [4],
-    "embedding": "fourier",
-    "encoder": "residual",
-    "resample_filter": [1.0, 3.0, 3.0, 1.0],
-}
+NETWORK = {**SONG, **FOURIER}
 RUN = [
     *("nfe=3", "eta=0.3", "spacing=quad", "device=cpu", "objective.match=windows", "objective.anchor=0.1"),
     *("start.kind=trajectory", "start.updates=4", "start.trajectories=24", "start.score_net_updates=2"),
