@@ -6,7 +6,7 @@ mathematics, the networks, checkpoints/, parallel/, config.py and execution.py.
 
 import functools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config, ObjectiveConfig
 from .execution import Execution
+from .method.class_labels import ClassLabels, GuidedTeacher
 from .method.layers import Layers, attach_log_gamma
 from .method.parametrisation import noise_coefficients
 from .method.schedule import make_schedule, signal_levels
 from .method.windows import Windows
-from .nets import build_unet
+from .nets import all_arguments, build_unet
 from .nets.mixture import CorrectedTeacher, MixtureTeacher
 from .parallel.world import World
 
@@ -31,7 +32,8 @@ class Context:
     """What a command computes with; made by `build_context`, and handed on as it is.
 
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
-    "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
+    "triton"; execution: how networks are called; layers: the run's K layers;
+    class_labels: the class of each seed; teacher: a module, or None where nobody
     asked for it.
     """
 
@@ -41,6 +43,7 @@ class Context:
     backend: str
     execution: Execution
     layers: Layers
+    class_labels: ClassLabels = field(default_factory=ClassLabels)
     teacher: nn.Module | None = None
 
     @property
@@ -72,7 +75,8 @@ def build_context(config, world, teacher=False):
     _set_float32_mode(config.precision, device)
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
-    context = Context(config, world, device, backend, execution, build_layers(config, device))
+    labels = build_class_labels(config, device)
+    context = Context(config, world, device, backend, execution, build_layers(config, device), labels)
     return context.with_teacher() if teacher else context
 
 
@@ -123,7 +127,7 @@ def solver_spacing(config):
 
 
 def load_teacher(config, device):
-    """The frozen teacher: a module (x [B, *event], t [B] int) -> noise [B, *event] with `event_shape`.
+    """The frozen teacher: a module (x [B, *event], t [B] int, class labels [B] or None) -> noise [B, *event].
 
     Its checkpoint is a file or folder of any kind that `read_checkpoint` knows, a known name or an address. Raises
     ValueError where it cannot be had or read, or is of another network or another noise than the configuration says.
@@ -132,6 +136,8 @@ def load_teacher(config, device):
         teacher = _mixture_teacher(config)
     else:
         teacher = read_teacher(config, _network(config), progress=sys.stderr.isatty())
+        if config.teacher.guidance is not None:
+            teacher = GuidedTeacher(teacher, config.teacher.guidance, config.teacher.null_class)
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -160,10 +166,7 @@ def in_form_of(config, network):
     where teacher.prediction is not of such a network.
     """
     teacher = config.teacher
-    if network.classes is not None:
-        raise ValueError(
-            f"network.classes: {network.classes}; networks with classes are converted, and no run has them yet"
-        )
+    check_classes(config, network)
     network.precision, network.timestep_scale = config.precision, teacher.timestep_scale
     if network.takes_sigma != (teacher.prediction == "denoiser"):
         problem = f"{teacher.prediction!r} is not what the network predicts"
@@ -173,6 +176,40 @@ def in_form_of(config, network):
         levels = signal_levels(teacher.betas, teacher.steps)
         network.convert_by(noise_coefficients(teacher.prediction, levels, teacher.timestep_scale))
     return network.in_channels_last() if config.channels_last else network
+
+
+def check_classes(config, network):
+    """ValueError where what a configuration says of classes does not fit its network."""
+    count, teacher = network.classes, config.teacher
+    for key, value in (("classes", config.classes), ("null_class", teacher.null_class), ("guidance", teacher.guidance)):
+        if value is not None and count is None:
+            where = key if key == "classes" else f"teacher.{key}"
+            shown = list(value) if key == "classes" else value
+            raise ValueError(f"{where}: {shown}, and the network has no classes; leave it out")
+    for label in config.classes or ():
+        if label >= count:
+            raise ValueError(f"classes: {label} is none of the network's {count}; use 0 to {count - 1}")
+    if len(set(config.classes or ())) < len(config.classes or ()):
+        raise ValueError(f"classes: {list(config.classes)} names one twice")
+    if teacher.null_class is not None:
+        embeds_one_hot = network.takes_sigma
+        if embeds_one_hot != (teacher.null_class == -1) or teacher.null_class >= count:
+            wanted = "-1 for one of EDM's networks" if embeds_one_hot else f"a row of its table, 0 to {count - 1}"
+            raise ValueError(f"teacher.null_class: {teacher.null_class} is no label of the network; use {wanted}")
+        if teacher.null_class in (config.classes or ()):
+            raise ValueError(f"classes: {teacher.null_class} is teacher.null_class, which is no class")
+    if teacher.guidance is not None and teacher.null_class is None:
+        problem = f"{teacher.guidance} needs a teacher that has learned what no class is"
+        raise ValueError(f"teacher.guidance: {problem}; say its label with teacher.null_class, or leave it out")
+
+
+def build_class_labels(config, device):
+    """The `ClassLabels` of a run: uniform over `classes`, and over all but the null class without them."""
+    count = None if config.teacher.target is not None else all_arguments(config.network).get("classes")
+    chosen = config.classes
+    if count is not None and chosen is None:
+        chosen = [label for label in range(count) if label != config.teacher.null_class]
+    return ClassLabels(count, chosen).to(device)
 
 
 def build_student(context, from_init=True):
@@ -199,7 +236,8 @@ def build_untrained_student(context):
 def _copy_of_teacher(context):
     network = build_network(context.config, context.device)
     if context.config.teacher.target is None:
-        network.load_state_dict(context.teacher.state_dict())
+        teacher = context.teacher.network if isinstance(context.teacher, GuidedTeacher) else context.teacher
+        network.load_state_dict(teacher.state_dict())
     return network
 
 

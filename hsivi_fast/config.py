@@ -172,6 +172,11 @@ class TeacherConfig:
     steps: _count(1_000_000, least=2) = 1000
     # What its network predicts: see `method/parametrisation.py`. "denoiser" is EDM's.
     prediction: Literal["epsilon", "x_0", "v", "denoiser"] = "epsilon"
+    # The label that stands for no class, where the teacher has learned what that is: a row of its table of classes, or
+    # -1 for the families song and dhariwal.
+    null_class: _count(1_000_000, least=-1) | None = None
+    # Classifier-free guidance: the noise without a class, and so many times the way from there to that of the class.
+    guidance: Annotated[Number, Field(ge=0, le=100)] | None = None
     # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
     timestep_scale: Positive = 1.0
 
@@ -294,13 +299,16 @@ class LogConfig:
 
 @settings
 class TeacherTrainConfig:
-    """`hsivi teacher`: the DDPM loss on `data`."""
+    """`hsivi teacher`: the loss of what the network predicts, on `data`."""
 
     steps: Count = 6000
     batch_size: BatchSize = 128
     lr: Rate = 1.0e-3
     warmup: Natural = 200
     ema: Fraction = 0.999
+    label_dropout: Fraction = 0.0  # the share of images whose label is teacher.null_class
+    # Where noise levels come from: every timestep as often, or ln(sigma) normal with -1.2 +- 1.2, as EDM's.
+    levels: Literal["uniform", "edm"] = "uniform"
 
 
 @settings
@@ -318,6 +326,8 @@ class Config:
     init: StrictStr | None = None
     # Which of that run's checkpoints: the newest, the best by its own distance, or the one of a step.
     init_step: Annotated[StrictStr | StrictInt, AfterValidator(_step_to_start_from)] = "newest"
+    # Which classes the run's samples are of, where its network has them: all, unless it is said.
+    classes: Annotated[tuple[_count(999_999, least=0), ...], Field(min_length=1, max_length=1_000_000)] | None = None
     spacing: Spacing = "quad"
     eta: Annotated[Number, Field(gt=0, le=1)] = 0.2
     gamma: GammaConfig = dataclasses.field(default_factory=GammaConfig)

@@ -49,27 +49,28 @@ class NoisePredictor(nn.Module):
         self.channels_last = len(self.event_shape) == 3
         return self.to(memory_format=torch.channels_last) if self.channels_last else self
 
-    def forward(self, x, t, *conditions):
+    def forward(self, x, t, class_labels=None):
         """x [B, *event_shape] float, t [B] integers in 0 .. steps-1 of the teacher -> [B, *event_shape].
 
-        `conditions` are what else a network's `predict` takes, as class labels.
+        class_labels: [B] integers for a network with `classes`, None for others.
         """
+        labels = () if class_labels is None else (class_labels,)
         if self.coefficients is not None:
             inner, time, skip, out = self.coefficients[:, t].to(x.dtype)  # each [B]
             inner, skip, out = (factor.reshape(-1, *[1] * (x.ndim - 1)) for factor in (inner, skip, out))
-            return skip * x + out * self._predicted(inner * x, time, *conditions)
+            return skip * x + out * self._predicted(inner * x, time, *labels)
         if self.timestep_scale != 1:
             t = t * self.timestep_scale  # [B] float
-        return self._predicted(x, t, *conditions)
+        return self._predicted(x, t, *labels)
 
-    def _predicted(self, x, t, *conditions):
+    def _predicted(self, x, t, *labels):
         """`predict` in the network's precision and memory layout: float32 in, float32 out."""
         inside = x.to(memory_format=torch.channels_last) if self.channels_last else x
         if self.precision == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
-                predicted = self.predict(inside, t, *conditions).to(x.dtype)
+                predicted = self.predict(inside, t, *labels).to(x.dtype)
         else:
-            predicted = self.predict(inside, t, *conditions)
+            predicted = self.predict(inside, t, *labels)
         return predicted.contiguous() if self.channels_last else predicted
 
 

@@ -22,6 +22,7 @@ class MixtureTeacher(nn.Module):
     """
 
     event_shape = (2,)
+    classes = None
 
     def __init__(self, name, signal_levels):
         super().__init__()
@@ -31,7 +32,7 @@ class MixtureTeacher(nn.Module):
             "alpha_bar", torch.from_numpy(np.asarray(signal_levels)).to(torch.float32), persistent=False
         )
 
-    def forward(self, x, t):
+    def forward(self, x, t, class_labels=None):
         alpha_bar = self.alpha_bar[t][:, None]  # [B, 1]
         variance = alpha_bar * self.std**2 + 1 - alpha_bar
         difference = alpha_bar.sqrt()[:, :, None] * self.means - x[:, None]  # [B, J, 2], mean minus x
@@ -63,7 +64,7 @@ class CorrectedTeacher(nn.Module):
         self.correction = correction
         self.teacher = teacher  # it has buffers and no parameters, so only the correction is trained
 
-    def forward(self, x, t):
+    def forward(self, x, t, class_labels=None):
         return self.teacher(x, t) + self.correction(x, t)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from . import library, reference
 from .noise import Noise
-from .philox import integers, integers_below
+from .philox import integers, integers_below, integers_of_seeds
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
@@ -38,6 +38,7 @@ __all__ = [
     "group_norm_silu",
     "integers",
     "integers_below",
+    "integers_of_seeds",
     "triton_is_interpreted",
 ]
 

@@ -16,6 +16,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 UNIT = 4.6566127342e-10  # what Triton multiplies a 31-bit integer by: just under 2^-31
 SMALLEST = 1.0e-7  # uniforms are clamped here before the logarithm, so |normal| < 5.68
 TWO_PI = 6.283185307179586
+LAST_STREAM = MASK  # layers have the streams 1 .. K, and x_K has 0
 
 
 def philox4x32(key, counter):
@@ -67,6 +68,14 @@ def integers(run_seed, purpose, counter, n, device="cpu"):
 def integers_below(limit, run_seed, purpose, counter, n, device="cpu"):
     """n integers in 0 .. limit - 1, int64 [n]: the low 32 bits of `integers`, scaled."""
     return (integers(run_seed, purpose, counter, n, device) & MASK) * limit >> 32
+
+
+def integers_of_seeds(seeds, limit):
+    """An integer in 0 .. limit - 1 for each of the seeds [B] int64: int64 [B], a function of the seed alone.
+
+    limit: below 2^31. The words are those of a stream that no layer has, so no noise shares them.
+    """
+    return _words(seeds, LAST_STREAM, 1, 0)[0][:, 0] * limit >> 32
 
 
 def _words(seeds, stream, groups, draw):

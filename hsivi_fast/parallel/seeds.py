@@ -50,3 +50,21 @@ class Seeds(Sequence):
 
     def __repr__(self):
         return f"Seeds({', '.join(map(repr, self.parts))})"
+
+
+class Cycled(Sequence):
+    """A sequence `items` over and over, up to `count` of them, without a list of all."""
+
+    def __init__(self, items, count):
+        self.items, self.count = list(items), count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(self.count))]
+        place = index + self.count if index < 0 else index
+        if not 0 <= place < self.count:
+            raise IndexError(index)
+        return self.items[place % len(self.items)]

@@ -12,9 +12,11 @@ from ..checkpoints.weights import load_weights
 from ..config import change_config
 from ..data import to_uint8
 from ..execution import EAGER
+from ..method.class_labels import ClassLabels
 from ..nets import network_arguments
 from ..parallel.machine import refuse_beyond_memory
 from ..parallel.out_of_memory import memory_advice
+from ..parallel.seeds import Cycled
 from ..parallel.world import connect
 
 WEIGHTS = ("ema", "raw")
@@ -31,14 +33,16 @@ class Batches:
     Where shapes are fixed all batches have one size. On a CPU none is smaller than `SMALLEST_CPU_BATCH`.
     """
 
-    def __init__(self, execution):
-        self.execution = execution
+    def __init__(self, execution, class_labels):
+        self.execution, self.class_labels = execution, class_labels
         self.fixed_size = None  # of the batch that was compiled or recorded
 
-    def __call__(self, draw, seeds, device, batch_size, on_batch=None):
-        """draw(seeds [B] int64) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
+    def __call__(self, draw, seeds, device, batch_size, on_batch=None, labels=None):
+        """draw(seeds [B] int64, labels [B] or None) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
         check_request(seeds, batch_size)
         seeds = sliceable(seeds)
+        if labels is not None:
+            labels = check_labels(labels, len(seeds), self.class_labels.classes)
         smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
         if self.execution.fixed_shapes:
             self.fixed_size = self.fixed_size or max(smallest, min(batch_size, len(seeds)))
@@ -49,7 +53,10 @@ class Batches:
             wanted = len(chunk)
             if wanted < smallest:
                 chunk = torch.cat([chunk, chunk[-1:].expand(smallest - wanted)])
-            batches.append(draw(chunk)[:wanted])
+            of_chunk = self.class_labels(chunk)  # None where there are no classes
+            if labels is not None:
+                of_chunk[:wanted] = torch.tensor(list(labels[start : start + wanted]), dtype=torch.int64)
+            batches.append(draw(chunk, of_chunk)[:wanted])
             if on_batch:
                 on_batch(wanted)
         return torch.cat(batches)
@@ -62,6 +69,25 @@ def check_request(seeds, batch_size):
     if not 1 <= batch_size <= MOST_AT_ONCE:
         bound = "at least 1" if batch_size < 1 else f"at most {MOST_AT_ONCE}"
         raise ValueError(f"batch: {batch_size} must be {bound}")
+
+
+def check_labels(labels, count, classes):
+    """Labels of `count` samples as a sequence: one label stands for all. ValueError where they do not fit.
+
+    classes: how many the network has, or None.
+    """
+    if classes is None:
+        raise ValueError("labels: the run's network has no classes; leave them out")
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor or an array
+    labels = Cycled([labels], count) if isinstance(labels, int) else sliceable(labels)
+    if len(labels) != count:
+        raise ValueError(f"labels: {len(labels)} for {count} images; give one for all, or one for each")
+    different = labels.items if isinstance(labels, Cycled) else labels
+    lowest, highest = min(different), max(different)
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"labels: {wrong} is none of the network's {classes} classes; use 0 to {classes - 1}")
+    return labels
 
 
 def sliceable(seeds):
@@ -79,37 +105,43 @@ def _as_tensor(seeds, device):
         raise ValueError(f"seeds: {max(seeds)} is too large; a seed is below 2^63") from None
 
 
+NO_CLASSES = ClassLabels()
+
+
 class Sampler:
     """A noise-prediction network with the layers that it runs through.
 
-    network: (x [B, *event], t [B] int) -> noise, a module with `event_shape`.
+    network: (x [B, *event], t [B] int, labels [B] or None) -> noise, a module with `event_shape`.
+    class_labels: the `ClassLabels` of seeds for which nobody says a label.
     layers: `Layers`; log_gamma: in the layers' shape.
     execution: eager, compiled, and on a CUDA device all layers as one graph.
     Network and log_gamma may be changed in place between calls.
     """
 
-    def __init__(self, network, layers, log_gamma, execution=EAGER):
+    def __init__(self, network, layers, log_gamma, execution=EAGER, class_labels=NO_CLASSES):
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.predict = execution.compiled(network)
         self._draw = execution.graphed(self._all_layers)
-        self._batches = Batches(execution)
+        self._batches = Batches(execution, class_labels)
 
     @torch.no_grad()
-    def __call__(self, seeds, batch_size=250, on_batch=None):
+    def __call__(self, seeds, batch_size=250, on_batch=None, labels=None):
         """Draw one sample a seed: seeds, a sequence of ints -> float32 [N, *event] on the network's device.
 
-        A sample depends on its own seed alone, not on the batch that it is drawn in. `on_batch(n)` is called after
-        every batch with the number of samples in it. Raises ValueError for no seeds or a batch of none.
+        labels: of a network with classes, one int for all samples or one for each; by default each seed has its own.
+        A sample depends on its own seed and label alone, not on the batch that it is drawn in. `on_batch(n)` is called
+        after every batch with the number of samples in it. Raises ValueError for no seeds, a batch of none, and labels
+        that do not fit.
         """
-        return self._batches(self._draw, seeds, self.layers.tau.device, batch_size, on_batch)
+        return self._batches(self._draw, seeds, self.layers.tau.device, batch_size, on_batch, labels)
 
     @torch.no_grad()
-    def _all_layers(self, seeds):
+    def _all_layers(self, seeds, labels):
         """x_0 of the seeds [B], from x_K through all layers: what is recorded as one graph."""
         x = ops.draw_noise(seeds, 0, self.network.event_shape)
         for current in range(self.layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
-            eps_hat = self.predict(x, self.layers.tau[k])
+            eps_hat = self.predict(x, self.layers.tau[k], labels)
             # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
             if current == 1 or self.layers.eta == 0:
                 x = self.layers.mean(x, eps_hat, k)
@@ -126,7 +158,8 @@ class Sampler:
 def ddim_sampler(context, nfe, eta, own_knots=False):
     """DDIM with `nfe` evaluations of the context's teacher; spacing and `own_knots` as of `build_ddim_layers`."""
     layers = build_ddim_layers(context.config, nfe, eta, context.device, own_knots)
-    return Sampler(context.teacher, layers, torch.zeros(1, device=context.device), context.execution)
+    log_gamma = torch.zeros(1, device=context.device)
+    return Sampler(context.teacher, layers, log_gamma, context.execution, context.class_labels)
 
 
 def load_sampler(run, world, weights="ema", step=None, changes=None):
@@ -156,13 +189,15 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
                 f"checkpoint {str(file)!r}: {name} is not finite, which no sample can come from; delete {file.parent} "
                 "for an older one, or train again with smaller learning rates"
             )
-    return Sampler(student, context.layers, student.log_scaled_gamma, context.execution), context, step
+    sampler = Sampler(student, context.layers, student.log_scaled_gamma, context.execution, context.class_labels)
+    return sampler, context, step
 
 
-def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, **changes):
+def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, labels=None, **changes):
     """Draw images from a run.
 
     run: what `train` returned or a folder's path; seeds: a sequence of ints; weights: "ema" or "raw".
+    labels: as of `Sampler.__call__`.
     on_batch(n): called after every batch of at most `batch_size` images.
     changes: in the place of the run's keys, as backend="torch", compile=True or cuda_graphs=False.
 
@@ -181,12 +216,21 @@ def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, **changes):
         size = math.prod(event_shape) * (1 if len(event_shape) == 3 else 4)
         refuse_beyond_memory(f"seeds: {len(seeds)} at once", 2 * len(seeds) * size, torch.device("cpu"), advice)
 
-    sample_in_batches(run, seeds, keep, weights, batch_size, on_batch, check, on_all_ranks=True, **changes)
+    sample_in_batches(run, seeds, keep, weights, batch_size, on_batch, check, True, labels, **changes)
     return torch.cat(batches)
 
 
 def sample_in_batches(
-    run, seeds, take, weights="ema", batch_size=250, on_batch=None, check=None, on_all_ranks=False, **changes
+    run,
+    seeds,
+    take,
+    weights="ema",
+    batch_size=250,
+    on_batch=None,
+    check=None,
+    on_all_ranks=False,
+    labels=None,
+    **changes,
 ):
     """Draw images from a run and hand them on as they come, so that no more than a batch is held.
 
@@ -207,10 +251,13 @@ def sample_in_batches(
         _check_batch(context, event_shape, min(batch_size, len(seeds)))
         if check:
             check(event_shape)
+        if labels is not None:
+            labels = check_labels(labels, len(seeds), context.class_labels.classes)
         told = world.counting(on_batch)
         for start in range(0, len(seeds), batch_size * world.size):
             chunk = seeds[start : start + batch_size * world.size]
-            x = sampler(world.share(chunk), batch_size, told)
+            of_chunk = None if labels is None else world.share(labels[start : start + batch_size * world.size])
+            x = sampler(world.share(chunk), batch_size, told, of_chunk)
             images = world.gather_shares(to_uint8(x) if is_image else x, len(chunk))
             if world.is_main or on_all_ranks:
                 take(chunk, images.cpu())

@@ -16,7 +16,7 @@ from .. import ops
 from ..build import device_of, solver_spacing
 from ..execution import EAGER
 from ..method.schedule import knots, signal_levels
-from .sampler import Batches, ddim_sampler
+from .sampler import NO_CLASSES, Batches, ddim_sampler
 
 
 class Solver(NamedTuple):
@@ -57,27 +57,27 @@ SETTINGS = {
 class SchedulerSampler:
     """A noise-prediction network that a diffusers scheduler steps through; called like `Sampler`.
 
-    network: (x [B, *event], t [B] int) -> noise, a module with `event_shape`.
+    network, class_labels: as of `Sampler`.
     scheduler: a diffusers scheduler whose `step` draws nothing; nfe: evaluations of the network.
     The scheduler computes on the host between them, so with cuda_graphs it is the network's call that is recorded.
     """
 
-    def __init__(self, network, scheduler, nfe, execution=EAGER):
+    def __init__(self, network, scheduler, nfe, execution=EAGER, class_labels=NO_CLASSES):
         self.network, self.scheduler, self.nfe, self.execution = network, scheduler, nfe, execution
         self._predict = execution.graphed(execution.compiled(network))
-        self._batches = Batches(execution)
+        self._batches = Batches(execution, class_labels)
 
     @torch.no_grad()
-    def __call__(self, seeds, batch_size=250, on_batch=None):
+    def __call__(self, seeds, batch_size=250, on_batch=None, labels=None):
         """Draw one sample a seed: arguments, result and errors as of `Sampler`."""
-        return self._batches(self._all_steps, seeds, device_of(self.network), batch_size, on_batch)
+        return self._batches(self._all_steps, seeds, device_of(self.network), batch_size, on_batch, labels)
 
-    def _all_steps(self, seeds):
-        """x_0 of the seeds [B], from x_K."""
+    def _all_steps(self, seeds, labels):
+        """x_0 of the seeds [B], from x_K; labels: [B] or None."""
         x = ops.draw_noise(seeds, 0, self.network.event_shape)
         self.scheduler.set_timesteps(self.nfe)  # forgets what it knows of the batch before
         for t in self.scheduler.timesteps.tolist():
-            eps_hat = self._predict(x, torch.full_like(seeds, t))
+            eps_hat = self._predict(x, torch.full_like(seeds, t), labels)
             x = self.scheduler.step(eps_hat, t, x, return_dict=False)[0]
         return x
 
@@ -172,7 +172,7 @@ def solver_sampler(context, name, nfe, spacing="linspace", like=None):
     distinct = len(timesteps_of(context.config, spacing, nfe)) - 1
     if like is not None:
         return like.through(scheduler, distinct)
-    return SchedulerSampler(context.teacher, scheduler, distinct, context.execution)
+    return SchedulerSampler(context.teacher, scheduler, distinct, context.execution, context.class_labels)
 
 
 def timesteps_of(config, spacing, nfe):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,17 +25,17 @@ from .engine import PlainEngine
 from .estimate import check_teacher_memory
 
 # Purposes of the run seed's random numbers (see rollout.py for those of the distillation).
-IMAGES, TIMES, NOISE = range(101, 104)
+IMAGES, TIMES, NOISE, DROPPED_LABELS = range(101, 105)
 CLIP = 1.0
 HELD_OUT = 360  # labelled images that the feature network is not trained on
 EPOCHS = {"digits": 40, "mnist": 10}  # of the feature networks
 
 
 def train_teacher(config, outdir, progress=False):
-    """Train `config.network` on `config.data` with the DDPM loss E |eps - eps_hat(x_t, t)|^2 (Ho et al. 2020, eq. 14).
+    """Train `config.network` on `config.data` by the squared error of what it predicts (`_Loss`).
 
-    Rate: linear warm-up, then a cosine to zero. A run that is in `outdir` is continued.
-    Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
+    A network with classes learns them from the labels of the data. Rate: linear warm-up, then a cosine to zero. A run
+    that is in `outdir` is continued. Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
     no data or is another run's, and `Interrupted` after SIGINT, SIGTERM or SIGHUP, when it has been saved.
     """
     if config.data is None:
@@ -46,12 +47,8 @@ def train_teacher(config, outdir, progress=False):
     check_teacher_memory(config, choose_device(config.device))
     context = build_context(dataclasses.replace(config, cuda_graphs=False), ALONE)
     device = context.device
-    images = torch.from_numpy(load_data(config.data, config.data_path).images).to(device)  # [N, C, H, W]
-    alpha_bar = torch.from_numpy(signal_levels(config.teacher.betas, config.teacher.steps)).float().to(device)
     network = build_network(config, device)
-    if images.shape[1:] != network.event_shape:
-        found = f"the data {config.data!r} has {list(images.shape[1:])}"
-        raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
+    loss_of = _Loss(config, network, load_data(config.data, config.data_path), device)
     engine = PlainEngine(network, CLIP, settings.ema, context.execution)
 
     title, advice = (
@@ -71,9 +68,7 @@ def train_teacher(config, outdir, progress=False):
         bar = held.enter_context(_bar(settings.steps, title, progress, step))
         while step < settings.steps:
             step += 1
-            loss, gradient, eps_hat = _ddpm_loss(
-                engine.predict, images, alpha_bar, config.seed, step, settings.batch_size
-            )
+            loss, gradient, eps_hat = loss_of(engine.predict, step)
             engine.backward([eps_hat], [gradient])
             engine.step(_rate(settings, step))
             total, count = total + loss, count + 1
@@ -108,19 +103,90 @@ def _bar(total, title, progress, done=0):
     return tqdm(total=total, initial=done, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
 
 
-def _ddpm_loss(predict, images, alpha_bar, run_seed, step, batch_size):
-    """(loss, d loss / d eps_hat, eps_hat) of one minibatch.
+class _Loss:
+    """E |F - F_hat|^2 of what a network predicts: the DDPM loss of noise (Ho et al. 2020, arXiv 2006.11239, eq. 14).
 
-    Its images, times and noise are addressed by (run seed, step).
+    An EDM network's is that of Karras et al. 2022 (arXiv 2206.00364, eq. 8): its F has unit variance at every level.
+    Where F is not the noise, the loss in it is that of the noise by the square of the factor between them.
+    data: a `DataSet`. Raises ValueError where it has other images than the network, or no labels for its classes.
     """
-    device = images.device
-    index = ops.integers_below(len(images), run_seed, IMAGES, step, batch_size, device)
-    t = ops.integers_below(len(alpha_bar), run_seed, TIMES, step, batch_size, device)
-    noise = ops.draw_noise(ops.integers(run_seed, NOISE, step, batch_size, device), 0, images.shape[1:])
-    level = alpha_bar[t].reshape(-1, *[1] * (images.ndim - 1))
-    eps_hat = predict(level.sqrt() * images[index] + (1 - level).sqrt() * noise, t)
-    difference = eps_hat.detach() - noise
-    return difference.square().mean(), difference * (2 / difference.numel()), eps_hat
+
+    def __init__(self, config, network, data, device):
+        self.seed, self.settings, self.null_class = config.seed, config.teacher_train, config.teacher.null_class
+        self.images = torch.from_numpy(data.images).to(device)  # [N, C, H, W]
+        if self.images.shape[1:] != network.event_shape:
+            found = f"the data {config.data!r} has {list(self.images.shape[1:])}"
+            raise ValueError(f"network: makes images {list(network.event_shape)}, {found}")
+        self.labels = self._labels(config, network, data, device)
+        levels = signal_levels(config.teacher.betas, config.teacher.steps)
+        self.alpha_bar = torch.from_numpy(levels).float().to(device)
+        self.factor = None if network.coefficients is None else network.coefficients[3]  # eps = skip x + factor F
+        self.chosen = None  # timesteps that the levels of EDM's loss fall on, evenly among themselves
+        if self.settings.levels == "edm":
+            self.chosen = torch.from_numpy(_edm_timesteps(levels)).to(device)
+
+    def _labels(self, config, network, data, device):
+        """int64 [N] of the images, or None for a network without classes."""
+        if network.classes is None:
+            if self.settings.label_dropout:
+                raise ValueError(
+                    f"teacher_train.label_dropout: {self.settings.label_dropout}, and the network has no classes; "
+                    "leave it out"
+                )
+            return None
+        if self.settings.label_dropout and self.null_class is None:
+            raise ValueError(
+                f"teacher_train.label_dropout: {self.settings.label_dropout} needs the label that stands for no class; "
+                "say it with teacher.null_class"
+            )
+        if data.labels is None:
+            raise ValueError(f"network.classes: {network.classes}, and the data {config.data!r} has no labels")
+        if data.labels.max() >= network.classes:
+            found = f"the data {config.data!r} has the label {data.labels.max()}"
+            raise ValueError(f"network.classes: {network.classes}, and {found}; use at least {data.labels.max() + 1}")
+        return torch.from_numpy(data.labels).to(device)
+
+    def __call__(self, predict, step):
+        """(loss, d loss / d eps_hat, eps_hat) of one minibatch.
+
+        Its images, times, noise and dropped labels are addressed by (run seed, step).
+        """
+        place = step, self.settings.batch_size, self.images.device
+        index = ops.integers_below(len(self.images), self.seed, IMAGES, *place)
+        t = ops.integers_below(len(self.alpha_bar if self.chosen is None else self.chosen), self.seed, TIMES, *place)
+        t = t if self.chosen is None else self.chosen[t]
+        noise = ops.draw_noise(ops.integers(self.seed, NOISE, *place), 0, self.images.shape[1:])
+        level = self.alpha_bar[t].reshape(-1, *[1] * (self.images.ndim - 1))
+        labels = self._labels_of(index, place)
+        eps_hat = predict(level.sqrt() * self.images[index] + (1 - level).sqrt() * noise, t, labels)
+        difference = eps_hat.detach() - noise
+        if self.factor is not None:
+            difference = difference / self.factor[t].reshape(level.shape)
+        gradient = difference * (2 / difference.numel())
+        if self.factor is not None:
+            gradient = gradient / self.factor[t].reshape(level.shape)
+        return difference.square().mean(), gradient, eps_hat
+
+    def _labels_of(self, index, place):
+        """The labels of images, some of them dropped; or None."""
+        if self.labels is None:
+            return None
+        labels, limit = self.labels[index], 2**20
+        if self.settings.label_dropout:
+            drawn = ops.integers_below(limit, self.seed, DROPPED_LABELS, *place)
+            labels = torch.where(drawn < round(self.settings.label_dropout * limit), self.null_class, labels)
+        return labels
+
+
+def _edm_timesteps(levels, count=2**16):
+    """`count` timesteps, int64: those next to the levels of EDM's loss at even quantiles.
+
+    There ln(sigma) is normal with mean -1.2 and deviation 1.2 (Karras et al. 2022, table 1). levels: alpha_bar [T].
+    """
+    quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    wanted = (torch.special.ndtri(quantiles) * 1.2 - 1.2).numpy()
+    log_sigma = np.log((1 - levels) / levels) / 2  # rises with t
+    return np.interp(wanted, log_sigma, np.arange(len(levels))).round().astype(np.int64)
 
 
 def _rate(settings, step):

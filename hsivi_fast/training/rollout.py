@@ -35,18 +35,28 @@ class Batch:
 
     x: [B, *event], what the layer makes for the score network, x_{k-1} or x_t of its window, and x_k for the student.
     noise: `ops.Noise`, whose stream [B] is the layer k of each sample, or the virtual one of `Windows`.
+    labels: [B] int64, the class of each sample, which is its trajectory's; None for a network without classes.
     """
 
     x: torch.Tensor
     noise: ops.Noise
+    labels: torch.Tensor | None = None
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
-        return [Batch(self.x[samples], self.noise[samples]) for samples in equal_slices(len(self.x), count)]
+        parts = equal_slices(len(self.x), count)
+        return [Batch(self.x[part], self.noise[part], labels_at(self.labels, part)) for part in parts]
+
+
+def labels_at(labels, samples):
+    """The labels of some samples, a slice or an index tensor; None where there are no labels."""
+    return None if labels is None else labels[samples]
 
 
 # A recorded update (`execution.GraphedCall`) takes its batch apart into tensors.
-register_pytree_node(Batch, lambda batch: ([batch.x, batch.noise], None), lambda fields, _: Batch(*fields))
+register_pytree_node(
+    Batch, lambda batch: ([batch.x, batch.noise, batch.labels], None), lambda fields, _: Batch(*fields)
+)
 
 
 def draw_layers(run_seed, purpose, step, batch_size, nfe, device="cpu"):
@@ -64,18 +74,18 @@ def window_bits(run_seed, purpose, step, batch_size, device):
 
 
 @torch.no_grad()
-def roll_down(predict, layers, log_gamma, x, k, seeds, lowest, given=None):
+def roll_down(predict, layers, log_gamma, x, k, seeds, lowest, given=None, labels=None):
     """Roll x = x_K [B, *event] down to x_lowest and return each sample's x_k, k [B].
 
     The whole batch goes down to the lowest layer drawn.
-    predict: the student (x, t) -> noise; seeds [B]: of the noise; given [K - lowest, B, *event]: the noise itself in
-    its place, layer K first.
+    predict: the student (x, t, labels) -> noise; seeds [B]: of the noise; given [K - lowest, B, *event]: the noise
+    itself in its place, layer K first; labels: [B] or None.
     """
     picked = x
     for index, current in enumerate(range(layers.nfe, lowest, -1)):
         stream = torch.full_like(k, current)
         noise = ops.Noise(seeds, stream, given=None if given is None else given[index])
-        x = layers.step(x, predict(x, layers.tau[stream]), log_gamma, noise)
+        x = layers.step(x, predict(x, layers.tau[stream], labels), log_gamma, noise)
         picked = torch.where((k == current - 1).reshape(-1, *[1] * (x.ndim - 1)), x, picked)
     return picked
 
@@ -87,8 +97,8 @@ def one_layer_on(predict, layers, log_gamma, batch, matching=None):
     matching: `Windows`, for x_t in the place of x_{k-1}.
     """
     matching = matching or layers
-    eps_hat = predict(batch.x, layers.tau[matching.layer[batch.noise.stream]])
-    return Batch(matching.step(batch.x, eps_hat, log_gamma, batch.noise), batch.noise)
+    eps_hat = predict(batch.x, layers.tau[matching.layer[batch.noise.stream]], batch.labels)
+    return Batch(matching.step(batch.x, eps_hat, log_gamma, batch.noise), batch.noise, batch.labels)
 
 
 class FreshRollout:
@@ -98,7 +108,7 @@ class FreshRollout:
 
     def __init__(self, context, student):
         config, self.layers, self.student = context.config, context.layers, student
-        self.matching = context.matching
+        self.matching, self.class_labels = context.matching, context.class_labels
         self.predict = context.execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = context.world.shard(self.batch_size)
@@ -122,13 +132,13 @@ class FreshRollout:
         lowest = int(draw_layers(self.run_seed, layers_purpose, step, self.batch_size, nfe, "cpu").min())
         k = draw_layers(self.run_seed, layers_purpose, step, self.batch_size, nfe, device)[self.shard]
         seeds = ops.integers(self.run_seed, seeds_purpose, step, self.batch_size, device)[self.shard]
-        x = ops.draw_noise(seeds, 0, self.student.event_shape)  # x_K
-        x = roll_down(self.predict, self.layers, self.student.log_scaled_gamma, x, k, seeds, lowest)
+        x, labels = ops.draw_noise(seeds, 0, self.student.event_shape), self.class_labels(seeds)  # x_K
+        x = roll_down(self.predict, self.layers, self.student.log_scaled_gamma, x, k, seeds, lowest, labels=labels)
         if self.matching is self.layers:
-            return Batch(x, ops.Noise(seeds, k))
+            return Batch(x, ops.Noise(seeds, k), labels)
         bits = window_bits(self.run_seed, windows_purpose, step, self.batch_size, device)[self.shard]
         # Virtual layers have the numbers of layers too: another draw keeps the rollout's noise apart.
-        return Batch(x, ops.Noise(seeds, self.matching.choose(k, bits), draw=1))
+        return Batch(x, ops.Noise(seeds, self.matching.choose(k, bits), draw=1), labels)
 
 
 class PooledRollout:
@@ -143,7 +153,7 @@ class PooledRollout:
 
     def __init__(self, context, student):
         config, self.layers, self.student, self.world = context.config, context.layers, student, context.world
-        self.matching = context.matching
+        self.matching, self.class_labels = context.matching, context.class_labels
         self.predict = context.execution.compiled(student)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = self.world.shard(self.batch_size)
@@ -172,6 +182,7 @@ class PooledRollout:
         device, transitions = self.layers.tau.device, self.layers.nfe * self.trajectories
         count, start = self.share * self.world.size, self.world.rank * self.share
         self.seeds = ops.integers(self.run_seed, POOL_SEEDS, cycle, count, device)  # [N and the unused]
+        self.labels = self.class_labels(self.seeds)
         self._roll(self.seeds[start : start + self.share])
         if self.world.size > 1:
             self.world.mark_detail("gathering the pool")
@@ -193,9 +204,10 @@ class PooledRollout:
             chunk = slice(start, start + self.chunk)
             seeds = all_seeds[chunk]
             x = states[self.layers.nfe, chunk] = ops.draw_noise(seeds, 0, self.student.event_shape)
+            labels = self.class_labels(seeds)
             for current in range(self.layers.nfe, 0, -1):
                 k = torch.full_like(seeds, current)
-                eps_hat = self.predict(x, self.layers.tau[k])
+                eps_hat = self.predict(x, self.layers.tau[k], labels)
                 if means is not None:
                     means[current - 1, chunk] = self.layers.mean(x, eps_hat, k)
                 x = self.layers.step(x, eps_hat, self.student.log_scaled_gamma, ops.Noise(seeds, k))
@@ -209,9 +221,9 @@ class PooledRollout:
         start = (step % self.cycle_length) * self.batch_size + self.shard.start
         transition = self.order[start : start + self.shard.stop - self.shard.start]  # trajectory + count * (k - 1)
         k, trajectory = transition // self.trajectories + 1, transition % self.trajectories  # [B of this rank]
-        seeds = self.seeds[trajectory]
+        seeds, labels = self.seeds[trajectory], labels_at(self.labels, trajectory)
         if self.means is None:
-            return Batch(self._at(self.states, k - 1, trajectory), ops.Noise(seeds, k))
+            return Batch(self._at(self.states, k - 1, trajectory), ops.Noise(seeds, k), labels)
         position = torch.arange(start, start + len(transition), device=k.device)
         stream, draw = k, position // (self.layers.nfe * self.trajectories)
         if self.matching is not self.layers:
@@ -220,7 +232,7 @@ class PooledRollout:
             stream, draw = self.matching.choose(k, bits), draw + 1  # as of `FreshRollout`
         noise = ops.Noise(seeds, stream, draw=draw)
         mean = self._at(self.means, k - 1, trajectory)
-        return Batch(self.matching.step_from_mean(mean, self.student.log_scaled_gamma, noise), noise)
+        return Batch(self.matching.step_from_mean(mean, self.student.log_scaled_gamma, noise), noise, labels)
 
     def student_batch(self, step):
         """States x_k from the pool, with antithetic layers and new noise."""
@@ -232,7 +244,8 @@ class PooledRollout:
         bits = None
         if self.matching is not self.layers:
             bits = window_bits(self.run_seed, STUDENT_WINDOWS, step, self.batch_size, device)[self.shard]
-        return Batch(self._at(self.states, k, trajectory), ops.Noise(seeds, self.matching.choose(k, bits)))
+        noise, labels = ops.Noise(seeds, self.matching.choose(k, bits)), labels_at(self.labels, trajectory)
+        return Batch(self._at(self.states, k, trajectory), noise, labels)
 
     def _at(self, pool, index, trajectory):
         return pool[trajectory // self.share, index, trajectory % self.share]

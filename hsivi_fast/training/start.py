@@ -13,6 +13,7 @@ It needs no data and no score network. Every number is a function of (run seed, 
 rolled again when a run goes on. With several processes each rolls an equal share, and all have the whole.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -23,7 +24,16 @@ from .. import ops
 from ..build import build_ddim_layers
 from ..method.schedule import make_schedule, signal_levels
 from ..method.trajectory import path_steps, roll_path
-from .rollout import ANCHOR_LAYERS, ANCHOR_ROWS, START_LAYERS, START_ROWS, START_SEEDS, draw_layers, equal_slices
+from .rollout import (
+    ANCHOR_LAYERS,
+    ANCHOR_ROWS,
+    START_LAYERS,
+    START_ROWS,
+    START_SEEDS,
+    draw_layers,
+    equal_slices,
+    labels_at,
+)
 
 PATH_BYTES = 2**30  # of states that are held at once; more trajectories are rolled in parts, one after the other
 WARM_UP = 20  # updates of a start
@@ -57,21 +67,26 @@ def path_knots(config):
 
 @dataclass(frozen=True)
 class PathBatch:
-    """States of paths: x = x_k [B, *event], the target eps there, the layer k [B]."""
+    """States of paths: x = x_k [B, *event], the target eps there, the layer k [B], and the class of each or None."""
 
     x: torch.Tensor
     target: torch.Tensor
     k: torch.Tensor
+    labels: torch.Tensor | None = None
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
         parts = equal_slices(len(self.x), count)
-        return [PathBatch(self.x[samples], self.target[samples], self.k[samples]) for samples in parts]
+        return [
+            PathBatch(self.x[part], self.target[part], self.k[part], labels_at(self.labels, part)) for part in parts
+        ]
 
 
 # As of `Batch`: a recorded update takes it apart into tensors.
 register_pytree_node(
-    PathBatch, lambda batch: ([batch.x, batch.target, batch.k], None), lambda fields, _: PathBatch(*fields)
+    PathBatch,
+    lambda batch: ([batch.x, batch.target, batch.k, batch.labels], None),
+    lambda fields, _: PathBatch(*fields),
 )
 
 
@@ -96,7 +111,7 @@ class Paths:
         levels = signal_levels(teacher.betas, teacher.steps)
         self.steps = path_steps(path_knots(config), levels, config.start.substeps, config.start.solver)
         ddim = build_ddim_layers(config, config.nfe, 0.0, self.device, own_knots=True)
-        self.a, self.b = ddim.a, ddim.b
+        self.a, self.b, self.class_labels = ddim.a, ddim.b, context.class_labels
         self._teacher = context.execution.graphed(context.execution.compiled(context.teacher))
 
     @property
@@ -113,7 +128,7 @@ class Paths:
 
     def let_go(self):
         """Give the memory of the states back."""
-        self.states = self.part = None
+        self.states = self.labels = self.part = None
 
     def batch(self, update):
         """This rank's share of the states of an update of the start."""
@@ -129,7 +144,7 @@ class Paths:
         row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
         x, below = self._at(k, row), self._at(k - 1, row)
         target = (below - _column(self.a[k], x) * x) / _column(self.b[k], x)
-        return PathBatch(x, target, k)
+        return PathBatch(x, target, k, labels_at(self.labels, row))
 
     def _at(self, k, row):
         return self.states[row // self.share, k, row % self.share]
@@ -137,9 +152,10 @@ class Paths:
     @torch.no_grad()
     def _roll(self, part):
         """Fill `states` [ranks, K + 1, share, *event] with the paths of a part."""
-        self.states = None  # before the next ones are there
+        self.states = self.labels = None  # before the next ones are there
         count = self.share * self.world.size
         seeds = ops.integers(self.run_seed, START_SEEDS, part, count, self.device)
+        labels = self.class_labels(seeds)
         seeds = seeds[self.world.rank * self.share :][: self.share]
         rolled = torch.empty(self.nfe + 1, self.share, *self.event_shape, device=self.device)
         size = min(self.chunk, self.share)
@@ -147,16 +163,18 @@ class Paths:
             start = min(start, self.share - size)  # every call has one shape; the last ones may be rolled twice
             chunk = slice(start, start + size)
             x = rolled[self.nfe, chunk] = ops.draw_noise(seeds[chunk], 0, self.event_shape)
-            for k, state in roll_path(self._predict, self.steps, x):
+            predict = functools.partial(self._predict, self.class_labels(seeds[chunk]))
+            for k, state in roll_path(predict, self.steps, x):
                 rolled[k, chunk] = state
         if self.world.size > 1:
             self.world.mark_detail("gathering the paths")
         self.states = self.world.gather(rolled) if self.world.size > 1 else rolled[None]
+        self.labels = labels
 
-    def _predict(self, x, t):
+    def _predict(self, labels, x, t):
         if self.on_evaluations:
             self.on_evaluations(len(x))
-        return self._teacher(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+        return self._teacher(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), labels)
 
 
 def _column(values, x):
