@@ -17,9 +17,10 @@ import click
 
 from .parallel.interrupt import Interrupted
 from .parallel.out_of_memory import is_out_of_memory
-from .parallel.seeds import Seeds
+from .parallel.seeds import Cycled, Seeds
 
 MOST_SEEDS = 1_000_000_000
+MOST_LABELS = 1_000_000
 RANK_0_SPEAKS = 3.0  # seconds that the other ranks wait before they leave with an error
 LONGEST_MESSAGE = 900  # characters of an error
 LOGGED_BAR = 10  # seconds between two states of a bar that goes into a file
@@ -149,12 +150,13 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
 @click.argument("run")
 @click.option("--seeds", required=True, help="One seed an image: 0-63, or 1,5,9-12.")
 @click.option("--outdir", help="Where images go; samples/seeds in the run's folder by default.")
+@click.option("--labels", help="Classes of the images: 3 for all, or 0-9, over and over; by default a seed's own.")
 @click.option("--batch", default=250, show_default=True, help="Images per network call.")
 @sampler_options
-def sample(run, seeds, outdir, batch, weights, **changes):
+def sample(run, seeds, outdir, labels, batch, weights, **changes):
     """Draw images from a run: one PNG a seed and grid.png; for a 2-D target, points.npz.
 
-    A seed always gives the same image.
+    A seed always gives the same image, or with --labels the same image of each class.
     """
     import numpy as np
     import torch
@@ -168,6 +170,8 @@ def sample(run, seeds, outdir, batch, weights, **changes):
     from .sampling.sampler import sample_in_batches
 
     numbers = parse_seeds(seeds)
+    if labels is not None:
+        labels = Cycled(parse_numbers(labels, "labels", most=MOST_LABELS), len(numbers))
     folder = RunFolder(run)
     target = _output_folder(outdir or folder.path / "samples" / "seeds")
     kept = []  # points, or the images of the grid
@@ -189,7 +193,7 @@ def sample(run, seeds, outdir, batch, weights, **changes):
         kept.append(samples)
 
     with tqdm(total=len(numbers), unit="image", desc="sample", disable=not _is_main(), dynamic_ncols=True) as bar:
-        sample_in_batches(folder, numbers, take, weights, batch, bar.update, check_room, **changes)
+        sample_in_batches(folder, numbers, take, weights, batch, bar.update, check_room, labels=labels, **changes)
     if not _is_main():
         return
     samples = torch.cat(kept).numpy()
@@ -367,19 +371,27 @@ def report(runs, out, backend):
 
 def parse_seeds(text):
     """The seeds of "0-63" or "1,5,9-12", a `Seeds` of ranges; ValueError for anything else."""
+    return parse_numbers(text, "seeds", MOST_SEEDS)
+
+
+def parse_numbers(text, key, most):
+    """The numbers of "0-63" or "1,5,9-12", a `Seeds` of ranges; key: begins the ValueError for anything else.
+
+    most: how many a range may have.
+    """
     ranges = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d{1,40})(?:-(\d{1,40}))?", item.strip())
         if not match:
             shown = repr(text) if len(text) <= 80 else f"{text[:60]!r} ..."
-            raise ValueError(f"seeds: {shown} is not understood; write 0-63 or 1,5,9-12")
+            raise ValueError(f"{key}: {shown} is not understood; write 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"seeds: {item.strip()!r} runs backwards; write {last}-{first}")
+            raise ValueError(f"{key}: {item.strip()!r} runs backwards; write {last}-{first}")
         if last >= 2**63:
-            raise ValueError(f"seeds: {last} is too large; a seed is below 2^63")
-        if last - first >= MOST_SEEDS:
-            raise ValueError(f"seeds: {item.strip()!r} are too many; ask for at most {MOST_SEEDS} at a time")
+            raise ValueError(f"{key}: {last} is too large; use numbers below 2^63")
+        if last - first >= most:
+            raise ValueError(f"{key}: {item.strip()!r} are too many; ask for at most {most} at a time")
         ranges.append(range(first, last + 1))
     return Seeds(*ranges)
 

@@ -52,7 +52,7 @@ def hsivi(capfd, *arguments):
             "seeds: '0-9999999999' are too many; ask for at most 10000000",
         ),
         (["sample", "RUN", "--seeds", "0-199999999"], {}, "seeds: 200000000 needs about 762.9 GiB and the disk of"),
-        (["sample", "RUN", "--seeds", f"0-{2**63}"], {}, f"seeds: {2**63} is too large; a seed is below 2^63"),
+        (["sample", "RUN", "--seeds", f"0-{2**63}"], {}, f"seeds: {2**63} is too large; use numbers below 2^63"),
         (["sample", "RUN", "--seeds", "9" * 5000], {}, "is not understood; write 0-63 or 1,5,9-12"),
         (["sample", "RUN", "--seeds", "0-3", "--batch", 10**12], {}, "batch: 1000000000000 must be at most 65536"),
         (["eval", "RUN", "--num-samples", 10**30], {}, "num-samples: 1000000000000000000000000000000 is too many"),

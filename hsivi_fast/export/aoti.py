@@ -22,7 +22,7 @@ COORDINATE_OFF = 1e-4
 # The texts of use.py. A backslash at the end of a line joins it with the next.
 USE_IMAGES = '''\
 """Seeds to a grid of pictures, with torch, numpy and Pillow alone: \
-python use.py [FIRST SEED] [HOW MANY] [FILE]"""
+python use.py [FIRST SEED] [HOW MANY] [FILE]{usage}"""
 import math
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ file = sys.argv[3] if len(sys.argv) > 3 else "grid.png"
 sampler = torch._inductor.aoti_load_package(str(Path(__file__).with_name("sampler.pt2")))
 seeds = torch.arange(first, first + max(count, {smallest}), device="{device}")  \
 # in small batches a CPU rounds otherwise: fill them up
-images = sampler(seeds)[:count].cpu()  # uint8 [count, C, H, W]
+{labels}images = sampler({inputs})[:count].cpu()  # uint8 [count, C, H, W]
 columns = math.ceil(math.sqrt(count))
 grid = torch.zeros(-(-count // columns) * columns, *images.shape[1:], dtype=torch.uint8)
 grid[:count] = images
@@ -44,6 +44,14 @@ grid = torch.cat([torch.cat(list(row), dim=2) for row in grid.split(columns)], d
 Image.fromarray((grid[0] if len(grid) == 1 else grid.permute(1, 2, 0)).numpy()).save(file)
 print(f"{{count}} images of the seeds {{first}} to {{first + count - 1}}: {{file}}")
 '''
+
+# What it has on top for a network with classes: an argument, and the labels.
+OF_CLASSES = {
+    "usage": " [CLASS]",
+    "labels": "labels = torch.full_like(seeds, int(sys.argv[4]) if len(sys.argv) > 4 else 0)\n",
+    "inputs": "seeds, labels",
+}
+OF_NO_CLASSES = {"usage": "", "labels": "", "inputs": "seeds"}
 
 USE_POINTS = '''\
 """Seeds to points in the plane, with torch alone: python use.py [FIRST SEED] [HOW MANY], one point a line"""
@@ -63,7 +71,7 @@ for x, y in sampler(seeds)[:count].tolist():
 
 
 class _Standalone(nn.Module):
-    """seeds int64 [B] -> samples: the sampler's layers in plain torch.
+    """seeds int64 [B] -> samples: the sampler's layers in plain torch. With classes there are labels int64 [B] too.
 
     Operators of ours are not used: they exist only where hsivi_fast is imported.
     """
@@ -72,13 +80,13 @@ class _Standalone(nn.Module):
         super().__init__()
         self.network, self.layers, self.config = sampler.network, sampler.layers, config
 
-    def forward(self, seeds):
+    def forward(self, seeds, labels=None):
         layers = self.layers
         rows = layers.rows(self.network.log_scaled_gamma)
         x = reference.draw_noise(seeds, 0, self.network.event_shape)
         for current in range(layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
-            eps_hat = self.network(x, layers.tau[k])
+            eps_hat = self.network(x, layers.tau[k], labels)
             c1 = None if current == 1 else layers.c1  # the last layer gives its mean
             x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k)
         return as_samples(x, self.config)
@@ -103,27 +111,35 @@ def write_aoti(sampler, config, description, folder):
     device = sampler.layers.tau.device
     smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
     file = folder / "sampler.pt2"
-    _compile(_Standalone(sampler, config), device, file)
+    _compile(_Standalone(sampler, config), sampler.class_labels, device, file)
     _check(file, sampler, config, device)
     use = USE_IMAGES if config.teacher.target is None else USE_POINTS
-    (folder / "use.py").write_text(use.format(smallest=smallest, device=device.type))
+    has_classes = sampler.class_labels.classes is not None
+    words = OF_CLASSES if has_classes else OF_NO_CLASSES
+    (folder / "use.py").write_text(use.format(smallest=smallest, device=device.type, **words))
+    of_labels = ", labels int64 [B]" if has_classes else ""
     compiled = {
         "torch": torch.__version__,
         "device": device.type,
-        "input": f"seeds int64 [B], B in 1 .. {LARGEST_BATCH}",
+        "input": f"seeds int64 [B]{of_labels}, B in 1 .. {LARGEST_BATCH}",
         "smallest_batch": smallest,
     }
     return write_description(folder, {**description, "compiled": compiled}, file)
 
 
-def _compile(module, device, file):
-    """Write the package of a module that takes seeds [B] on a device."""
+def _inputs(class_labels, seeds):
+    """What a package is called with: the seeds, and with classes their labels."""
+    return (seeds,) if class_labels.classes is None else (seeds, class_labels(seeds))
+
+
+def _compile(module, class_labels, device, file):
+    """Write the package of a module that takes seeds [B] on a device, and with classes their labels."""
     from torch._inductor import aoti_compile_and_package  # late: it takes a second, and only this format needs it
 
-    seeds = torch.arange(SMALLEST_CPU_BATCH, device=device)
+    inputs = _inputs(class_labels, torch.arange(SMALLEST_CPU_BATCH, device=device))
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad():
-        exported = torch.export.export(module, (seeds,), dynamic_shapes=({0: batch},), strict=True)
+        exported = torch.export.export(module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs), strict=True)
     # Without it the number of threads of this process would be compiled in.
     aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True})
 
@@ -136,6 +152,6 @@ def _check(file, sampler, config, device):
     from torch._inductor import aoti_load_package  # late: as above
 
     count = max(CHECKED, -(-CHECKED_PIXELS // math.prod(sampler.network.event_shape)))
-    packaged = aoti_load_package(str(file))(torch.arange(count, device=device))
+    packaged = aoti_load_package(str(file))(*_inputs(sampler.class_labels, torch.arange(count, device=device)))
     expected = as_samples(sampler(range(count), batch_size=count), config)
     check_samples(packaged, expected, PIXELS_OFF, COORDINATE_OFF)

@@ -16,6 +16,11 @@ SEEDS = (
     "k = 0 draws x_K and k = K .. 2 the noise of layer k; layer 1 gives its mean."
 )
 
+LABELS = (
+    "The label of a seed is classes[(w * n) >> 32], with n of them and the first word w of Philox4x32-10 at "
+    "key = seed and counter = (0, 2^32 - 1, 0, 0)."
+)
+
 
 def describe(config, sampler, step, weights):
     """The description of a run's sampler, without the hash of the file that holds the weights."""
@@ -35,6 +40,8 @@ def describe(config, sampler, step, weights):
             "steps": teacher.steps,
             "prediction": teacher.prediction,
             "timestep_scale": teacher.timestep_scale,
+            **({} if teacher.null_class is None else {"null_class": teacher.null_class}),
+            **({} if teacher.guidance is None else {"guidance": teacher.guidance}),
         },
         "nfe": layers.nfe,
         "spacing": config.spacing,
@@ -46,8 +53,16 @@ def describe(config, sampler, step, weights):
         "channels_last": config.channels_last,
         "sample": {"shape": list(network.event_shape), **_sample_format(config)},
         "seeds": SEEDS,
+        **_classes(sampler.class_labels),
         "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
     }
+
+
+def _classes(class_labels):
+    """What is said of classes: which ones the seeds' own labels are; nothing where there are none."""
+    if class_labels.classes is None:
+        return {}
+    return {"classes": class_labels.chosen.tolist(), "labels": LABELS}
 
 
 def _sample_format(config):

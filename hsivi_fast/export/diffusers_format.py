@@ -53,6 +53,7 @@ def write_diffusers(sampler, config, description, folder):
         config.teacher.prediction,
         description["teacher"]["betas"],
         config.teacher.steps,
+        classes=description.get("classes"),
     )
     network.load_student(sampler.network.state_dict())
     scheduler = HSIVIScheduler(

@@ -40,7 +40,7 @@ x = sampler(range(16))  # float32 {shape}{rounding}
 ```
 
 The samples of the seeds 0 to 15, as `hsivi sample` draws them. \
-`config.json` describes the network, the layers and the noise in full.""",
+{labels}`config.json` describes the network, the layers and the noise in full.""",
     "diffusers": """\
 ```python
 from hsivi_fast.diffusers import HSIVIPipeline
@@ -51,18 +51,25 @@ images = pipeline(seeds=range(16)).images  # those of `hsivi sample`
 Or with torch generators, as `pipeline(batch_size=16, generator=torch.Generator().manual_seed(0))`. \
 `DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)` is the same pipeline: \
 it runs `pipeline.py`, which imports the class.
-It needs hsivi_fast and diffusers.""",
+{labels}It needs hsivi_fast and diffusers.""",
     "aoti": """\
 ```python
 import torch, torch._inductor
 sampler = torch._inductor.aoti_load_package("{folder}/sampler.pt2")
-{result} = sampler(torch.arange(16, device="{device}"))
+{result} = sampler({inputs})
 ```
 
 Or `python {folder}/use.py 0 16`. It needs torch {torch} and nothing of hsivi_fast, on a {device} device like the one \
 that it was made on: the package is machine code.
 A batch may have any size from 1 to {largest}; one below {smallest} is better filled up, so that a sample is rounded \
 the same in every batch.""",
+}
+
+
+# How an image of a wanted class is asked for.
+LABELS = {
+    "safetensors": "Each seed has its own class; `sampler(range(16), labels=3)` draws all of one. ",
+    "diffusers": "Each seed has its own class; `pipeline(seeds=range(16), class_labels=3)` draws all of one. ",
 }
 
 
@@ -112,10 +119,15 @@ def _table(results):
 def _use(description, format, name):
     """The lines that use an export in a folder of this name."""
     points = description["sample"]["layout"] == "xy"
-    compiled = description.get("compiled", {})
+    compiled, has_classes = description.get("compiled", {}), "classes" in description
+    inputs = [f'torch.arange(16, device="{compiled.get("device")}")']
+    if has_classes:
+        inputs.append(f'torch.full((16,), {description["classes"][0]}, device="{compiled.get("device")}")')
     return USES[format].format(
         folder=name,
         result="points" if points else "images",
+        inputs=", ".join(inputs),
+        labels=LABELS.get(format, "") if has_classes else "",
         shape=[16, *description["sample"]["shape"]],
         rounding="" if points else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels",
         torch=compiled.get("torch"),

@@ -23,11 +23,12 @@ except ModuleNotFoundError as error:
 from .. import ops
 from ..checkpoints.weights import load_weights
 from ..data import to_uint8
+from ..method.class_labels import ClassLabels
 from ..method.layers import Layers
 from ..method.parametrisation import noise_coefficients
 from ..method.schedule import make_schedule, signal_levels
 from ..nets import build_unet
-from ..sampling.sampler import SMALLEST_CPU_BATCH
+from ..sampling.sampler import SMALLEST_CPU_BATCH, check_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 SEEDS = 2**63  # there are so many: 0 .. 2^63 - 1
@@ -49,8 +50,9 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
 
     network: the full description that `nets.build_unet` takes; log_scaled_gamma: the noise scale's shape; precision,
     channels_last and timestep_scale: how the network computes; prediction, betas, steps: the teacher's, which say how
-    noise is made of what it predicts. Its weights are float32 and have the names of a run's
-    checkpoint after "student.". down_block_types: a text for those who read config.json as another class's.
+    noise is made of what it predicts; classes: those that the labels of seeds are drawn from, None for a network
+    without. Its weights are float32 and have the names of a run's checkpoint after "student.".
+    down_block_types: a text for those who read config.json as another class's.
     """
 
     __module__ = PUBLIC_PATH
@@ -66,6 +68,7 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
         prediction="epsilon",
         betas="linear",
         steps=1000,
+        classes=None,
         down_block_types=NO_UNET2D,
     ):
         super().__init__()
@@ -74,6 +77,7 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
         if prediction != "epsilon":
             self.student.convert_by(noise_coefficients(prediction, signal_levels(betas, steps), timestep_scale))
         self.student.channels_last = channels_last  # of what lies inside; files of weights are row-major
+        self.class_labels = ClassLabels(self.student.classes, classes)
         self.student.register_parameter("log_scaled_gamma", torch.nn.Parameter(torch.zeros(tuple(log_scaled_gamma))))
 
     @property
@@ -85,10 +89,10 @@ class HSIVINetwork(ModelMixin, ConfigMixin):
         """Copy name -> tensor of a run's checkpoint; ValueError where they are of another network."""
         load_weights(self.student, weights, "student")
 
-    def forward(self, sample, timestep):
-        """The noise in sample [B, C, H, W] at timestep [B] int, or an int: [B, C, H, W]."""
+    def forward(self, sample, timestep, class_labels=None):
+        """The noise in sample [B, C, H, W] at timestep [B] int, or an int: [B, C, H, W]; class_labels: [B] int."""
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        return self.student(sample, timestep)
+        return self.student(sample, timestep, class_labels)
 
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
@@ -175,6 +179,7 @@ class HSIVIPipeline(DiffusionPipeline):
         generator=None,
         seeds=None,
         latents=None,
+        class_labels=None,
         num_inference_steps=None,
         output_type="pil",
         return_dict=True,
@@ -188,6 +193,8 @@ class HSIVIPipeline(DiffusionPipeline):
         the same image, alone or in any place of any batch.
         latents: float [B, C, H, W] in the place of x_K, the noise that the first layer starts from; the layers' own
         noise still comes from the seeds.
+        class_labels: of a network with classes, one int for all images or one for each; by default each seed has its
+        own label, as in `hsivi sample`.
         num_inference_steps: may be given, but the number is fixed by the distillation.
         output_type: "pil", a list of pictures; or pixels / 255 in 0 .. 1, as "np", float32 [B, H, W, C], or as "pt",
         float32 [B, C, H, W] on the device.
@@ -205,14 +212,19 @@ class HSIVIPipeline(DiffusionPipeline):
         device = self.unet.device
         self.scheduler.set_timesteps(num_inference_steps, device)
         count = self._count(batch_size, generator, seeds, latents)
+        if class_labels is not None:
+            class_labels = list(check_labels(class_labels, count, self.unet.class_labels.classes))
         seeds = torch.tensor(self._seeds(count, generator, seeds), dtype=torch.int64, device=device)
         if device.type == "cpu" and count < SMALLEST_CPU_BATCH:  # it is filled up, as the run's sampler does
             seeds = torch.cat([seeds, seeds[-1:].expand(SMALLEST_CPU_BATCH - count)])
+        labels = self.unet.class_labels(seeds)
+        if class_labels is not None:
+            labels[:count] = torch.tensor(class_labels)
         x = ops.draw_noise(seeds, 0, self.unet.event_shape)
         if latents is not None:
             x[:count] = latents
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            noise = self.unet(x, timestep)
+            noise = self.unet(x, timestep, labels)
             x = self.scheduler.step(noise, timestep, x, self.unet.student.log_scaled_gamma, seeds, return_dict=False)[0]
         images = _as(output_type, to_uint8(x[:count]))
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -11,7 +11,7 @@ from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..parallel.world import ALONE
-from ..sampling.sampler import Sampler
+from ..sampling.sampler import student_sampler
 from .check import CHECKED, as_samples, check_samples
 from .description import KIND, write_description
 
@@ -48,6 +48,7 @@ def load_exported(folder, device="auto", backend="auto"):
             "(its sha256 differs); export the run again"
         )
     settings = {key: description[key] for key in CONFIG_KEYS}
+    settings["classes"] = description.get("classes")  # exports from before there were classes say nothing of them
     context = build_context(config_from_dict({**settings, "device": device, "backend": backend}), ALONE)
     timesteps = context.layers.tau.tolist()
     if timesteps != description["timesteps"]:
@@ -57,7 +58,7 @@ def load_exported(folder, device="auto", backend="auto"):
         )
     student = build_untrained_student(context)
     load_weights(student, weights, file)
-    return Sampler(student, context.layers, student.log_scaled_gamma, context.execution)
+    return student_sampler(context, student)
 
 
 def _read_description(folder):

@@ -13,6 +13,7 @@ from .sections import (
     NOISE_SCALE,
     PLANE_POINTS,
     ddim_title,
+    draw_classes,
     draw_samples,
     gpu_section,
     load_sampler_to_draw,
@@ -39,6 +40,11 @@ def write_report(folder, teacher=None, backend=None, beside_teacher=True, progre
     samples = _drawn(_samplers(context, student, beside_teacher), progress)
     pictures, content = _sample_pictures(context, samples)  # {stem of a file: PNG bytes}, HTML
     sections = {"Samples": page.paragraph("The same seeds for every sampler.") + content}
+    if student.class_labels.classes is not None:
+        labels, images = draw_classes(student)
+        pictures["classes"] = figures.image_grid(images)
+        rows = f"A row a class, from the top: {', '.join(map(str, labels))}. The same seeds in every row."
+        sections["By class"] = page.paragraph(rows) + page.chart(pictures["classes"], "samples of each class")
     if results:
         pictures["distance_vs_nfe"] = figures.distance_against_nfe(results)
         if config.teacher.target is None and network_of(config) == "inception":

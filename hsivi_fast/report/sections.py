@@ -8,6 +8,7 @@ from ..sampling.sampler import load_sampler
 from . import figures, page
 
 PLANE_POINTS = 20000
+CLASSES_SHOWN = 10
 ENOUGH = 50  # evaluations of DDIM, after which more change little
 GPU = (("power (W)", "gpu_power_watts"), ("utilisation (%)", "gpu_utilisation_percent"))
 NOISE_SCALE = (
@@ -29,6 +30,13 @@ def draw_samples(sampler):
     if len(sampler.network.event_shape) == 1:
         return sampler(range(PLANE_POINTS), PLANE_POINTS).cpu()
     return to_uint8(sampler(range(figures.GRID**2))).cpu().numpy()
+
+
+def draw_classes(sampler):
+    """(labels, images) of the first classes of a sampler that has some: a row of a grid each, all of the same seeds."""
+    shown = sampler.class_labels.chosen.tolist()[:CLASSES_SHOWN]
+    labels = [label for label in shown for _ in range(figures.GRID)]
+    return shown, to_uint8(sampler([*range(figures.GRID)] * len(shown), labels=labels)).cpu().numpy()
 
 
 def ddim_title(nfe):

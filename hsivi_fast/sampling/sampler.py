@@ -119,7 +119,10 @@ class Sampler:
     """
 
     def __init__(self, network, layers, log_gamma, execution=EAGER, class_labels=NO_CLASSES):
+        if getattr(network, "classes", None) != class_labels.classes:
+            raise ValueError(f"network.classes: {network.classes}, and the sampler's labels are of another network")
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
+        self.class_labels = class_labels
         self.predict = execution.compiled(network)
         self._draw = execution.graphed(self._all_layers)
         self._batches = Batches(execution, class_labels)
@@ -162,6 +165,12 @@ def ddim_sampler(context, nfe, eta, own_knots=False):
     return Sampler(context.teacher, layers, log_gamma, context.execution, context.class_labels)
 
 
+def student_sampler(context, network, execution=None):
+    """The sampler of a student with the context's layers and labels; execution: in the place of the context's."""
+    execution = execution or context.execution
+    return Sampler(network, context.layers, network.log_scaled_gamma, execution, context.class_labels)
+
+
 def load_sampler(run, world, weights="ema", step=None, changes=None):
     """The sampler of a run's newest checkpoint, or of that of a step; every rank of `world` gets it, rank 0 reads it.
 
@@ -189,8 +198,7 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
                 f"checkpoint {str(file)!r}: {name} is not finite, which no sample can come from; delete {file.parent} "
                 "for an older one, or train again with smaller learning rates"
             )
-    sampler = Sampler(student, context.layers, student.log_scaled_gamma, context.execution, context.class_labels)
-    return sampler, context, step
+    return student_sampler(context, student), context, step
 
 
 def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, labels=None, **changes):

@@ -3,8 +3,9 @@
 import torch
 
 from ..build import build_untrained_student
+from ..execution import EAGER
 from ..metrics.evaluation import measure_row
-from ..sampling.sampler import Sampler
+from ..sampling.sampler import student_sampler
 
 PICTURED = 64  # samples of a grid during training
 
@@ -22,8 +23,8 @@ class AveragedStudent:
 
     def distance(self, metric):
         """The metric's first column, on one set of seeds; every rank draws its share of them."""
-        network, layers = self._with_present_weights(), self.context.layers
-        self.sampler = self.sampler or Sampler(network, layers, network.log_scaled_gamma, self.context.execution)
+        network = self._with_present_weights()
+        self.sampler = self.sampler or student_sampler(self.context, network)
         num_samples = self.context.config.eval.num_samples
         row = measure_row("hsivi_ema", self.sampler, metric, num_samples, 1, world=self.context.world)
         return row[metric.columns[0]]
@@ -38,7 +39,7 @@ class AveragedStudent:
         world.mark("drawing pictures")
         # Called eagerly: a sampler that is compiled or recorded keeps the batch of its first call, and measurements
         # have a larger one.
-        sampler = Sampler(network, self.context.layers, network.log_scaled_gamma)
+        sampler = student_sampler(self.context, network, EAGER)
         samples = sampler(world.share(range(count)), on_batch=world.counting(None))
         return world.gather_shares(samples, count), network.log_scaled_gamma
 

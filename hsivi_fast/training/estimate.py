@@ -103,13 +103,14 @@ def _start_evaluations(config, event_size, updates, head):
     if updates:
         parts, count = parts_of(config, event_size)
         rolled = -(-updates * parts // settings.updates)
-        evaluations = rolled * count * config.nfe * settings.substeps
+        evaluations = rolled * count * config.nfe * settings.substeps * _calls_of_teacher(config)
         evaluations += 3 * updates * (settings.batch_size or config.train.batch_size)
     # Of the head start: as a cycle, without the student's update and with one call of the teacher.
     cycle, _ = _cycle(config, event_size)
     batch_size = config.train.batch_size
-    of_student = 7 * batch_size
-    return evaluations + round(head * ((cycle - of_student) / config.train.f_learning_times + batch_size))
+    of_student = _of_student_update(config) * batch_size
+    of_teacher = _calls_of_teacher(config) * batch_size
+    return evaluations + round(head * ((cycle - of_student) / config.train.f_learning_times + of_teacher))
 
 
 def _noise_scale_size(config, event_size):
@@ -206,7 +207,17 @@ def _cycle(config, event_size):
     else:  # at most: a rollout ends at the lowest layer that its batch needs
         rolled, pool_bytes = (updates + 1) * (nfe - 1) * batch_size + updates * batch_size, 0
     # f: forward and backward; the student likewise, and forward and input-only backward of f and the teacher.
-    return rolled + batch_size * (3 * updates + 3 + 2 * 2), pool_bytes
+    return rolled + batch_size * (3 * updates + _of_student_update(config)), pool_bytes
+
+
+def _of_student_update(config):
+    """Forward calls with one image in an update of the student."""
+    return 3 + 2 + 2 * _calls_of_teacher(config)
+
+
+def _calls_of_teacher(config):
+    """Calls of its network for one noise: a guided teacher makes two, see `GuidedTeacher`."""
+    return 1 if config.teacher.guidance is None else 2
 
 
 def _memory(config, world_size, weight_bytes):

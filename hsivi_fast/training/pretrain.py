@@ -35,7 +35,8 @@ def train_teacher(config, outdir, progress=False):
     """Train `config.network` on `config.data` by the squared error of what it predicts (`_Loss`).
 
     A network with classes learns them from the labels of the data. Rate: linear warm-up, then a cosine to zero. A run
-    that is in `outdir` is continued. Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
+    that is in `outdir` is continued.
+    Returns the path of teacher.safetensors, the averaged (EMA) weights. Raises ValueError where the configuration names
     no data or is another run's, and `Interrupted` after SIGINT, SIGTERM or SIGHUP, when it has been saved.
     """
     if config.data is None:
