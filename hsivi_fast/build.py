@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .checkpoints.autoencoder import Decoder, load_decoder
 from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config, ObjectiveConfig
@@ -34,7 +35,7 @@ class Context:
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
     "triton"; execution: how networks are called; layers: the run's K layers;
     class_labels: the class of each seed; teacher: a module, or None where nobody
-    asked for it.
+    asked for it; decoder: of the latents that a run with `teacher.vae` makes, or None.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Context:
     layers: Layers
     class_labels: ClassLabels = field(default_factory=ClassLabels)
     teacher: nn.Module | None = None
+    decoder: Decoder | None = None
 
     @property
     def objective(self):
@@ -59,6 +61,16 @@ class Context:
         teacher = self.config.teacher
         levels = signal_levels(teacher.betas, teacher.steps)
         return Windows(self.layers, self.layers.tau.tolist(), levels, self.objective.gamma_min)
+
+    def images(self, samples):
+        """Images [B, C, H, W] in -1 .. 1 of a sampler's samples: latents decoded, others (and points) as they are."""
+        if self.decoder is None:
+            return samples
+        return self.decoder(samples, lambda n: self.world.mark_detail(f"{n} images decoded"))
+
+    def image_shape(self, event_shape):
+        """(C, H, W) of the images of samples of a shape; that itself where nothing is decoded."""
+        return tuple(event_shape) if self.decoder is None else self.decoder.image_shape(event_shape)
 
     def with_teacher(self, teacher=None):
         """The same with a teacher: the one given, or the one that the configuration names."""
@@ -75,8 +87,8 @@ def build_context(config, world, teacher=False):
     _set_float32_mode(config.precision, device)
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
-    labels = build_class_labels(config, device)
-    context = Context(config, world, device, backend, execution, build_layers(config, device), labels)
+    labels, decoder = build_class_labels(config, device), build_decoder(config, device)
+    context = Context(config, world, device, backend, execution, build_layers(config, device), labels, decoder=decoder)
     return context.with_teacher() if teacher else context
 
 
@@ -210,6 +222,13 @@ def build_class_labels(config, device):
     if count is not None and chosen is None:
         chosen = [label for label in range(count) if label != config.teacher.null_class]
     return ClassLabels(count, chosen).to(device)
+
+
+def build_decoder(config, device):
+    """The `Decoder` that `teacher.vae` names, None without one; errors as of `load_decoder`."""
+    if config.teacher.vae is None:
+        return None
+    return load_decoder(config.teacher.vae, all_arguments(config.network).get("image_channels"), device)
 
 
 def build_student(context, from_init=True):

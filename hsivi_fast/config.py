@@ -168,6 +168,8 @@ class TeacherConfig:
 
     checkpoint: StrictStr | None = None
     target: Literal["checkerboard", "ring", "swiss_roll"] | None = None
+    # A folder of diffusers' AutoencoderKL or VQModel: the teacher makes latents, which that decodes to images.
+    vae: StrictStr | None = None
     betas: Literal["linear", "cosine", "cosine_4000", "edm"] | BetasConfig | Betas = "linear"
     steps: _count(1_000_000, least=2) = 1000
     # What its network predicts: see `method/parametrisation.py`. "denoiser" is EDM's.
@@ -579,6 +581,7 @@ FILES = (
     (None, "data_path"),
     (None, "init"),
     ("teacher", "checkpoint"),
+    ("teacher", "vae"),
     ("eval", "reference"),
     ("distributed", "deepspeed"),
 )
@@ -647,6 +650,8 @@ def _validated(values):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
     if config.teacher.target is not None and config.teacher.prediction != "epsilon":
         raise ValueError(f"teacher.prediction: {config.teacher.prediction!r} is of a checkpoint; a 2-D target has none")
+    if config.teacher.target is not None and config.teacher.vae is not None:
+        raise ValueError(f"teacher.vae: {config.teacher.vae!r} decodes a checkpoint's latents; a 2-D target has none")
     if isinstance(config.teacher.betas, tuple) and len(config.teacher.betas) != config.teacher.steps:
         count, steps = len(config.teacher.betas), config.teacher.steps
         raise ValueError(f"teacher.betas: {count} of them for teacher.steps={steps}; give one a step")

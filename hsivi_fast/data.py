@@ -137,6 +137,11 @@ def check_image_size(config, event_shape):
     known = IMAGES_OF.get(config.data)
     if known is None or tuple(event_shape) == known or len(event_shape) != 3:
         return
+    if config.teacher.vae is not None:
+        raise ValueError(
+            f"teacher.vae: {config.teacher.vae!r} decodes to images {list(event_shape)}, and those of "
+            f"data={config.data} are {list(known)}; leave data out, or give data of that size"
+        )
     key, place = ("image_channels", 0) if event_shape[0] != known[0] else ("image_size", 1)
     raise ValueError(
         f"network.{key}: {event_shape[place]} is not that of data={config.data}, whose images are {list(known)}; "

@@ -23,6 +23,7 @@ class Checkpoint:
     assumed: the keys that neither the file says nor its weights show.
     settings: more of a run's configuration that is known from it: teacher.betas, teacher.steps, nfe, gamma.
     notes: what was seen and left out.
+    vae: the folder that stands beside the network in its pipeline and decodes its latents, or None.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Checkpoint:
     assumed: tuple = ()
     settings: dict = field(default_factory=dict)
     notes: tuple = ()
+    vae: str | None = None
 
     def weights(self, role="teacher"):
         """{name: float32 tensor} of a role, on the CPU.

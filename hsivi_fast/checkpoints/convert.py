@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ..data import brief
 from ..nets import build_unet
+from .autoencoder import check_vae
 from .download import locate_checkpoint
 from .files import as_written, make_folder, write_atomically, write_tensors, written_beside
 from .published_format import LOG_GAMMA, publishable_network, published_content
@@ -76,6 +77,8 @@ def _as_ours(checkpoint, to):
 def _check_networks(checkpoint):
     """ValueError where a network of a checkpoint is not the one that is described, or cannot be one of ours."""
     where, teacher = f"checkpoint {checkpoint.source!r}", checkpoint.tensors["teacher"]
+    if checkpoint.vae is not None:
+        check_vae(checkpoint.vae, checkpoint.network["image_channels"])
     strange = what_ours_has_not(teacher)
     if strange:
         raise ValueError(f"{where}: {strange}")
@@ -133,10 +136,14 @@ def _network_yaml(checkpoint):
     if missing:
         them = "it" if len(missing) == 1 else "them"
         lines.append(f"The file does not say {', '.join(missing)}: add {them}.")
+    vae = {} if checkpoint.vae is None else {"vae": checkpoint.vae}
+    if vae:
+        lines.append("It makes latents, which teacher.vae decodes. The folder stays where it is, and is not copied.")
     if "student" in checkpoint.tensors:
         lines.append("To start from the student and score network that stand beside this file: init=. (this folder)")
     comments = "".join(f"# {line}\n" for line in lines)
-    values = {"network": checkpoint.network, "teacher": {"checkpoint": "teacher.safetensors", **noise}, **settings}
+    teacher = {"checkpoint": "teacher.safetensors", **vae, **noise}
+    values = {"network": checkpoint.network, "teacher": teacher, **settings}
     return comments + OmegaConf.to_yaml(OmegaConf.create(values))
 
 

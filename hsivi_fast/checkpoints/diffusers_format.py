@@ -54,10 +54,14 @@ _NEEDED = {
 _BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
 # The keys that are whole numbers, and the largest that any network has by far.
 _COUNTS = {"in_channels": 64, "out_channels": 64, "layers_per_block": 32, "norm_num_groups": 4096}
+_NETWORKS = ("unet_ema", "unet")  # where a pipeline has its network; the averaged one first
 _LARGEST_WIDTH, _LARGEST_SIZE, _LARGEST_CLASSES, _LARGEST_SCALE = 2**14, 2**14, 10**6, 1000
 _STEM, _ENDINGS = "diffusion_pytorch_model", ("safetensors", "bin")
 _WEIGHT_FILES = tuple(f"{_STEM}.{ending}" for ending in _ENDINGS)
 _LARGEST_JSON = 2**24  # bytes
+# What a pipeline calls the network that decodes latents, and how the names of those begin that read a text.
+_VAES = ("vae", "vqvae")
+_OF_TEXT = ("text_encoder", "tokenizer", "bert")
 # diffusers' names of modules and ours: outside of all blocks, and inside of a block.
 _OUTER = {
     "conv_in": "in_conv",
@@ -114,10 +118,12 @@ def read_diffusers(folder):
     Raises ValueError where a file is missing or damaged, or our DDPM UNet cannot be its network.
     """
     folder, notes = _network_folder(folder)
-    network = _network(folder, _read_json(folder / "config.json"))
-    file, more = _weights_file(folder)
-    tensors = _read_shards(file) if file.suffix == ".json" else _read_tensors(file)
-    settings = _noise(folder)
+    pipeline = folder.parent if folder.name in _NETWORKS else folder
+    _refuse_text(pipeline)
+    network = _network(folder, read_json(folder / "config.json"))
+    file, tensors, more = read_folder(folder)
+    settings, unused = _noise(folder)
+    vae = _existing([pipeline / name / "config.json" for name in _VAES])
     return Checkpoint(
         source=str(folder),
         format="a diffusers UNet2DModel folder",
@@ -126,13 +132,27 @@ def read_diffusers(folder):
         stated=tuple(network),
         assumed=() if "image_size" in network else ("image_size",),
         settings=settings,
-        notes=(*notes, *more),
+        notes=(*notes, *more, *unused),
+        vae=vae and str(vae.parent.resolve()),
     )
+
+
+def _refuse_text(pipeline):
+    """ValueError for a pipeline with a part that reads a text, by its folder or in its list of parts."""
+    index = pipeline / "model_index.json"
+    parts = {name for name, value in read_json(index).items() if value != [None, None]} if index.is_file() else set()
+    parts |= {entry.name for entry in pipeline.iterdir() if entry.is_dir()}
+    of_text = sorted(name for name in parts if name.startswith(_OF_TEXT))
+    if of_text:
+        raise ValueError(
+            f"checkpoint {str(pipeline)!r}: is a pipeline with a {of_text[0]}, whose images are of a text; "
+            "a teacher here is unconditional, or conditional on a class"
+        )
 
 
 def _network_folder(folder):
     """(the folder itself, its unet_ema/ or its unet/, whichever has a config.json; notes on the choice)."""
-    places = (folder, folder / "unet_ema", folder / "unet")
+    places = (folder, *(folder / name for name in _NETWORKS))
     config = _existing([place / "config.json" for place in places])
     if config is None:
         entries = sorted(entry.name for entry in folder.iterdir())
@@ -144,6 +164,15 @@ def _network_folder(folder):
     if config.parent.name == "unet_ema" and config.parent != folder and (folder / "unet").is_dir():
         notes = ("Its unet_ema/ was taken, the averaged weights; give unet/ for the raw ones",)
     return config.parent, notes
+
+
+def read_folder(folder):
+    """(file, {name: tensor}, notes on the choice of the file) of the weights that save_pretrained wrote.
+
+    The file of shards is their list. Raises ValueError where there are none, or one is damaged.
+    """
+    file, notes = _weights_file(folder)
+    return file, _read_shards(file) if file.suffix == ".json" else _read_tensors(file), notes
 
 
 def _weights_file(folder):
@@ -183,7 +212,7 @@ def _read_tensors(file):
 def _read_shards(index):
     """{name: tensor} of all files that an index lists; each has to lie beside it, and to hold what the index says."""
     where, shards = f"checkpoint {str(index)!r}", {}
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{where}: has no weight_map, which says where each tensor is")
     for name, shard in weight_map.items():
@@ -206,7 +235,8 @@ def _existing(files):
     return next((file for file in files if file.is_file()), None)
 
 
-def _read_json(file):
+def read_json(file):
+    """{key: value} of a JSON file; ValueError where it is none, or far too large."""
     if file.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{file}: has {file.stat().st_size} bytes; a configuration has fewer than {_LARGEST_JSON}")
     try:
@@ -322,15 +352,15 @@ def _is_count(value, largest):
 
 
 def _noise(folder):
-    """{"teacher": {betas, steps, prediction}} from the scheduler's configuration, {} where there is none.
+    """({"teacher": {betas, steps, prediction}}, notes) of the scheduler's configuration, ({}, ()) where there is none.
 
     Raises ValueError for a noise that a teacher of ours cannot have.
     """
     folders = (folder, folder / "scheduler", folder.parent / "scheduler")
     file = _existing([place / "scheduler_config.json" for place in folders])
     if file is None:
-        return {}
-    given = _read_json(file)
+        return {}, ()
+    given = read_json(file)
     name = given.get("_class_name")
     if name not in _DISCRETE and not (name is None and "beta_schedule" in given):
         raise ValueError(
@@ -366,7 +396,27 @@ def _noise(folder):
     teacher = {"betas": _betas(config, steps, file), "steps": steps}
     if config["prediction_type"] != "epsilon":
         teacher["prediction"] = _PREDICTIONS[config["prediction_type"]]
-    return {"teacher": teacher}
+    return {"teacher": teacher}, _unused(given)
+
+
+def _unused(config):
+    """A note on what a scheduler's configuration says of sampling alone: no layer of ours does that.
+
+    The network is trained without either, so they change nothing of what its student learns.
+    """
+    reasons = {}
+    if config.get("clip_sample") is True:
+        limit = config.get("clip_sample_range", 1.0)
+        reasons[f"clip_sample = True (to {brief(f'-{limit} .. {limit}', 40)})"] = (
+            "neither the layers nor DDIM and DDPM in the table clip x_0, images are clipped when they are rounded"
+        )
+    if "timestep_spacing" in config:
+        reasons[f"timestep_spacing = {brief(config['timestep_spacing'], 40)}"] = (
+            "the run's spacing says where the layers' timesteps are"
+        )
+    if not reasons:
+        return ()
+    return (f"Of its scheduler not used: {'; '.join(f'{key}, since {reason}' for key, reason in reasons.items())}",)
 
 
 def _betas(config, steps, file):

@@ -94,6 +94,9 @@ def read_teacher(config, network, progress=False):
     """
     path = locate_teacher(config, progress)
     checkpoint = read_fetched(path, config.teacher.checkpoint)
+    if checkpoint.vae is not None and config.teacher.vae is None:
+        problem = f"missing; the teacher {checkpoint.source!r} makes latents, and a VAE stands beside it"
+        raise ValueError(f"teacher.vae: {problem}; set teacher.vae={checkpoint.vae}")
     load_weights(network, checkpoint.weights("teacher"), checkpoint.source)
     _check_what_weights_do_not_show(checkpoint, config)
     _check_rescaled_timesteps(checkpoint, config.teacher)

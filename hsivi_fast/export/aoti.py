@@ -94,6 +94,8 @@ class _Standalone(nn.Module):
 
 def refuse_aoti(config):
     """ValueError where a run of this configuration cannot be compiled, or this machine has no compiler."""
+    if config.teacher.vae is not None:
+        raise ValueError("format: 'aoti' holds no VAE, and this run makes latents; choose safetensors or diffusers")
     if config.precision != "fp32":
         raise ValueError(
             f"format: 'aoti' computes in float32 and the run's precision is {config.precision}; "
@@ -106,9 +108,9 @@ def refuse_aoti(config):
         )
 
 
-def write_aoti(sampler, config, description, folder):
+def write_aoti(sampler, context, description, folder):
     """Write sampler.pt2, use.py and config.json, and check the package; returns what config.json holds."""
-    device = sampler.layers.tau.device
+    config, device = context.config, sampler.layers.tau.device
     smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
     file = folder / "sampler.pt2"
     _compile(_Standalone(sampler, config), sampler.class_labels, device, file)

@@ -22,8 +22,9 @@ LABELS = (
 )
 
 
-def describe(config, sampler, step, weights):
+def describe(context, sampler, step, weights):
     """The description of a run's sampler, without the hash of the file that holds the weights."""
+    config = context.config
     network, teacher, layers = sampler.network, config.teacher, sampler.layers
     if teacher.target:
         source = {"target": teacher.target}
@@ -51,7 +52,7 @@ def describe(config, sampler, step, weights):
         "log_scaled_gamma": list(network.log_scaled_gamma.shape),
         "precision": config.precision,
         "channels_last": config.channels_last,
-        "sample": {"shape": list(network.event_shape), **_sample_format(config)},
+        "sample": {"shape": list(network.event_shape), **_sample_format(context, network.event_shape)},
         "seeds": SEEDS,
         **_classes(sampler.class_labels),
         "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
@@ -65,11 +66,24 @@ def _classes(class_labels):
     return {"classes": class_labels.chosen.tolist(), "labels": LABELS}
 
 
-def _sample_format(config):
-    """What one sample is: points are floats, images are rounded to grey levels."""
-    if config.teacher.target is not None:
+def _sample_format(context, event_shape):
+    """What one sample is: points and latents are floats, images are rounded to grey levels."""
+    teacher, decoder = context.config.teacher, context.decoder
+    if teacher.target is not None:
         return {"type": "float32", "layout": "xy"}
-    return {"type": "uint8", "layout": "CHW", "levels": 256, "rule": "round((clamp(x, -1, 1) + 1) * 127.5)"}
+    image = {"type": "uint8", "layout": "CHW", "levels": 256, "rule": "round((clamp(x, -1, 1) + 1) * 127.5)"}
+    if decoder is None:
+        return image
+    scaling_factor, shift_factor = decoder.scaling
+    latents = {
+        "vae": "/".join(Path(teacher.vae).parts[-2:]),
+        "class": decoder.name,
+        "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
+        "rule": "vae.decode(sample / scaling_factor + shift_factor).sample is the image x",
+        "image": {"shape": list(decoder.image_shape(event_shape)), **image},
+    }
+    return {"type": "float32", "layout": "CHW", "latents": latents}
 
 
 def write_description(folder, description, weights):

@@ -34,7 +34,7 @@ def refuse_diffusers(config):
         )
 
 
-def write_diffusers(sampler, config, description, folder):
+def write_diffusers(sampler, context, description, folder):
     """Write the pipeline and config.json, and check them; returns what config.json holds.
 
     Raises ValueError where diffusers is not installed.
@@ -44,6 +44,7 @@ def write_diffusers(sampler, config, description, folder):
         from .pipeline import PIPELINE_FILE, HSIVINetwork, HSIVIPipeline, HSIVIScheduler
     except ImportError as error:
         raise ValueError(str(error)) from None
+    config = context.config
     network = HSIVINetwork(
         description["network"],
         description["log_scaled_gamma"],
@@ -65,7 +66,8 @@ def write_diffusers(sampler, config, description, folder):
         config.gamma.per_step,
         config.gamma.per_pixel,
     )
-    HSIVIPipeline(network, scheduler).save_pretrained(folder)
+    vae = context.decoder and context.decoder.vae
+    HSIVIPipeline(network, scheduler, vae).save_pretrained(folder)
     (folder / PIPELINE_FILE).write_text(PIPELINE.format(version=description["hsivi_fast"]))
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
@@ -74,5 +76,5 @@ def write_diffusers(sampler, config, description, folder):
     pipeline = HSIVIPipeline.from_pretrained(folder).to(sampler.layers.tau.device)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(seeds=range(CHECKED), output_type="pt").images
-    check_samples((images * 255).round().to(torch.uint8), to_uint8(sampler(range(CHECKED))))
+    check_samples((images * 255).round().to(torch.uint8), to_uint8(context.images(sampler(range(CHECKED)))))
     return write_description(folder, description, folder / "unet" / "diffusion_pytorch_model.safetensors")

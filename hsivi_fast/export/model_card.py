@@ -96,11 +96,21 @@ def write_model_card(folder, description, format, name, results):
         eta=description["eta"],
         spacing=description["spacing"],
         timesteps=", ".join(map(str, description["timesteps"][:0:-1])),
-        sample=f"{sample['type']} {sample['shape']}" + ("" if points else f", {sample['levels']} levels"),
+        sample=_sample(sample, format),
         table=_table(results) if results else "",
         use=_use(description, format, name),
     )
     (folder / "README.md").write_text(card)
+
+
+def _sample(sample, format):
+    """What a sample is, in words; a pipeline decodes latents itself."""
+    latents = sample.get("latents")
+    if latents and format == "safetensors":
+        by = f"{latents['class']} {latents['vae']}, scaling_factor {latents['scaling_factor']:g}"
+        return f"latents, {sample['type']} {sample['shape']}, of the {by}; `config.json` says how they are decoded"
+    image = latents["image"] if latents else sample
+    return f"{image['type']} {image['shape']}" + (f", {image['levels']} levels" if "levels" in image else "")
 
 
 def _title_of(betas):
@@ -129,9 +139,16 @@ def _use(description, format, name):
         inputs=", ".join(inputs),
         labels=LABELS.get(format, "") if has_classes else "",
         shape=[16, *description["sample"]["shape"]],
-        rounding="" if points else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels",
+        rounding=_rounding(description["sample"]),
         torch=compiled.get("torch"),
         device=compiled.get("device"),
         smallest=compiled.get("smallest_batch"),
         largest=LARGEST_BATCH,
     )
+
+
+def _rounding(sample):
+    """What has to be done with a sampler's floats, in a comment's words."""
+    if "latents" in sample:
+        return ", latents, which the VAE decodes"
+    return "" if sample["layout"] == "xy" else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels"

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
     raise ImportError("diffusers: is not installed; pip install diffusers") from None
 
 from .. import ops
+from ..checkpoints.autoencoder import Decoder
 from ..checkpoints.weights import load_weights
 from ..data import to_uint8
 from ..method.class_labels import ClassLabels
@@ -143,13 +144,17 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
 
 class HSIVIPipeline(DiffusionPipeline):
-    """Images in a few network evaluations: `HSIVIPipeline.from_pretrained(DIR)(batch_size=16).images`."""
+    """Images in a few network evaluations: `HSIVIPipeline.from_pretrained(DIR)(batch_size=16).images`.
+
+    vae: an AutoencoderKL or VQModel that decodes what a network in latents makes; other folders have none.
+    """
 
     __module__ = PUBLIC_PATH
+    _optional_components = ["vae"]
 
-    def __init__(self, unet, scheduler):
+    def __init__(self, unet, scheduler, vae=None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @classmethod
     def load_config(cls, *arguments, **options):
@@ -191,7 +196,7 @@ class HSIVIPipeline(DiffusionPipeline):
         generator: in their place a torch.Generator, which is asked for one seed an image in turn, or a list of one
         generator an image, each asked for one; torch's global generator by default. So the same generator state gives
         the same image, alone or in any place of any batch.
-        latents: float [B, C, H, W] in the place of x_K, the noise that the first layer starts from; the layers' own
+        latents: float [B, c, h, w] in the place of x_K, the noise that the first layer starts from; the layers' own
         noise still comes from the seeds.
         class_labels: of a network with classes, one int for all images or one for each; by default each seed has its
         own label, as in `hsivi sample`.
@@ -226,7 +231,7 @@ class HSIVIPipeline(DiffusionPipeline):
         for timestep in self.progress_bar(self.scheduler.timesteps):
             noise = self.unet(x, timestep, labels)
             x = self.scheduler.step(noise, timestep, x, self.unet.student.log_scaled_gamma, seeds, return_dict=False)[0]
-        images = _as(output_type, to_uint8(x[:count]))
+        images = _as(output_type, to_uint8(x[:count] if self.vae is None else Decoder(self.vae)(x[:count])))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _count(self, batch_size, generator, seeds, latents):

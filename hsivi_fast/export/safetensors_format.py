@@ -18,9 +18,9 @@ from .description import KIND, write_description
 CONFIG_KEYS = ("network", "teacher", "nfe", "spacing", "eta", "gamma", "precision", "channels_last")
 
 
-def write_safetensors(sampler, config, description, folder):
+def write_safetensors(sampler, context, description, folder):
     """Write model.safetensors and config.json, and check them; returns what config.json holds."""
-    file = folder / "model.safetensors"
+    config, file = context.config, folder / "model.safetensors"
     weights = {name: value.detach().cpu().contiguous() for name, value in sampler.network.state_dict().items()}
     save_file(weights, file, metadata={"format": "pt"})
     description = write_description(folder, description, file)
@@ -33,7 +33,8 @@ def write_safetensors(sampler, config, description, folder):
 def load_exported(folder, device="auto", backend="auto"):
     """The `Sampler` of a folder that `export_run` wrote as safetensors.
 
-    sampler(seeds) gives float32 [N, *event], which `data.to_uint8` makes images of.
+    sampler(seeds) gives float32 [N, *event], which `data.to_uint8` makes images of. Of a run in latents they are the
+    latents: config.json names the VAE that decodes them and says how, and the export does not hold it.
     device: "auto", "cpu" or "cuda:N"; backend: "auto", "torch" or "triton". Raises ValueError where the folder holds no
     such export, it has been changed, or the device or backend is not there.
     """

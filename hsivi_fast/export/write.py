@@ -13,7 +13,7 @@ from .diffusers_format import refuse_diffusers, write_diffusers
 from .model_card import write_model_card
 from .safetensors_format import write_safetensors
 
-# (sampler, config, description, folder) -> what the folder's config.json holds, after a check against the sampler
+# (sampler, context, description, folder) -> what the folder's config.json holds, after a check against the sampler
 WRITERS = {"safetensors": write_safetensors, "diffusers": write_diffusers, "aoti": write_aoti}
 FORMATS = tuple(WRITERS)
 
@@ -43,12 +43,12 @@ def export_run(run, format, outdir, weights="ema", step=None):
     # A package has no kernels of ours in it, so it is made from, and compared with, the plain torch backend.
     changes = {"backend": "torch" if format == "aoti" else None, "compile": False, "cuda_graphs": False}
     sampler, context, step = load_sampler(folder, ALONE, weights, step, changes)
-    description = describe(context.config, sampler, step, weights)
+    description = describe(context, sampler, step, weights)
 
     make_folder(outdir.parent)
     with written_beside(outdir) as unfinished:
         unfinished.mkdir()
-        description = WRITERS[format](sampler, context.config, description, unfinished)
+        description = WRITERS[format](sampler, context, description, unfinished)
         write_model_card(unfinished, description, format, outdir.name, folder.read_json("results.json"))
     return outdir
 

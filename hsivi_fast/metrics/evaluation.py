@@ -46,7 +46,7 @@ class ImageMetric:
 
     context: the run's. The reference is `eval.reference`, see `load_reference`, and without it the run's data.
     Statistics of images are kept in a folder of the user (`cached_statistics`).
-    event_shape: that of the run's images, which the images that they are compared with must have.
+    event_shape: that of the run's images, decoded, which the images that they are compared with must have.
     With eval.kid and eval.prc also kernel distance, precision and recall: they need such images, and look at up to
     `FEATURES_KEPT` of each side.
     Raises ValueError with nothing to compare with, or with a reference of another feature network.
@@ -56,6 +56,7 @@ class ImageMetric:
 
     def __init__(self, context, event_shape=None):
         config, self.world, self.device = context.config, context.world, context.device
+        self.images_of = context.images
         settings = config.eval
         self.name = network_of(config)
         self.weights = settings.inception if self.name == "inception" else None
@@ -102,6 +103,10 @@ class ImageMetric:
         """Images in -1 .. 1 as uint8, on the data's grey levels; what is uint8 already has been rounded."""
         return images if images.dtype == torch.uint8 else to_uint8(images, self.levels)
 
+    def rounded_samples(self, samples):
+        """What a sampler draws as uint8 images, latents decoded; what is uint8 already is that."""
+        return samples if samples.dtype == torch.uint8 else self.rounded(self.images_of(samples))
+
     def statistics(self, images):
         """Feature statistics of images [N, C, H, W] in -1 .. 1 (or uint8, rounded) that this process has all of."""
         moments = StreamingMoments()
@@ -112,13 +117,13 @@ class ImageMetric:
     def measure(self, samples, count):
         """{column: value} of `count` samples over all ranks, and how much the kernel distance varies over its subsets.
 
-        samples: this rank's share of them, images [N, C, H, W] in -1 .. 1 (or uint8, rounded), or batches of these as
-        they come: no more than a batch is held.
+        samples: this rank's share of them as the run's sampler draws them, images [N, C, H, W] in -1 .. 1 or latents
+        (or uint8, rounded), or batches of these as they come: no more than a batch is held.
         """
         batches = samples.split(self.batch_size) if torch.is_tensor(samples) else samples
         kept = KeptFeatures(self.world, count) if self.kid or self.prc else None
         moments, counted = StreamingMoments(), self.world.counted(count)
-        for start, features in self._features(batches):
+        for start, features in self._features(map(self.rounded_samples, batches)):
             if kept:
                 kept.add(features)
             moments.add(features[: max(counted - start, 0)])
@@ -231,7 +236,7 @@ def build_metric(context, network=None):
     if config.data is None and config.eval.reference is None:
         nothing = "without reference images or statistics (eval.reference) there is nothing to measure against"
         raise ValueError(f"data: missing; {nothing} (eval.num_samples=0 switches measuring off)")
-    event_shape = (network or context.teacher).event_shape
+    event_shape = context.image_shape((network or context.teacher).event_shape)
     check_images(network_of(config), event_shape)
     return ImageMetric(context, event_shape)
 
@@ -239,8 +244,9 @@ def build_metric(context, network=None):
 def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=None, nfe=None, files=None, first_set=0):
     """One row of a table.
 
-    It has the metric's columns (mean) and *_std over seed sets, images per second of the sampler alone, and what was
-    sampled. Set n has the seeds n num_samples .. (n + 1) num_samples - 1; `first_set` is the number of the first one.
+    It has the metric's columns (mean) and *_std over seed sets, images per second of the sampler alone (latents are
+    decoded outside of that time), and what was sampled. Set n has the seeds n num_samples .. (n + 1) num_samples - 1;
+    `first_set` is the number of the first one.
     nfe: the evaluations that were asked for; where the sampler needs fewer (timesteps that its spacing repeats are
     dropped), the row says so under `evaluations`. Each rank of `world` draws its share, and all have the row;
     the rate is that of all. Samples go to the metric batch by batch as they are drawn, rounded once, and into `files`
@@ -281,7 +287,7 @@ class _Drawing:
             chunk = share[start : start + self.metric.batch_size]
             samples = self._timed(chunk)
             if self.files:
-                samples = self.metric.rounded(samples)
+                samples = self.metric.rounded_samples(samples)
                 # A PNG of a repeated seed is another rank's to write.
                 written = len(chunk) if self.files.one_file else max(counted - start, 0)
                 self.files.add(chunk[:written], samples[:written])
@@ -399,8 +405,9 @@ def evaluate(
         config = change_config(config, {key: value and str(value) for key, value in given.items()})
         fetch_needed(config, teacher=False, measured=True)
         measure = build_metric(replace(context, config=config), sampler.network)
+        image_shape = context.image_shape(sampler.network.event_shape)
         if save_images is not None:
-            world.from_main(lambda: _check_room(num_samples, sampler.network.event_shape, save_images))
+            world.from_main(lambda: _check_room(num_samples, image_shape, save_images))
         files = ImageFiles(save_images, world) if save_images is not None else None
         with memory_advice(f"batch: {measure.batch_size} images at once, and num-samples: {num_samples}; lower it"):
             row = measure_row(f"hsivi_{weights}", sampler, measure, num_samples, 1, world, on_batch, files=files)
@@ -417,15 +424,15 @@ def check_num_samples(num_samples):
         raise ValueError(f"num-samples: {num_samples} is too many; use at most {MOST_IMAGES}")
 
 
-def _check_room(num_samples, event_shape, path):
+def _check_room(num_samples, image_shape, path):
     """ValueError where images cannot be kept: in memory for one file, or on the disk."""
     what, advice = f"num-samples: {num_samples} with --save-images", "lower it, or choose another disk"
-    size = math.prod(event_shape)
+    size = math.prod(image_shape)
     if str(path).lower().endswith(".npz"):
         refuse_beyond_memory(what, 2 * num_samples * size, torch.device("cpu"), "lower it, or give a folder")
         refuse_beyond_disk(what, num_samples * size, path, advice)
     else:
-        refuse_beyond_disk(what, num_samples * picture_size(event_shape), path, advice, files=num_samples)
+        refuse_beyond_disk(what, num_samples * picture_size(image_shape), path, advice, files=num_samples)
 
 
 def _refuse_in_the_plane(**options):

@@ -2,9 +2,11 @@
 
 import sys
 
+from ..checkpoints.autoencoder import check_vae
 from ..checkpoints.download import locate_reference
 from ..checkpoints.weights import locate_teacher
 from ..data import MissingFile, fetch_cifar10, has_data, regular_file
+from ..nets import all_arguments
 from .features import fetch_inception, network_of
 
 
@@ -32,6 +34,8 @@ def _needs(config, teacher, measured):
     settings, named, progress = config.eval, config.eval.reference, sys.stderr.isatty()
     if config.teacher.target is not None:
         return
+    if config.teacher.vae is not None:
+        yield lambda: check_vae(config.teacher.vae, all_arguments(config.network).get("image_channels"))
     if teacher:
         yield lambda: locate_teacher(config, progress)
     if not measured:

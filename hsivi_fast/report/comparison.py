@@ -241,7 +241,7 @@ def _samples(runs, backend):
             content += page.paragraph(str(error))
             continue
         title = f"{run.label}, step {step}, {student.nfe} evaluations"
-        students.setdefault(student.nfe, {})[title] = draw_samples(student)
+        students.setdefault(student.nfe, {})[title] = draw_samples(context_of_run, student)
     if not students:
         return content
     most = teacher_evaluations([run.config for run in runs])
@@ -252,7 +252,7 @@ def _samples(runs, backend):
 
 
 def _draw_ddim(context, nfe):
-    return draw_samples(ddim_sampler(context, nfe, 0.0))
+    return draw_samples(context, ddim_sampler(context, nfe, 0.0))
 
 
 def _points(context, best, by_nfe):

@@ -37,11 +37,11 @@ def write_report(folder, teacher=None, backend=None, beside_teacher=True, progre
     student, context, step = load_sampler_to_draw(folder, backend)
     context = context.with_teacher(teacher)
     results, metrics = folder.read_json("results.json", []), folder.metrics()
-    samples = _drawn(_samplers(context, student, beside_teacher), progress)
+    samples = _drawn(context, _samplers(context, student, beside_teacher), progress)
     pictures, content = _sample_pictures(context, samples)  # {stem of a file: PNG bytes}, HTML
     sections = {"Samples": page.paragraph("The same seeds for every sampler.") + content}
     if student.class_labels.classes is not None:
-        labels, images = draw_classes(student)
+        labels, images = draw_classes(context, student)
         pictures["classes"] = figures.image_grid(images)
         rows = f"A row a class, from the top: {', '.join(map(str, labels))}. The same seeds in every row."
         sections["By class"] = page.paragraph(rows) + page.chart(pictures["classes"], "samples of each class")
@@ -107,12 +107,12 @@ def _samplers(context, student, beside_teacher):
     return {**samplers, f"HSIVI, {config.nfe} evaluations": student}
 
 
-def _drawn(samplers, progress):
+def _drawn(context, samplers, progress):
     """{title: what is shown of a sampler}, with a bar where that takes more than 5 seconds."""
     samples, total = {}, sum(sampler.nfe for sampler in samplers.values())
     with tqdm(total=total, desc="report", disable=not progress, delay=5, leave=False, dynamic_ncols=True) as bar:
         for title, sampler in samplers.items():
-            samples[title] = draw_samples(sampler)
+            samples[title] = draw_samples(context, sampler)
             bar.update(sampler.nfe)
     return samples
 

@@ -25,18 +25,19 @@ def load_sampler_to_draw(folder, backend):
     return load_sampler(folder, ALONE, changes=changes)
 
 
-def draw_samples(sampler):
+def draw_samples(context, sampler):
     """What is shown of a sampler, on the CPU: uint8 images [64, C, H, W] as an array, or points [N, 2]."""
     if len(sampler.network.event_shape) == 1:
         return sampler(range(PLANE_POINTS), PLANE_POINTS).cpu()
-    return to_uint8(sampler(range(figures.GRID**2))).cpu().numpy()
+    return to_uint8(context.images(sampler(range(figures.GRID**2)))).cpu().numpy()
 
 
-def draw_classes(sampler):
+def draw_classes(context, sampler):
     """(labels, images) of the first classes of a sampler that has some: a row of a grid each, all of the same seeds."""
     shown = sampler.class_labels.chosen.tolist()[:CLASSES_SHOWN]
     labels = [label for label in shown for _ in range(figures.GRID)]
-    return shown, to_uint8(sampler([*range(figures.GRID)] * len(shown), labels=labels)).cpu().numpy()
+    samples = sampler([*range(figures.GRID)] * len(shown), labels=labels)
+    return shown, to_uint8(context.images(samples)).cpu().numpy()
 
 
 def ddim_title(nfe):

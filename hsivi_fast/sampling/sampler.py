@@ -243,7 +243,7 @@ def sample_in_batches(
     """Draw images from a run and hand them on as they come, so that no more than a batch is held.
 
     take(seeds, images): called with each batch, images as of `sample`, on rank 0 or on all ranks.
-    check(event_shape): called once before anything is drawn; what it raises is raised.
+    check(shape): called with that of an image once before anything is drawn; what it raises is raised.
     The rest is as of `sample`.
     """
     folder = RunFolder.of(run)
@@ -258,7 +258,7 @@ def sample_in_batches(
         is_image = len(event_shape) == 3
         _check_batch(context, event_shape, min(batch_size, len(seeds)))
         if check:
-            check(event_shape)
+            check(context.image_shape(event_shape))
         if labels is not None:
             labels = check_labels(labels, len(seeds), context.class_labels.classes)
         told = world.counting(on_batch)
@@ -266,13 +266,13 @@ def sample_in_batches(
             chunk = seeds[start : start + batch_size * world.size]
             of_chunk = None if labels is None else world.share(labels[start : start + batch_size * world.size])
             x = sampler(world.share(chunk), batch_size, told, of_chunk)
-            images = world.gather_shares(to_uint8(x) if is_image else x, len(chunk))
+            images = world.gather_shares(to_uint8(context.images(x)) if is_image else x, len(chunk))
             if world.is_main or on_all_ranks:
                 take(chunk, images.cpu())
 
 
 def _check_batch(context, event_shape, batch_size):
-    """ValueError where not even the first level of the network fits for a batch."""
+    """ValueError where not even the first level of the network fits for a batch, or the images that are decoded."""
     channels = network_arguments(context.config.network).get("channels", 1)
-    needed = 4 * batch_size * channels * math.prod(event_shape[1:])
-    refuse_beyond_memory(f"batch: {batch_size}", needed, context.device, "use a smaller one")
+    needed = max(channels * math.prod(event_shape[1:]), math.prod(context.image_shape(event_shape)))
+    refuse_beyond_memory(f"batch: {batch_size}", 4 * batch_size * needed, context.device, "use a smaller one")

@@ -30,7 +30,7 @@ class AveragedStudent:
         return row[metric.columns[0]]
 
     def pictures(self):
-        """(samples of the seeds 0 .. 63 in the sampler's form, log_gamma).
+        """(images of the seeds 0 .. 63 in -1 .. 1, log_gamma).
 
         Of a 2-D run no samples are shown, and few are drawn.
         """
@@ -40,7 +40,7 @@ class AveragedStudent:
         # Called eagerly: a sampler that is compiled or recorded keeps the batch of its first call, and measurements
         # have a larger one.
         sampler = student_sampler(self.context, network, EAGER)
-        samples = sampler(world.share(range(count)), on_batch=world.counting(None))
+        samples = self.context.images(sampler(world.share(range(count)), on_batch=world.counting(None)))
         return world.gather_shares(samples, count), network.log_scaled_gamma
 
     def _with_present_weights(self):

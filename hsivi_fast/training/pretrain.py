@@ -41,6 +41,8 @@ def train_teacher(config, outdir, progress=False):
     """
     if config.data is None:
         raise ValueError("data: missing; a teacher needs images to learn from")
+    if config.teacher.vae is not None:
+        raise ValueError(f"teacher.vae: {config.teacher.vae!r} is of latents; a teacher is trained on images here")
     if processes() > 1:
         launched = f"{processes()} processes were launched"
         raise ValueError(f"WORLD_SIZE: {launched}; a teacher is trained in one, start it without a launcher")

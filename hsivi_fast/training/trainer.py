@@ -101,7 +101,7 @@ class Training:
         world.mark("fetching files")
         fetch_needed(config, teacher=True, measured=config.eval.num_samples > 0)
         self.context = context = build_context(config, world, teacher=True)
-        check_image_size(config, context.teacher.event_shape)
+        check_image_size(config, context.image_shape(context.teacher.event_shape))
         # A machine may have another file under that name.
         world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
         # A run that goes on has its own checkpoint: what it started from may be gone.
