@@ -12,6 +12,10 @@ from .weights import weights_difference
 
 CLASSES = ("AutoencoderKL", "VQModel")
 PIXELS_AT_ONCE, MOST_AT_ONCE = 2**18, 16  # of the images in one call, and images in it
+# What a config.json without scaling_factor means. diffusers takes 0.18215 for both classes. But a VQModel's has none
+# where it was written before there was the key, and latents were not scaled then: those of CompVis/ldm-celebahq-256
+# (huggingface/diffusers, issue 6725).
+_UNSAID_SCALING = {"AutoencoderKL": 0.18215, "VQModel": 1.0}
 # The names of attention's layers in files that old versions of diffusers wrote.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -102,6 +106,8 @@ def load_decoder(folder, image_channels, device="cpu"):
     network than config.json describes.
     """
     config = check_vae(folder, image_channels)
+    if config.get("scaling_factor") is None:
+        config["scaling_factor"] = _UNSAID_SCALING[config["_class_name"]]
     import diffusers  # here: it takes seconds, and only runs in latents need it
 
     where = f"teacher.vae: {str(folder)!r}"

@@ -103,7 +103,8 @@ class Training:
         self.context = context = build_context(config, world, teacher=True)
         check_image_size(config, context.image_shape(context.teacher.event_shape))
         # A machine may have another file under that name.
-        world.broadcast([*context.teacher.parameters(), *context.teacher.buffers()])
+        read = [context.teacher] if context.decoder is None else [context.teacher, context.decoder]
+        world.broadcast([tensor for module in read for tensor in (*module.parameters(), *module.buffers())])
         # A run that goes on has its own checkpoint: what it started from may be gone.
         is_new = world.from_main(lambda: not (has_run and RunFolder(outdir).checkpoints()))
         self.is_new = is_new

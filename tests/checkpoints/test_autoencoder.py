@@ -55,6 +55,21 @@ def test_images_are_those_of_diffusers_own_decode(tmp_path, name, shift):
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
 
 
+@pytest.mark.parametrize("name, factor", [("AutoencoderKL", 0.18215), ("VQModel", 1.0)])
+def test_a_factor_that_is_not_said(tmp_path, name, factor):
+    """A VQModel without it is from before there was the key; stable diffusion's VAEs have the usual one."""
+    vae = small_vae(name)
+    vae.save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config.pop("scaling_factor")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    decoder, latents = load_decoder(tmp_path / "vae", 4), torch.ones(16, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(decoder(latents), vae.decode(latents / factor).sample)
+    decoder.vae.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["scaling_factor"] == factor
+
+
 def test_images_of_many_pixels_are_decoded_few_at_a_time():
     decoder, seen = Decoder(small_vae(block_out_channels=(8,) * 4, **_levels(4))), []
     decoder(torch.zeros(3, 4, 32, 32), seen.append)  # 256 x 256: four at a time
