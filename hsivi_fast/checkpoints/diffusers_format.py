@@ -138,10 +138,12 @@ def read_diffusers(folder):
 
 
 def _refuse_text(pipeline):
-    """ValueError for a pipeline with a part that reads a text, by its folder or in its list of parts."""
+    """ValueError for a pipeline with a part that reads a text, by its list of parts, or else by its folders."""
     index = pipeline / "model_index.json"
-    parts = {name for name, value in read_json(index).items() if value != [None, None]} if index.is_file() else set()
-    parts |= {entry.name for entry in pipeline.iterdir() if entry.is_dir()}
+    if index.is_file():
+        parts = [name for name, value in read_json(index).items() if value != [None, None]]
+    else:
+        parts = [entry.name for entry in pipeline.iterdir() if entry.is_dir()]
     of_text = sorted(name for name in parts if name.startswith(_OF_TEXT))
     if of_text:
         raise ValueError(

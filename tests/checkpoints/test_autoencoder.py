@@ -194,10 +194,11 @@ def test_a_pipeline_whose_vae_cannot_be_used_is_refused_before_anything_is_writt
 @pytest.mark.parametrize("said_by", ["folder", "list"])
 def test_a_pipeline_that_reads_a_text_is_refused(pipeline, tmp_path, part, said_by):
     shutil.copytree(pipeline, tmp_path / "ldm")
+    index = tmp_path / "ldm" / "model_index.json"
     if said_by == "folder":
         (tmp_path / "ldm" / part).mkdir()
+        index.unlink()
     else:
-        index = tmp_path / "ldm" / "model_index.json"
         index.write_text(json.dumps({**json.loads(index.read_text()), part: ["transformers", "Any"]}))
     for source in (tmp_path / "ldm", tmp_path / "ldm" / "unet"):
         with pytest.raises(ValueError, match=f"ldm': is a pipeline with a {part}, whose images are of a text; a teach"):
