@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..execution import has_compiler
+from ..method.class_labels import if_given
 from ..ops import reference
 from ..sampling.sampler import SMALLEST_CPU_BATCH
 from .check import CHECKED, as_samples, check_samples
@@ -86,7 +87,7 @@ class _Standalone(nn.Module):
         x = reference.draw_noise(seeds, 0, self.network.event_shape)
         for current in range(layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
-            eps_hat = self.network(x, layers.tau[k], labels)
+            eps_hat = self.network(x, layers.tau[k], *if_given(labels))
             c1 = None if current == 1 else layers.c1  # the last layer gives its mean
             x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k)
         return as_samples(x, self.config)

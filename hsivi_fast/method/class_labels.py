@@ -26,6 +26,14 @@ class ClassLabels(nn.Module):
         return self.chosen[ops.integers_of_seeds(seeds, len(self.chosen))]
 
 
+def if_given(labels):
+    """The arguments after (x, t) of a network's call: labels [B], and none where these are None.
+
+    So a network without classes may be any function of (x, t).
+    """
+    return () if labels is None else (labels,)
+
+
 class GuidedTeacher(nn.Module):
     """Classifier-free guidance: eps = eps(no class) + guidance (eps(class) - eps(no class)), one call of both halves.
 

@@ -32,7 +32,7 @@ class MixtureTeacher(nn.Module):
             "alpha_bar", torch.from_numpy(np.asarray(signal_levels)).to(torch.float32), persistent=False
         )
 
-    def forward(self, x, t, class_labels=None):
+    def forward(self, x, t):
         alpha_bar = self.alpha_bar[t][:, None]  # [B, 1]
         variance = alpha_bar * self.std**2 + 1 - alpha_bar
         difference = alpha_bar.sqrt()[:, :, None] * self.means - x[:, None]  # [B, J, 2], mean minus x
@@ -64,7 +64,7 @@ class CorrectedTeacher(nn.Module):
         self.correction = correction
         self.teacher = teacher  # it has buffers and no parameters, so only the correction is trained
 
-    def forward(self, x, t, class_labels=None):
+    def forward(self, x, t):
         return self.teacher(x, t) + self.correction(x, t)
 
 

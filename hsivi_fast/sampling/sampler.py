@@ -12,7 +12,7 @@ from ..checkpoints.weights import load_weights
 from ..config import change_config
 from ..data import to_uint8
 from ..execution import EAGER
-from ..method.class_labels import ClassLabels
+from ..method.class_labels import ClassLabels, if_given
 from ..nets import network_arguments
 from ..parallel.machine import refuse_beyond_memory
 from ..parallel.out_of_memory import memory_advice
@@ -144,7 +144,7 @@ class Sampler:
         x = ops.draw_noise(seeds, 0, self.network.event_shape)
         for current in range(self.layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
-            eps_hat = self.predict(x, self.layers.tau[k], labels)
+            eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
             # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
             if current == 1 or self.layers.eta == 0:
                 x = self.layers.mean(x, eps_hat, k)

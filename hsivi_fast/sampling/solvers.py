@@ -15,6 +15,7 @@ import torch
 from .. import ops
 from ..build import device_of, solver_spacing
 from ..execution import EAGER
+from ..method.class_labels import if_given
 from ..method.schedule import knots, signal_levels
 from .sampler import NO_CLASSES, Batches, ddim_sampler
 
@@ -77,7 +78,7 @@ class SchedulerSampler:
         x = ops.draw_noise(seeds, 0, self.network.event_shape)
         self.scheduler.set_timesteps(self.nfe)  # forgets what it knows of the batch before
         for t in self.scheduler.timesteps.tolist():
-            eps_hat = self._predict(x, torch.full_like(seeds, t), labels)
+            eps_hat = self._predict(x, torch.full_like(seeds, t), *if_given(labels))
             x = self.scheduler.step(eps_hat, t, x, return_dict=False)[0]
         return x
 

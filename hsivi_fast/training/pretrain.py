@@ -15,6 +15,7 @@ from ..build import build_context, build_network, choose_device
 from ..checkpoints.files import as_written, make_folder, write_tensors
 from ..checkpoints.run_folder import RunFolder
 from ..data import load_data, to_uint8
+from ..method.class_labels import if_given
 from ..method.schedule import signal_levels
 from ..metrics.distances import StreamingMoments, save_statistics
 from ..metrics.features import CLASSIFIERS, DigitsClassifier, describe_features
@@ -161,7 +162,7 @@ class _Loss:
         noise = ops.draw_noise(ops.integers(self.seed, NOISE, *place), 0, self.images.shape[1:])
         level = self.alpha_bar[t].reshape(-1, *[1] * (self.images.ndim - 1))
         labels = self._labels_of(index, place)
-        eps_hat = predict(level.sqrt() * self.images[index] + (1 - level).sqrt() * noise, t, labels)
+        eps_hat = predict(level.sqrt() * self.images[index] + (1 - level).sqrt() * noise, t, *if_given(labels))
         difference = eps_hat.detach() - noise
         if self.factor is not None:
             difference = difference / self.factor[t].reshape(level.shape)

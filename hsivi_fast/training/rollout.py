@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import register_pytree_node
 
 from .. import ops
+from ..method.class_labels import if_given
 
 # Purposes of the run seed's random numbers (the last word of the Philox counter), so that no two uses share numbers.
 POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET_LAYERS, SCORE_NET_SEEDS = range(1, 8)
@@ -78,14 +79,14 @@ def roll_down(predict, layers, log_gamma, x, k, seeds, lowest, given=None, label
     """Roll x = x_K [B, *event] down to x_lowest and return each sample's x_k, k [B].
 
     The whole batch goes down to the lowest layer drawn.
-    predict: the student (x, t, labels) -> noise; seeds [B]: of the noise; given [K - lowest, B, *event]: the noise
-    itself in its place, layer K first; labels: [B] or None.
+    predict: the student (x, t) -> noise, or (x, t, labels); labels: [B] or None.
+    seeds [B]: of the noise; given [K - lowest, B, *event]: the noise itself in its place, layer K first.
     """
     picked = x
     for index, current in enumerate(range(layers.nfe, lowest, -1)):
         stream = torch.full_like(k, current)
         noise = ops.Noise(seeds, stream, given=None if given is None else given[index])
-        x = layers.step(x, predict(x, layers.tau[stream], labels), log_gamma, noise)
+        x = layers.step(x, predict(x, layers.tau[stream], *if_given(labels)), log_gamma, noise)
         picked = torch.where((k == current - 1).reshape(-1, *[1] * (x.ndim - 1)), x, picked)
     return picked
 
@@ -97,7 +98,7 @@ def one_layer_on(predict, layers, log_gamma, batch, matching=None):
     matching: `Windows`, for x_t in the place of x_{k-1}.
     """
     matching = matching or layers
-    eps_hat = predict(batch.x, layers.tau[matching.layer[batch.noise.stream]], batch.labels)
+    eps_hat = predict(batch.x, layers.tau[matching.layer[batch.noise.stream]], *if_given(batch.labels))
     return Batch(matching.step(batch.x, eps_hat, log_gamma, batch.noise), batch.noise, batch.labels)
 
 
@@ -207,7 +208,7 @@ class PooledRollout:
             labels = self.class_labels(seeds)
             for current in range(self.layers.nfe, 0, -1):
                 k = torch.full_like(seeds, current)
-                eps_hat = self.predict(x, self.layers.tau[k], labels)
+                eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
                 if means is not None:
                     means[current - 1, chunk] = self.layers.mean(x, eps_hat, k)
                 x = self.layers.step(x, eps_hat, self.student.log_scaled_gamma, ops.Noise(seeds, k))

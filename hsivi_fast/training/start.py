@@ -22,6 +22,7 @@ from torch.utils._pytree import register_pytree_node
 
 from .. import ops
 from ..build import build_ddim_layers
+from ..method.class_labels import if_given
 from ..method.schedule import make_schedule, signal_levels
 from ..method.trajectory import path_steps, roll_path
 from .rollout import (
@@ -174,7 +175,7 @@ class Paths:
     def _predict(self, labels, x, t):
         if self.on_evaluations:
             self.on_evaluations(len(x))
-        return self._teacher(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), labels)
+        return self._teacher(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), *if_given(labels))
 
 
 def _column(values, x):

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..method.class_labels import if_given
 from ..method.losses import score_net_loss_and_grads, student_loss_and_grads
 from .start import Anchor
 
@@ -43,11 +44,13 @@ class Updates:
         for micro_batch, kept in zip(batch.split(parts), all_anchored, strict=True):
             times = self._layers.tau[self._matching.layer[micro_batch.noise.stream]]
             if kept is None:
-                eps_hat = self._student.predict(micro_batch.x, times, micro_batch.labels)
+                eps_hat = self._student.predict(micro_batch.x, times, *if_given(micro_batch.labels))
             else:  # one call: ZeRO-3 knows one forward to each backward
                 inputs = torch.cat([micro_batch.x, kept.x]), torch.cat([times, self._layers.tau[kept.k]])
                 labels = None if kept.labels is None else torch.cat([micro_batch.labels, kept.labels])
-                eps_hat, eps_kept = self._student.predict(*inputs, labels).split([len(micro_batch.x), len(kept.x)])
+                eps_hat, eps_kept = self._student.predict(*inputs, *if_given(labels)).split(
+                    [len(micro_batch.x), len(kept.x)]
+                )
             x = self._matching.step(micro_batch.x, eps_hat, log_gamma, micro_batch.noise)  # x_{k-1}, or x_t
             losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), micro_batch.noise, micro_batch.labels)
             outputs, gradients = [x, log_gamma], [grad_x, grad_log_gamma]
@@ -75,14 +78,16 @@ class Updates:
     def _losses_of_teacher(self, batch):
         log_gamma = self._student.network.log_scaled_gamma.detach()
         with torch.no_grad():
-            e = self._teacher(batch.x, self._matching.t[batch.noise.stream], batch.labels)
+            e = self._teacher(batch.x, self._matching.t[batch.noise.stream], *if_given(batch.labels))
         return score_net_loss_and_grads(e, self._matching, log_gamma, batch.noise)[0]
 
     def _update_student_on_paths(self, batch):
         """The whole update of a start. Returns the losses [B] before it."""
         all_losses, log_gamma = [], self._student.network.log_scaled_gamma
         for micro_batch in batch.split(self._student.accumulation):
-            eps_hat = self._student.predict(micro_batch.x, self._layers.tau[micro_batch.k], micro_batch.labels)
+            eps_hat = self._student.predict(
+                micro_batch.x, self._layers.tau[micro_batch.k], *if_given(micro_batch.labels)
+            )
             losses, gradient = _regression(eps_hat, micro_batch.target)
             # DeepSpeed wants a gradient of every parameter. A start leaves log_gamma where it is: this one is zero.
             self._student.backward([eps_hat, log_gamma], [gradient, torch.zeros_like(log_gamma)])
@@ -97,7 +102,7 @@ class Updates:
         Returns (losses [B], the loss's gradient at x, its direct gradient at log_gamma).
         """
         leaf, t = x.detach().requires_grad_(True), self._matching.t[noise.stream]
-        f, e = self._frozen_score_net(leaf, t, labels), self._teacher(leaf, t, labels)
+        f, e = self._frozen_score_net(leaf, t, *if_given(labels)), self._teacher(leaf, t, *if_given(labels))
         log_gamma = self._student.network.log_scaled_gamma.detach()
         losses, grad_f, grad_e, grad_log_gamma = student_loss_and_grads(
             f.detach(), e.detach(), self._matching, log_gamma, noise, self._alpha
@@ -110,7 +115,7 @@ class Updates:
         log_gamma, all_losses = self._student.network.log_scaled_gamma.detach(), []
         for micro_batch in batch.split(self._score_net.accumulation):
             times = self._matching.t[micro_batch.noise.stream]
-            f = self._score_net.predict(micro_batch.x, times, micro_batch.labels)
+            f = self._score_net.predict(micro_batch.x, times, *if_given(micro_batch.labels))
             losses, grad_f = score_net_loss_and_grads(f.detach(), self._matching, log_gamma, micro_batch.noise)
             self._score_net.backward([f], [grad_f])
             all_losses.append(losses)
