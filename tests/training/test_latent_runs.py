@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from latent_teachers import save_pipeline, small_vae
 from PIL import Image
+from ranks import run_ranks
 from run_files import checkpoint, without_times
 
 from hsivi_fast import evaluate, load_config, sample, train
@@ -100,6 +101,20 @@ def test_it_goes_on_bit_for_bit(run, config, tmp_path):
         assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own), stem
     rows = [[without_times(row) for row in each.read_json("results.json")] for each in (RunFolder(folder), run)]
     assert rows[0] == rows[1]
+
+
+def _train_draw_and_measure(config, folder):
+    run = train(config, folder)
+    return sample(run, range(21)).numpy(), evaluate(run, 70)["frechet_distance"]
+
+
+def test_two_ranks_decode_a_share_each(config, tmp_path):
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    (images, distance), others = run_ranks(_train_draw_and_measure, 2, config, tmp_path / "run")
+    assert np.array_equal(images, others[0]) and distance == others[1]
+    assert np.array_equal(images, sample(tmp_path / "run", range(21)).numpy())
+    assert distance == pytest.approx(evaluate(tmp_path / "run", 70)["frechet_distance"], rel=1e-6)
 
 
 def test_another_vae_is_another_run(run, config, tmp_path):
