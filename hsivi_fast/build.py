@@ -32,9 +32,8 @@ class Context:
     """What a command computes with; made by `build_context`, and handed on as it is.
 
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
-    "triton"; execution: how networks are called; layers: the run's K layers;
-    class_labels: the class of each seed; teacher: a module, or None where nobody
-    asked for it.
+    "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
+    asked for it; class_labels: the class of each seed.
     """
 
     config: Config
@@ -43,8 +42,8 @@ class Context:
     backend: str
     execution: Execution
     layers: Layers
-    class_labels: ClassLabels = field(default_factory=ClassLabels)
     teacher: nn.Module | None = None
+    class_labels: ClassLabels = field(default_factory=ClassLabels)
 
     @property
     def objective(self):
@@ -76,7 +75,7 @@ def build_context(config, world, teacher=False):
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
     labels = build_class_labels(config, device)
-    context = Context(config, world, device, backend, execution, build_layers(config, device), labels)
+    context = Context(config, world, device, backend, execution, build_layers(config, device), class_labels=labels)
     return context.with_teacher() if teacher else context
 
 
