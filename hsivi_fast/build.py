@@ -33,9 +33,9 @@ class Context:
     """What a command computes with; made by `build_context`, and handed on as it is.
 
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
-    "triton"; execution: how networks are called; layers: the run's K layers;
-    class_labels: the class of each seed; teacher: a module, or None where nobody
-    asked for it; decoder: of the latents that a run with `teacher.vae` makes, or None.
+    "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
+    asked for it; class_labels: the class of each seed; decoder: of the latents that a run with `teacher.vae` makes, or
+    None.
     """
 
     config: Config
@@ -44,8 +44,8 @@ class Context:
     backend: str
     execution: Execution
     layers: Layers
-    class_labels: ClassLabels = field(default_factory=ClassLabels)
     teacher: nn.Module | None = None
+    class_labels: ClassLabels = field(default_factory=ClassLabels)
     decoder: Decoder | None = None
 
     @property
@@ -88,7 +88,8 @@ def build_context(config, world, teacher=False):
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
     labels, decoder = build_class_labels(config, device), build_decoder(config, device)
-    context = Context(config, world, device, backend, execution, build_layers(config, device), labels, decoder=decoder)
+    layers = build_layers(config, device)
+    context = Context(config, world, device, backend, execution, layers, class_labels=labels, decoder=decoder)
     return context.with_teacher() if teacher else context
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from operator_recording import OperatorRecording
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from hsivi_fast import load_config, train
 from hsivi_fast.build import build_context, build_score_net, build_student, load_teacher
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
+from hsivi_fast.nets import build_unet
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
 from hsivi_fast.training.rollout import build_rollout
@@ -109,13 +111,27 @@ def _start_and_iterate(student, score_net, rollout, updates, context):
     return torch.stack(losses)
 
 
+@pytest.fixture(scope="module")
+def of_three_classes(tmp_path_factory):
+    """Settings of the small run with a teacher that has learned three classes."""
+    file = tmp_path_factory.mktemp("classes") / "teacher.safetensors"
+    config = load_config("smoke", ["device=cpu", "network.classes=3"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_unet(config.network)
+    network.load_state_dict(load_file(config.teacher.checkpoint), strict=False)
+    save_file(network.state_dict(), file)
+    return ["network.classes=3", f"teacher.checkpoint={file}"]
+
+
 @pytest.mark.parametrize("device, recording", RECORDED)
-def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording):
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording, classes, of_three_classes):
     execution = Execution(device, cuda_graphs=True, recording=recording)
-    results = []
+    results, settings = [], [*STARTED, *of_three_classes] if classes else STARTED
     for way in (EAGER, execution):
-        trained = _training(way, device, STARTED)
-        results.append((_start_and_iterate(*trained, _context(way, device, STARTED)), _state(*trained[:2])))
+        trained = _training(way, device, settings)
+        results.append((_start_and_iterate(*trained, _context(way, device, settings)), _state(*trained[:2])))
     (expected, first), (losses, second) = results
     torch.testing.assert_close(losses, expected, rtol=5e-4, atol=1e-5)
     for name in first:

@@ -48,9 +48,8 @@ class Updates:
             else:  # one call: ZeRO-3 knows one forward to each backward
                 inputs = torch.cat([micro_batch.x, kept.x]), torch.cat([times, self._layers.tau[kept.k]])
                 labels = None if kept.labels is None else torch.cat([micro_batch.labels, kept.labels])
-                eps_hat, eps_kept = self._student.predict(*inputs, *if_given(labels)).split(
-                    [len(micro_batch.x), len(kept.x)]
-                )
+                of_both = self._student.predict(*inputs, *if_given(labels))
+                eps_hat, eps_kept = of_both.split([len(micro_batch.x), len(kept.x)])
             x = self._matching.step(micro_batch.x, eps_hat, log_gamma, micro_batch.noise)  # x_{k-1}, or x_t
             losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), micro_batch.noise, micro_batch.labels)
             outputs, gradients = [x, log_gamma], [grad_x, grad_log_gamma]
@@ -85,9 +84,8 @@ class Updates:
         """The whole update of a start. Returns the losses [B] before it."""
         all_losses, log_gamma = [], self._student.network.log_scaled_gamma
         for micro_batch in batch.split(self._student.accumulation):
-            eps_hat = self._student.predict(
-                micro_batch.x, self._layers.tau[micro_batch.k], *if_given(micro_batch.labels)
-            )
+            times = self._layers.tau[micro_batch.k]
+            eps_hat = self._student.predict(micro_batch.x, times, *if_given(micro_batch.labels))
             losses, gradient = _regression(eps_hat, micro_batch.target)
             # DeepSpeed wants a gradient of every parameter. A start leaves log_gamma where it is: this one is zero.
             self._student.backward([eps_hat, log_gamma], [gradient, torch.zeros_like(log_gamma)])

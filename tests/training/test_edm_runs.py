@@ -94,9 +94,3 @@ def test_another_prediction_than_the_networks_is_refused(teacher, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="teacher.prediction: 'v' is of a checkpoint; a 2-D target has none"):
         load_config("toy2d", ["teacher.prediction=v"])
-
-
-def test_a_network_with_classes_is_refused_by_its_key(teacher, tmp_path):
-    with pytest.raises(ValueError, match="network.classes: 10; .* no run has them yet"):
-        train(load_config(teacher[0], [*RUN, "network.classes=10"]), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
