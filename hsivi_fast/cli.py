@@ -111,8 +111,8 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
 
     CONFIG is a name in configs/ or a YAML file. The names: digits (5 evaluations), digits_nfe1 to
     digits_nfe4, digits_nfe10, digits_long, toy2d, smoke, and mnist, cifar10, celeba64, imagenet64,
-    these four also with _nfe5 and _nfe15 (10 evaluations otherwise); edm_cifar10 and edm_ffhq64,
-    also with _nfe5.
+    these four also with _nfe5 and _nfe15 (10 evaluations otherwise); mnist_edm; edm_cifar10,
+    edm_cifar10_cond, edm_ffhq64 and edm_imagenet64, also with _nfe5.
     """
     from .config import load_config, resolved_yaml
 

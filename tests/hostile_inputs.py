@@ -790,4 +790,7 @@ KINDS = (
 
 def make(rng, number, folder, fixtures):
     """The input of a number, whose files are written to `folder`."""
-    return KINDS[number % len(KINDS)](rng, folder, fixtures)
+    from .hostile_teachers import teachers  # here: it stands on this module
+
+    kinds = (*KINDS, teachers)
+    return kinds[number % len(kinds)](rng, folder, fixtures)

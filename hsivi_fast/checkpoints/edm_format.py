@@ -45,13 +45,17 @@ def read_edm_pickle(path):
                     f"{where}: has {key} = {brief(repr(given[key]), 60)}, which ours cannot be; it needs "
                     f"{' or '.join(map(repr, values))}"
                 )
-    return edm_checkpoint(path, "an EDM (NVlabs) pickle", pickled.tensors)
+    dropped = arguments.get("label_dropout")
+    # A network that was trained with dropped labels has learned what no class is: one-hot labels of zeros.
+    knows_no_class = isinstance(dropped, float) and dropped > 0
+    return edm_checkpoint(path, "an EDM (NVlabs) pickle", pickled.tensors, null_class=-1 if knows_no_class else None)
 
 
-def edm_checkpoint(path, format, tensors, stated=None, settings=None):
+def edm_checkpoint(path, format, tensors, stated=None, settings=None, null_class=None):
     """The `Checkpoint` of the tensors of one of EDM's networks.
 
-    stated, settings: what a file of ours says of itself. Raises ValueError where they are of no network of ours.
+    stated, settings: what a file of ours says of itself; null_class: the label for no class, where it is known.
+    Raises ValueError where they are of no network of ours.
     """
     where = f"checkpoint {str(path)!r}"
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -65,6 +69,9 @@ def edm_checkpoint(path, format, tensors, stated=None, settings=None):
     ours = {name: tensor for name, tensor in tensors.items() if not name.endswith(_LEFT_OUT)}
     shows_all = network["family"] == "dhariwal" or any(name.endswith(".resample_filter") for name in tensors)
     network |= stated or {}
+    teacher = {"prediction": "denoiser"}
+    if null_class is not None and "classes" in network:
+        teacher["null_class"] = null_class
     return Checkpoint(
         source=str(path),
         format=format,
@@ -72,7 +79,7 @@ def edm_checkpoint(path, format, tensors, stated=None, settings=None):
         network=network,
         # A file of ours has no filters, which show the taps: what was converted says them.
         stated=tuple(network if shows_all else stated or ()),
-        settings={"teacher": {"prediction": "denoiser"}, **(settings or {})},
+        settings={"teacher": teacher, **(settings or {})},
         notes=tuple(notes),
     )
 

@@ -168,7 +168,7 @@ def snapshot_of(tensors, model="SongUNet", made_with=None, **preconditioning):
         if last in ("resample_filter", "freqs"):
             module.register_buffer(last, tensor)
         else:
-            module.register_parameter(last, torch.nn.Parameter(tensor))
+            module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
     return snapshot(outer.eval().requires_grad_(False))
 
 
