@@ -28,7 +28,7 @@ from hsivi_fast import ops
 from hsivi_fast.build import build_network, build_untrained_student
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.checkpoints.weights import load_weights, read_weights
-from hsivi_fast.data import has_data, load_data, to_uint8
+from hsivi_fast.data import has_data, load_data
 from hsivi_fast.method.class_labels import if_given
 from hsivi_fast.method.losses import score_net_loss_and_grads
 from hsivi_fast.method.schedule import signal_levels
@@ -136,14 +136,15 @@ def sources(run, images):
                 "images": name,
                 "frechet_distance": metric.measure(made, images)["frechet_distance"],
                 "difference": float((made - states[0]).square().mean().sqrt()),
-                **judged(classifier, proportions, metric.rounded(made)),
+                **judged(classifier, proportions, metric.rounded_samples(made)),
             }
         )
     if has_data(config):
         real = torch.from_numpy(load_data(config.data, config.data_path).images)
         real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))][:images]
+        real = metric.rounded(real)
         distance = metric.measure(real, len(real))["frechet_distance"]
-        known = judged(classifier, proportions, to_uint8(real))
+        known = judged(classifier, proportions, real)
         rows.append({"images": f"{len(real)} real ones", "frechet_distance": distance, "difference": None, **known})
     return [{"run": student.run.path.name, "step": student.step, **row} for row in rows]
 
