@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are defined
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from bench.shapes import network_norms
@@ -190,26 +192,66 @@ def source_of(kernel, arguments):
 
 
 def machine_code_hash(code):
-    """sha256 of the instructions and encodings that `cuobjdump -sass` prints, without names of functions and files."""
-    return hashlib.sha256("\n".join(re.findall(r"/\*.*\*/", code)).encode()).hexdigest()
+    """sha256 of the encodings in what `nvdisasm -hex` prints: without addresses, names of functions and files."""
+    return hashlib.sha256("\n".join(re.findall(r"/\* 0x[0-9a-f]+ \*/", code)).encode()).hexdigest()
 
 
 def measure(source, options, architecture):
     """Figures of one compiled kernel: registers, stack, spills, shared bytes, instructions, accesses, and its hash."""
+    code, resources = compile_kernel(source, options, architecture)
+    return {**resources, **count_instructions(disassemble([code], architecture)[0])}
+
+
+def compile_kernel(source, options, architecture):
+    """(machine code, its registers, bytes of stack and of shared memory)."""
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+        usage = _printed("cuobjdump", "-res-usage", file.name)
+    return machine_code_of(compiled.asm["cubin"]), {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def machine_code_of(cubin):
+    """The bytes of the one function in a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    count, names = struct.unpack_from("<HH", cubin, 60)
+    # Of each section: name, type, flags, address, where it begins, its size, ...
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * index) for index in range(count)]
+    (code,) = (
+        cubin[section[4] : section[4] + section[5]]
+        for section in sections
+        if cubin.startswith(b".text.", sections[names][4] + section[0])
+    )
+    return code
+
+
+def disassemble(codes, architecture):
+    """What nvdisasm prints of each kernel. They go in as one: its start takes longer than a hundred kernels."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        name = sm_arch_from_capability(architecture).replace("sm_", "SM")
+        printed = _printed("nvdisasm", "--binary", name, "-hex", "-novliw", file.name)
+    lines = [line for line in printed.splitlines() if line.endswith("*/")]
+    # Two lines an instruction of 16 bytes.
+    assert 8 * len(lines) == sum(map(len, codes)), "nvdisasm did not print two lines for each 16 bytes"
+    ends = list(itertools.accumulate(len(code) // 8 for code in codes))
+    return ["\n".join(lines[first:end]) for first, end in zip([0, *ends], ends)]
+
+
+def count_instructions(code):
+    """Figures of what nvdisasm prints of one kernel: instructions, accesses, and its hash."""
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
     # What stands behind the final branch to itself is padding.
     instructions = [name for name in instructions if name != "NOP"]
     accesses = [name for name in instructions if name.split(".")[0] in ("LDG", "STG")]
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "local": sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
-        "shared": compiled.metadata.shared,
         "instructions": len(instructions),
         "wide_accesses": sum("128" in name for name in accesses),
         "accesses": len(accesses),
@@ -217,15 +259,15 @@ def measure(source, options, architecture):
     }
 
 
-def _cuobjdump(*arguments):
-    return subprocess.run([TOOLS / "cuobjdump", *arguments], capture_output=True, text=True, check=True).stdout
+def _printed(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _measure_in_process(arguments):
+def _compile_in_process(arguments):
     index, architecture = arguments
     torch.set_num_threads(1)
     kernel, values, options = WORK[index]["launch"]
-    return index, architecture, measure(source_of(kernel, values), options, architecture)
+    return compile_kernel(source_of(kernel, values), options, architecture)
 
 
 WORK = []
@@ -306,12 +348,18 @@ def run(full, architectures, processes):
         for architecture in architectures
         if full or architecture < 100 or WORK[index]["due"]
     ]
-    rows = {}
+    compiled = {}
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-        for index, architecture, figures in pool.map(_measure_in_process, tasks, chunksize=4):
-            rows[index, architecture] = row_of(WORK[index], architecture, figures)
+        for task, result in zip(tasks, pool.map(_compile_in_process, tasks, chunksize=4)):
+            compiled[task] = result
             if sys.stderr.isatty():
-                print(f"\r{len(rows)} of {len(tasks)}", end="", file=sys.stderr)
+                print(f"\r{len(compiled)} of {len(tasks)}", end="", file=sys.stderr)
+    rows = {}
+    for architecture in architectures:
+        of_it = [task for task in tasks if task[1] == architecture]
+        for task, code in zip(of_it, disassemble([compiled[task][0] for task in of_it], architecture)):
+            figures = {**compiled[task][1], **count_instructions(code)}
+            rows[task] = row_of(WORK[task[0]], architecture, figures)
     return [rows[task] for task in tasks]
 
 
