@@ -5,7 +5,9 @@ import functools
 import triton.language as tl
 from triton.runtime import interpreter
 
-_patch_language = interpreter._patch_lang
+# Private names: where a version of Triton has others, its own way stays.
+_patch_language = getattr(interpreter, "_patch_lang", None)
+_scope = getattr(interpreter, "_LangPatchScope", None)
 
 
 @functools.cache
@@ -19,8 +21,9 @@ def _patch_language_once(function):
     Each call of a jitted function from a kernel would put them there again: a third of the interpreter's time.
     """
     are_there = not any(tl.core.is_builtin(module.load) for module in _languages_of(function))
-    return interpreter._LangPatchScope() if are_there else _patch_language(function)
+    return _scope() if are_there else _patch_language(function)
 
 
 def patch_the_language_once_a_launch():
-    interpreter._patch_lang = _patch_language_once
+    if _patch_language and _scope:
+        interpreter._patch_lang = _patch_language_once
