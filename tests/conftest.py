@@ -59,6 +59,8 @@ LONGEST_FIRST = [
     "test_kernels.py",
     "test_nets.py",
     "test_edm_networks.py",
+    "test_class_runs.py",
+    "test_latent_runs.py",
     "test_operators.py",
     "test_parity.py",
     "test_evaluation.py",

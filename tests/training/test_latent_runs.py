@@ -108,8 +108,8 @@ def _train_draw_and_measure(config, folder):
     return sample(run, range(21)).numpy(), evaluate(run, 70)["frechet_distance"]
 
 
-def test_two_ranks_decode_a_share_each(config, tmp_path):
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
+def test_two_ranks_decode_a_share_each(config, no_report, tmp_path):
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0, num_samples=0))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     (images, distance), others = run_ranks(_train_draw_and_measure, 2, config, tmp_path / "run")
     assert np.array_equal(images, others[0]) and distance == others[1]
