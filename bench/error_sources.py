@@ -13,6 +13,7 @@ Of the score network, where the run has trained it, the loss is printed beside t
 layers. It has to be below, since the score of the student's samples is another than the teacher's.
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -43,13 +44,24 @@ from hsivi_fast.training.start import path_knots
 BATCH = 250
 SURE = 0.9
 SCORED = 16  # batches of the score network's losses
+MEASURED = ("frechet_distance", "difference", "unsure", "proportions")
 COLUMNS = [
     Column("images", "{images}"),
-    Column("Frechet distance", "{frechet_distance:.3f}"),
+    Column("Frechet distance", lambda row: f"{max(row['frechet_distance'], 0):.3f}"),  # of itself, to rounding, 0
     Column("from the path's images", "{difference:.3f}", needs="difference"),
     Column("not sure", "{unsure:.1%}", needs="unsure"),
     Column("class proportions off by", "{proportions:.1%}", needs="proportions"),
 ]
+
+
+def summary(rows):
+    """One dict for each kind of images: means over runs of one configuration with other seeds."""
+    lines = []
+    for name in dict.fromkeys(row["images"] for row in rows):
+        own = [row for row in rows if row["images"] == name]
+        means = {key: None if own[0][key] is None else statistics.mean(row[key] for row in own) for key in MEASURED}
+        lines.append({"images": name, **means})
+    return lines
 
 
 class Student:
