@@ -145,6 +145,10 @@ def publishable_network(config):
             f"teacher.prediction: {teacher.prediction!r} cannot be published, the published code's networks predict "
             "the noise"
         )
+    if network.get("classes") is not None:
+        raise ValueError(
+            f"network.classes: {network['classes']} cannot be published, the published code's networks have none"
+        )
     network = {key: list(value) if isinstance(value, tuple) else value for key, value in network.items()}
     if network["family"] == "ddpm":
         network.setdefault("middle", True)

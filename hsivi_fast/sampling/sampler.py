@@ -119,8 +119,9 @@ class Sampler:
     """
 
     def __init__(self, network, layers, log_gamma, execution=EAGER, class_labels=NO_CLASSES):
-        if getattr(network, "classes", None) != class_labels.classes:
-            raise ValueError(f"network.classes: {network.classes}, and the sampler's labels are of another network")
+        classes = getattr(network, "classes", None)
+        if classes != class_labels.classes:
+            raise ValueError(f"network.classes: {classes}, and the sampler's labels are of another network")
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.class_labels = class_labels
         self.predict = execution.compiled(network)

@@ -86,6 +86,8 @@ def test_other_groups_or_heads_cannot_be_published_and_another_norm_eps_warns(tm
             ValueError, match="network.freq_shift: 0 cannot be published, the published code's .* 1 and"
         ):
             publishable_network(run_config(tmp_path, {"name": network, "freq_shift": 0}, "cifar10.pt"))
+    with pytest.raises(ValueError, match="network.classes: 10 cannot be published, the published code's networks have"):
+        publishable_network(run_config(tmp_path, {"name": "cifar10", "classes": 10}, "cifar10.pt"))
     with pytest.warns(
         UserWarning, match="network.norm_eps: the run has 1e-06, the published code runs its cifar10 network with 1e-05"
     ):
