@@ -28,14 +28,14 @@ from bench.tables import Column, text_table
 from hsivi_fast import ops
 from hsivi_fast.build import build_network, build_untrained_student
 from hsivi_fast.checkpoints.run_folder import RunFolder
-from hsivi_fast.checkpoints.weights import load_weights, read_weights
+from hsivi_fast.checkpoints.weights import load_weights
 from hsivi_fast.data import has_data, load_data
 from hsivi_fast.method.class_labels import if_given
 from hsivi_fast.method.losses import score_net_loss_and_grads
 from hsivi_fast.method.schedule import signal_levels
 from hsivi_fast.method.trajectory import path_steps, roll_path
 from hsivi_fast.metrics.evaluation import build_metric
-from hsivi_fast.metrics.features import CLASSIFIERS, DigitsClassifier, network_of, weights_file
+from hsivi_fast.metrics.features import CLASSIFIERS, load_classifier, network_of
 from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.sampling.sampler import load_sampler
 from hsivi_fast.training.rollout import build_rollout
@@ -114,9 +114,7 @@ def classifier_of(config):
     name = network_of(config)
     if name not in CLASSIFIERS:
         return None, None
-    network, file = DigitsClassifier(CLASSIFIERS[name]), weights_file(name)
-    load_weights(network, read_weights(file), file)
-    return network.eval(), torch.full((10,), 0.1)  # both data sets have nearly equal classes
+    return load_classifier(name), torch.full((10,), 0.1)  # both data sets have nearly equal classes
 
 
 @torch.no_grad()

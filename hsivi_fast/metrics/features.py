@@ -121,6 +121,13 @@ def describe_features(name, weights=None):
     return f"{port}, {SIZES[name]} features, weights sha256 {file_sha256(weights_file(name, weights))[:16]}"
 
 
+def load_classifier(name):
+    """The `DigitsClassifier` of the data set "digits" or "mnist", with the weights that ship."""
+    network, file = DigitsClassifier(CLASSIFIERS[name]), weights_file(name)
+    load_weights(network, read_weights(file), file)
+    return network.eval()
+
+
 def _classifier_features():
     """The class that torch-fidelity makes the classifiers of."""
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # late: as above
@@ -128,9 +135,7 @@ def _classifier_features():
     class ClassifierFeatures(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.classifier = DigitsClassifier(CLASSIFIERS[name])
-            file = weights_file(name)
-            load_weights(self.classifier, read_weights(file), file)
+            self.classifier = load_classifier(name)
 
         @staticmethod
         def get_provided_features_list():

@@ -5,9 +5,8 @@ import torch
 
 from hsivi_fast import load_config, sample, train
 from hsivi_fast.build import build_context
-from hsivi_fast.checkpoints.weights import load_weights, read_weights
 from hsivi_fast.data import to_uint8
-from hsivi_fast.metrics.features import CLASSIFIERS, DigitsClassifier, weights_file
+from hsivi_fast.metrics.features import load_classifier
 from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.sampling.sampler import ddim_sampler
 
@@ -20,9 +19,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def classifier():
-    network, file = DigitsClassifier(CLASSIFIERS["mnist"]), weights_file("mnist")
-    load_weights(network, read_weights(file), file)
-    return network.eval()
+    return load_classifier("mnist")
 
 
 def share_of_their_class(classifier, images):
