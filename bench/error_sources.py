@@ -97,15 +97,7 @@ class Student:
         """x_0 [N, *event] that the student makes of x_top = states, as its sampler does."""
         images = []
         for x, seeds in zip(states.split(BATCH), self.seeds.split(BATCH), strict=True):
-            labels = if_given(self.context.class_labels(seeds))
-            for current in range(top, 0, -1):
-                k = torch.full_like(seeds, current)
-                eps_hat = self.sampler.network(x, self.layers.tau[k], *labels)
-                if current == 1:
-                    x = self.layers.mean(x, eps_hat, k)
-                else:
-                    x = self.layers.step(x, eps_hat, self.sampler.log_gamma, ops.Noise(seeds, k))
-            images.append(x)
+            images.append(self.sampler.from_layer(x, top, seeds, self.context.class_labels(seeds)))
         return torch.cat(images)
 
 

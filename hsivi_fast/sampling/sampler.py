@@ -142,8 +142,12 @@ class Sampler:
     @torch.no_grad()
     def _all_layers(self, seeds, labels):
         """x_0 of the seeds [B], from x_K through all layers: what is recorded as one graph."""
-        x = ops.draw_noise(seeds, 0, self.network.event_shape)
-        for current in range(self.layers.nfe, 0, -1):
+        return self.from_layer(ops.draw_noise(seeds, 0, self.network.event_shape), self.layers.nfe, seeds, labels)
+
+    @torch.no_grad()
+    def from_layer(self, x, top, seeds, labels):
+        """x_0 [B, *event] from x = x_top, through the layers top .. 1; seeds [B] int64, labels [B] or None."""
+        for current in range(top, 0, -1):
             k = torch.full_like(seeds, current)
             eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
             # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
