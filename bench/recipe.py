@@ -60,12 +60,13 @@ OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
     ],
 }
 DIGITS = ["eval.num_samples=4000", "eval.ddim_nfe=[5,10,20,50]", "eval.solver_spacing=linspace", "channels_last=true"]
-MNIST = [  # as the config was before it had even knots and a longer start
-    *("eval.num_samples=2000", "eval.ddim_nfe=[5]", "precision=bf16", "spacing=[0,135,235,350,510,800]"),
-    *("start.updates=700", "start.trajectories=1500", "rollout.chunk=4096"),
-]
-OF_MNIST = {
-    "paths, then windows": ["train.steps=200", "train.student_lr=3e-5", "train.score_net_lr=1e-4"],
+MNIST = ["eval.num_samples=2000", "eval.ddim_nfe=[5]", "precision=bf16"]
+OF_MNIST = {  # name -> overrides of configs/mnist_nfe5.yaml
+    "paths, then windows": [
+        *("spacing=[0,135,235,350,510,800]", "start.updates=700", "start.trajectories=1500", "rollout.chunk=4096"),
+        *("train.steps=200", "train.student_lr=3e-5", "train.score_net_lr=1e-4"),
+    ],
+    "even knots, 2,000 updates": [],
 }
 START = {"paths": ["start.score_net_updates=0", "train.steps=1"]}  # the start of the config itself, alone
 FEWER = {  # evaluations -> (study, variant) of what is best there
