@@ -11,9 +11,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
-    from interpreting import patch_the_language_once_a_launch
+    from interpreting import spare_the_interpreter_work
 
-    patch_the_language_once_a_launch()
+    spare_the_interpreter_work()
 torch.set_num_threads(1)
 
 
