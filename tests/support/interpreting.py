@@ -17,7 +17,7 @@ _broadcast = getattr(type(interpreter_semantic), "broadcast_impl_value", None)
 
 
 def spare_the_interpreter_work():
-    """Every function here is of the interpreter alone: a kernel that is compiled meets none of them."""
+    """For a process that interprets its kernels: the types and tensors are triton.language's own, changed for good."""
     if _patch_language and _scope:
         interpreter._patch_lang = _patch_language_once
     if _numpy_type:
