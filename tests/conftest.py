@@ -9,11 +9,13 @@ from devices import KERNEL_DEVICE
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The subprocesses of some tests run beside this one: spinning threads would starve them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process of a test would compile every module of ours again where byte code is not kept: a tenth of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before anything imports them
-    from interpreting import patch_the_language_once_a_launch
+    from interpreting import spare_the_interpreter_work
 
-    patch_the_language_once_a_launch()
+    spare_the_interpreter_work()
 torch.set_num_threads(1)
 
 

@@ -1,13 +1,36 @@
 """Triton's interpreter with less overhead: what it computes is the same."""
 
+import dataclasses
 import functools
+import math
 
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.interpreter import interpreter_builder, interpreter_semantic
 
 # Private names: where a version of Triton has others, its own way stays.
 _patch_language = getattr(interpreter, "_patch_lang", None)
 _scope = getattr(interpreter, "_LangPatchScope", None)
+_numpy_type = getattr(interpreter, "_get_np_dtype", None)
+_make_block_type = tl.block_type.__init__
+_broadcast = getattr(type(interpreter_semantic), "broadcast_impl_value", None)
+
+
+def spare_the_interpreter_work():
+    """For a process that interprets its kernels: the types and tensors are triton.language's own, changed for good."""
+    if _patch_language and _scope:
+        interpreter._patch_lang = _patch_language_once
+    if _numpy_type:
+        interpreter._get_np_dtype = _numpy_type_once
+    if _broadcast:
+        type(interpreter_semantic).broadcast_impl_value = _broadcast_unless_alike
+    tl.block_type.__new__ = _block_type_once
+    tl.block_type.__init__ = lambda self, element_ty, shape: None  # it was made when it was new
+    tl.tensor.__init__ = _make_tensor
+    options = interpreter_builder.options
+    if not options.debug:
+        # Each sum and product of integers is made again in 64 bits, for an assertion that only debugging looks at.
+        interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 @functools.cache
@@ -24,6 +47,41 @@ def _patch_language_once(function):
     return _scope() if are_there else _patch_language(function)
 
 
-def patch_the_language_once_a_launch():
-    if _patch_language and _scope:
-        interpreter._patch_lang = _patch_language_once
+# An operation makes five types and three tensors, from the same few types and shapes: half of the rest.
+
+
+def _block_type_once(cls, element_ty, shape):
+    sizes = tuple([tl.core._unwrap_if_constexpr(size) for size in shape])
+    known = element_ty.__dict__.setdefault("block_types", {})
+    if sizes not in known:
+        made = object.__new__(cls)
+        _make_block_type(made, element_ty, shape)
+        made.of_tensor = _shape_of_tensor(sizes)
+        known[sizes] = made
+    return known[sizes]
+
+
+@functools.cache
+def _shape_of_tensor(sizes):
+    return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+_OF_SCALAR = _shape_of_tensor(())
+
+
+def _make_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = type.of_tensor if type.is_block() else _OF_SCALAR
+
+
+_numpy_types = {}
+
+
+def _numpy_type_once(type):
+    if type.name not in _numpy_types:
+        _numpy_types[type.name] = _numpy_type(type)
+    return _numpy_types[type.name]
+
+
+def _broadcast_unless_alike(self, lhs, rhs):
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast(self, lhs, rhs)

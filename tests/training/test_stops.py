@@ -1,11 +1,13 @@
 """A run that was stopped or killed anywhere, and went on, ends with the files of one that was not, but for times."""
 
+import numpy as np
 import pytest
 from run_files import files_without_times
 
 from hsivi_fast import load_config, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.parallel.interrupt import Interrupted
+from hsivi_fast.report.figures import image_grid
 from hsivi_fast.training import journal, pretrain, trainer
 
 # Cycles of 4 steps; records at 3, 6, 9, and where it saves: at 5 and 10, at 4 and 8 where it measures, and at the end.
@@ -35,10 +37,15 @@ def _assert_same_files(path, straight):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_pages():
-    """The page that a run ends with takes longer than the run, and is made of what is compared here."""
+def no_drawings():
+    """What matplotlib draws takes longer than the run, and is not compared.
+
+    The page that a run ends with is made of what is compared here, and the noise scale's picture is for TensorBoard.
+    """
+    picture = image_grid(np.zeros((1, 1, 8, 8), np.uint8))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer, "write_report", lambda *arguments, **options: None)
+        patched.setattr(journal, "log_gamma_picture", lambda *arguments: picture)
         yield
 
 
