@@ -4,26 +4,23 @@ import dataclasses
 import functools
 import math
 
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import interpreter_builder, interpreter_semantic
 
-# Private names: where a version of Triton has others, its own way stays.
-_patch_language = getattr(interpreter, "_patch_lang", None)
-_scope = getattr(interpreter, "_LangPatchScope", None)
-_numpy_type = getattr(interpreter, "_get_np_dtype", None)
-_make_block_type = tl.block_type.__init__
-_broadcast = getattr(type(interpreter_semantic), "broadcast_impl_value", None)
+VERSIONS = ("3.6.", "3.8.")  # of Triton, whose private names are those below; another keeps its own way
 
 
 def spare_the_interpreter_work():
     """For a process that interprets its kernels: the types and tensors are triton.language's own, changed for good."""
-    if _patch_language and _scope:
-        interpreter._patch_lang = _patch_language_once
-    if _numpy_type:
-        interpreter._get_np_dtype = _numpy_type_once
-    if _broadcast:
-        type(interpreter_semantic).broadcast_impl_value = _broadcast_unless_alike
+    if not triton.__version__.startswith(VERSIONS):
+        return
+    global _patch_language, _numpy_type, _make_block_type, _broadcast
+    semantic, interpreter_builder = type(interpreter.interpreter_semantic), interpreter.interpreter_builder
+    _patch_language, interpreter._patch_lang = interpreter._patch_lang, _patch_language_once
+    _numpy_type, interpreter._get_np_dtype = interpreter._get_np_dtype, _numpy_type_once
+    _broadcast, semantic.broadcast_impl_value = semantic.broadcast_impl_value, _broadcast_unless_alike
+    _make_block_type = tl.block_type.__init__
     tl.block_type.__new__ = _block_type_once
     tl.block_type.__init__ = lambda self, element_ty, shape: None  # it was made when it was new
     tl.tensor.__init__ = _make_tensor
@@ -44,7 +41,7 @@ def _patch_language_once(function):
     Each call of a jitted function from a kernel would put them there again: a third of the interpreter's time.
     """
     are_there = not any(tl.core.is_builtin(module.load) for module in _languages_of(function))
-    return _scope() if are_there else _patch_language(function)
+    return interpreter._LangPatchScope() if are_there else _patch_language(function)
 
 
 # An operation makes five types and three tensors, from the same few types and shapes: half of the rest.
@@ -66,12 +63,9 @@ def _shape_of_tensor(sizes):
     return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
 
 
-_OF_SCALAR = _shape_of_tensor(())
-
-
 def _make_tensor(self, handle, type):
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = type.of_tensor if type.is_block() else _OF_SCALAR
+    self.shape, self.numel = type.of_tensor if type.is_block() else _shape_of_tensor(())
 
 
 _numpy_types = {}
