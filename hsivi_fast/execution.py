@@ -50,8 +50,12 @@ class CudaRecording:
         return result
 
     def record(self, function):
-        """Record a function's work without doing it, and return its result: tensors that `replay` fills."""
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        """Record a function's work without doing it, and return its result: tensors that `replay` fills.
+
+        Other threads may use the device meanwhile, as NCCL's own does: what they do is no part of the graph, and no
+        error.
+        """
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self):
@@ -62,40 +66,49 @@ class CudaRecording:
 class GraphedCall:
     """A function of tensors, recorded at its call number `WARM_UP` + 1 and replayed from then on.
 
-    An argument may be a tensor, None, or a value that torch's pytrees take apart into these (as `Batch`). The recorded
-    shapes are the only ones that it takes afterwards (ValueError), and what was None stays None. Results are copies:
-    a later call does not change them. `on_record(seconds)` is called once, with what recording took.
+    An argument may be a tensor, None, or a value that torch's pytrees take apart into these (as `Batch`). The shapes of
+    the first call are the only ones that it takes afterwards (ValueError), and what was None stays None. Results are
+    copies: a later call does not change them. `on_record(seconds)` is called once, with what recording took.
+
+    Every call, the first one too, works on the same tensors, which the arguments are copied into. What compiles itself
+    by how a tensor lies in memory (Triton does) has so done it before the recording, where it could not.
     """
 
     def __init__(self, function, recording, on_record=lambda seconds: None):
         self.function, self.recording, self.on_record = function, recording, on_record
-        self.calls, self.inputs, self.outputs = 0, None, None
+        self.calls, self.inputs, self.arguments, self.outputs = 0, None, None, None
 
     def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self.recording.warm_up(lambda: self.function(*inputs))
         tensors, structure = tree_flatten(inputs)
         if self.inputs is None:
-            self._record(tensors, structure)
-        for recorded, given in zip(self.inputs, tensors, strict=True):
-            if _described(recorded) != _described(given):
+            self.inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+            self.arguments = tree_unflatten(self.inputs, structure)
+        for kept, given in zip(self.inputs, tensors, strict=True):
+            if _described(kept) != _described(given):
                 advice = "fill a smaller batch up, or switch cuda_graphs off"
-                recorded_for = f"recorded for {_described(recorded)}, called with {_described(given)}"
-                raise ValueError(f"cuda_graphs: {recorded_for}; {advice}")
-            if recorded is not None:
-                recorded.copy_(given)
+                made_for = f"recorded for {_described(kept)}, called with {_described(given)}"
+                raise ValueError(f"cuda_graphs: {made_for}; {advice}")
+            if kept is not None:
+                kept.copy_(given)
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return _copies(self.recording.warm_up(self._run))
+        if self.calls == WARM_UP + 1:
+            start = time.perf_counter()
+            self.outputs = self.recording.record(self._run)
+            self.on_record(time.perf_counter() - start)
         self.recording.replay()
-        if isinstance(self.outputs, tuple):
-            return tuple(value.clone() for value in self.outputs)
-        return None if self.outputs is None else self.outputs.clone()
+        return _copies(self.outputs)
 
-    def _record(self, tensors, structure):
-        self.inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
-        arguments = tree_unflatten(self.inputs, structure)
-        start = time.perf_counter()
-        self.outputs = self.recording.record(lambda: self.function(*arguments))
-        self.on_record(time.perf_counter() - start)
+    def _run(self):
+        return self.function(*self.arguments)
+
+
+def _copies(outputs):
+    """Copies of a tensor or of a tuple of them; None for None."""
+    if isinstance(outputs, tuple):
+        return tuple(value.clone() for value in outputs)
+    return None if outputs is None else outputs.clone()
 
 
 def _described(tensor):

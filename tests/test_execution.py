@@ -3,6 +3,7 @@
 What needs a CUDA graph runs here on recorded operators (operator_recording.py), and for real where there is a GPU.
 """
 
+import contextlib
 import copy
 import dataclasses
 
@@ -195,6 +196,61 @@ def test_a_recorded_call_keeps_to_its_arguments():
     for wrong in ((torch.zeros(4), None), (torch.zeros(3), torch.ones(3)), (torch.zeros(3, dtype=torch.float64), None)):
         with pytest.raises(ValueError, match="cuda_graphs: recorded for"):
             call(*wrong)
+
+
+class RunAgain:
+    """The methods of `CudaRecording`, for functions of one result: a replay runs the function again."""
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, function):
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self):
+        self.result.copy_(self.function())
+
+
+def test_a_call_works_on_the_same_memory_from_the_first_time_on():
+    """Triton compiles a kernel for tensors that begin at a multiple of 16 bytes, and another for those that do not. So
+    no other alignment may first be met in the recording.
+    """
+    places = []
+
+    def function(x):
+        places.append(x.data_ptr())
+        return x + 1
+
+    call, memory = GraphedCall(function, RunAgain()), torch.arange(16.0)
+    for start in (1, 2, 3, 0, 3):
+        assert call(memory[start : start + 8]).tolist() == [start + 1.0 + n for n in range(8)]
+    assert len(set(places)) == 1 and places[0] % 16 == 0
+    assert memory.tolist() == list(range(16))
+    with pytest.raises(ValueError, match=r"recorded for \[8\] torch.float32, called with \[7\] torch.float32"):
+        call(memory[:7])
+
+
+def test_results_are_not_changed_by_later_calls_from_the_first_on():
+    call = GraphedCall(lambda x: x.clone(), RunAgain())
+    results = [call(torch.full((2,), float(n))) for n in range(WARM_UP + 3)]
+    assert [result.tolist() for result in results] == [[float(n)] * 2 for n in range(WARM_UP + 3)]
+
+
+def test_other_threads_may_use_the_device_during_a_recording(monkeypatch):
+    """NCCL's asks for its events all the time, which ends a recording of torch's default kind."""
+    asked = {}
+
+    @contextlib.contextmanager
+    def graph(graph, **options):
+        asked.update(options)
+        yield
+
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: "it")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    assert CudaRecording("cuda").record(lambda: 5) == 5
+    assert asked == {"stream": "it", "capture_error_mode": "thread_local"}
 
 
 @pytest.mark.parametrize(
