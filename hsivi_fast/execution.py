@@ -14,6 +14,7 @@ What a function given to `Execution.graphed` keeps to, so that it may be capture
 The networks of a run are held to that: optimizer, average and loading update their weights in place.
 """
 
+import contextlib
 import copy
 import os
 import shutil
@@ -27,6 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 WARM_UP = 3
 # Shapes and gradient modes of one network's code; torch's own limit of 8 is below what a run with its table needs.
 RECOMPILE_LIMIT = 64
+
+_kernel_seconds = 0.0  # that Triton has compiled kernels of this package for, in this process
 
 
 class CudaRecording:
@@ -118,7 +121,9 @@ def _described(tensor):
 class Execution:
     """The ways to execute that a configuration asks for, on one device.
 
-    `recorded` counts the calls that have been recorded. Raises ValueError where the device cannot do what is asked.
+    `recorded` counts the calls that have been recorded; `warm_up_calls` are those of one function that are slower than
+    all after them: libraries set themselves up, and graphs are recorded. Raises ValueError where the device cannot do
+    what is asked.
     """
 
     def __init__(self, device, compile=False, cuda_graphs=False, recording=CudaRecording):
@@ -132,6 +137,10 @@ class Execution:
             )
         self.compile, self.cuda_graphs, self.recording = compile, cuda_graphs, recording
         self.recorded, self._record_seconds = 0, 0.0
+        self.warm_up_calls = WARM_UP + 1 if cuda_graphs else int(self.device.type == "cuda")
+        if self.device.type == "cuda":
+            _count_kernels()
+        self._kernels_before = _kernel_seconds
         if compile:
             from torch._dynamo import config as dynamo  # here: the compiler takes a second to import
 
@@ -160,9 +169,12 @@ class Execution:
 
     @property
     def seconds(self):
-        """Seconds that recording has taken since this was made, and compiling in the whole process since then."""
+        """Seconds that recording has taken since this was made, and compiling in the whole process since then.
+
+        The kernels of this package are compiled by Triton at their first calls, whatever `compile` says.
+        """
         compiling = _compile_seconds() - self._compiled_before if self.compile else 0.0
-        return self._record_seconds + compiling
+        return self._record_seconds + compiling + _kernel_seconds - self._kernels_before
 
 
 def has_compiler():
@@ -178,6 +190,21 @@ def _compile_seconds():
     from torch._dynamo.utils import calculate_time_spent  # here: the compiler takes a second to import
 
     return calculate_time_spent().get("total_wall_time", 0.0)
+
+
+def _count_kernels():
+    """Ask Triton to tell how long it compiles, from now on in this process, unless somebody else has asked."""
+    with contextlib.suppress(ImportError):  # where it is missing, nothing is compiled by it
+        from triton import knobs  # here: it is of use with a GPU alone
+
+        knobs.compilation.listener = knobs.compilation.listener or _note_kernel
+
+
+def _note_kernel(*, src, times, **others):
+    """Count a kernel that Triton has compiled, times.total in microseconds; Inductor counts its own by itself."""
+    global _kernel_seconds
+    if src.fn.fn.__module__.startswith(f"{__package__}."):
+        _kernel_seconds += times.total / 1e6
 
 
 EAGER = Execution("cpu")  # eager calls are the same on every device

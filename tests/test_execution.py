@@ -6,6 +6,7 @@ What needs a CUDA graph runs here on recorded operators (operator_recording.py),
 import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_a_call_works_on_the_same_memory_from_the_first_time_on():
 
 
 def test_results_are_not_changed_by_later_calls_from_the_first_on():
-    call = GraphedCall(lambda x: x.clone(), RunAgain())
+    call = GraphedCall(lambda x: x, RunAgain())
     results = [call(torch.full((2,), float(n))) for n in range(WARM_UP + 3)]
     assert [result.tolist() for result in results] == [[float(n)] * 2 for n in range(WARM_UP + 3)]
 
@@ -333,6 +334,25 @@ def test_channels_last_is_a_layout_and_nothing_else():
     results = [network(x, t) for network in (plain, laid_out)]
     assert results[1].is_contiguous()
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_seconds_of_compiling_our_kernels_are_no_seconds_of_training(monkeypatch):
+    """Triton tells of every kernel. Inductor's are in its own count already."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    execution = Execution("cuda")
+    for module, microseconds in (("hsivi_fast.kernels.philox", 250_000), ("torch._inductor.abc", 7_000_000)):
+        kernel = SimpleNamespace(fn=SimpleNamespace(fn=SimpleNamespace(__module__=module)))
+        triton.knobs.compilation.listener(
+            src=kernel, metadata={}, metadata_group={}, times=SimpleNamespace(total=microseconds), cache_hit=False
+        )
+    assert execution.seconds == pytest.approx(0.25) and Execution("cuda").seconds == 0
+
+
+def test_the_calls_before_a_call_is_at_its_speed():
+    """On a GPU the first one sets libraries up, and with graphs the first ones run eagerly, then one is recorded."""
+    graphs = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
+    assert (EAGER.warm_up_calls, Execution("cuda").warm_up_calls, graphs.warm_up_calls) == (0, 1, WARM_UP + 1)
 
 
 def test_what_cannot_run_is_refused(monkeypatch):
