@@ -144,21 +144,25 @@ def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording, 
 
 
 def recorded_and_eager_on_ranks(settings):
-    """(losses recorded, losses eager, calls recorded) on one of several ranks."""
+    """(losses recorded, losses eager, calls recorded, whether weights are row-major) on one of several ranks."""
     world = connect(load_config("smoke", [*SMOKE, "device=cpu", *settings]))
     execution = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
     expected = _iterate(15, *_training(EAGER, "cpu", settings, world))
-    return _iterate(15, *_training(execution, "cpu", settings, world)).tolist(), expected.tolist(), execution.recorded
+    training = _training(execution, "cpu", settings, world)
+    losses = _iterate(15, *training).tolist()
+    row_major = all(parameter.is_contiguous() for parameter in training[0].parameters)
+    return losses, expected.tolist(), execution.recorded, row_major
 
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
     """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is
-    recorded sees them.
+    recorded sees them. Where it cuts them into pieces they stay row-major, under `channels_last` too.
     """
-    for recorded, eager, calls in run_ranks(recorded_and_eager_on_ranks, 2, [f"distributed.zero={zero}"]):
+    settings = [f"distributed.zero={zero}", "channels_last=true"]
+    for recorded, eager, calls, row_major in run_ranks(recorded_and_eager_on_ranks, 2, settings):
         torch.testing.assert_close(torch.tensor(recorded), torch.tensor(eager), rtol=5e-4, atol=1e-5)
-        assert calls == 2
+        assert calls == 2 and row_major == (zero > 0)
 
 
 @pytest.mark.parametrize("device, recording", RECORDED)
