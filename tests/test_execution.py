@@ -69,7 +69,14 @@ def _state(*engines):
 
 @pytest.mark.parametrize("device, recording", RECORDED)
 @pytest.mark.parametrize(
-    "settings", [[], ["rollout.redraw=2", "gamma.per_step=true"], ["rollout.mode=fresh"], ["precision=bf16"]]
+    "settings",
+    [
+        [],
+        ["rollout.redraw=2", "gamma.per_step=true"],
+        ["rollout.mode=fresh"],
+        ["precision=bf16"],
+        pytest.param(["backend=torch"], marks=pytest.mark.gpu),  # a CPU's in all others
+    ],
 )
 def test_recorded_training_is_the_eager_one(device, recording, settings):
     """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that
@@ -380,10 +387,11 @@ def test_a_compiled_run_trains_and_says_what_compiling_took(no_report, tmp_path)
 
 
 @pytest.mark.gpu
-def test_no_step_between_log_steps_makes_the_host_wait():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_step_between_log_steps_makes_the_host_wait(backend):
     """Torch raises at every synchronising call; a cycle after the first, with and without graphs."""
     for execution in (EAGER, Execution("cuda", cuda_graphs=True)):
-        training = _training(execution, "cuda")
+        training = _training(execution, "cuda", [f"backend={backend}"])
         _iterate(15, *training)
         torch.cuda.set_sync_debug_mode("error")
         try:
