@@ -6,7 +6,8 @@ cores, half of them compiling:
     python -m bench.ablation
     python -m bench.ablation --width 128    at full width, for a GPU
 
-All variants are interleaved in one run, and each must agree with the published side before it is timed.
+Each must agree with the published side before it is timed, in turn with that side and with what it is added to. Every
+row is written as it is done.
 """
 
 import functools
@@ -20,10 +21,22 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 import torch
 
-from bench.measure import Row, counted_flops, describe, print_rows, timed_rounds, use_torch_defaults, write_rows
+from bench.measure import (
+    Row,
+    counted_bytes,
+    counted_flops,
+    describe,
+    print_rows,
+    rates,
+    row_of,
+    timed_rounds,
+    use_full_float32,
+    use_torch_defaults,
+    write_rows,
+)
 from bench.options import command_line
 from bench.published import cycle_work, published_sample
-from bench.sampling import WARM_UP, OurSampling, noise_of_seeds
+from bench.sampling import OurSampling, noise_of_seeds
 from bench.tables import Column
 from bench.train_step import (
     CALLS,
@@ -35,7 +48,7 @@ from bench.train_step import (
     published_training,
     small_teacher,
 )
-from hsivi_fast.build import choose_device
+from hsivi_fast.build import Context, choose_device
 
 BF16, LAST, COMPILE = {"precision": "bf16"}, {"channels_last": True}, {"compile": True}
 GRAPHS, FUSED = {"cuda_graphs": True}, {"backend": "triton"}
@@ -74,7 +87,7 @@ COLUMNS = [
     Column("against", "{against}", needs="against"),
     Column("x against", "{ratio_against:.2f}", needs="ratio_against"),
     Column("x published", "{ratio:.2f}"),
-    Column("counted", "{counted_ratio:.2f}"),
+    Column("counted", "{counted_ratio:.2f}", needs="counted_ratio"),
     Column("preparing s", "{preparing_seconds:.0f}"),
 ]
 
@@ -91,122 +104,174 @@ def runnable(techniques, device):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured of some techniques.
+class Side:
+    """What is timed: a technique, or the published side.
 
-    seconds: {technique or "published": seconds}; preparing: {technique: seconds of compiling and recording}.
-    counted_ratio: {technique: published work by its own}.
+    parts: {part: (function of nothing, calls a round)}; flops, moved: operations and bytes of all of it, None where
+    they are not known; preparing: seconds of compiling and recording; context: of ours.
     """
 
-    seconds: dict
-    preparing: dict
-    counted_ratio: dict
-
-    def rows(self, what, unit, techniques):
-        """The rows of `what`, training or sampling: the published side first."""
-        rows = [self._row(what, unit, "published", 1.0, against=None, ratio_against=None, preparing_seconds=0.0)]
-        for name, (against, _) in techniques.items():
-            if name in self.preparing:
-                compared = {"against": against, "ratio_against": self.seconds[against] / self.seconds[name]}
-                preparing = self.preparing[name]
-                row = self._row(what, unit, name, self.counted_ratio[name], **compared, preparing_seconds=preparing)
-                rows.append(row)
-        return rows
-
-    def _row(self, what, unit, name, counted_ratio, **extras):
-        return Row(
-            f"{what}: {name}",
-            ours=self.seconds[name],
-            published=self.seconds["published"],
-            ratio=self.seconds["published"] / self.seconds[name],
-            unit=unit,
-            counted_ratio=counted_ratio,
-            extras={"technique": name, **extras},
-        )
+    parts: dict
+    flops: float | None
+    moved: float | None = None
+    preparing: float = 0.0
+    context: Context | None = None
 
 
-def training_rows(network, batch, nfe, f_learning_times, rounds, device):
-    """Rows of a training cycle; the published side is one of them."""
-    teacher = small_teacher(network, device)
-    published = published_training(teacher, nfe)
-    sides = {}
-    for part, function in published_parts(published, batch).items():
-        sides["published", part] = (function, PUBLISHED_CALLS[part])
-    state = torch.zeros(batch, *teacher.event_shape, device=device)
-    forward = counted_flops(lambda: teacher(state, published.tau[:1].expand(batch)))
-    published_work = cycle_work(nfe, batch, f_learning_times) * forward
-    work, preparing = {}, {}
-    for name, (_, changes) in runnable(TRAINING, device).items():
-        ours = OurTraining(name, {"backend": "torch", **changes}, teacher, network, batch, nfe, f_learning_times)
-        ours.check(published_training(teacher, nfe))  # a new one: a check trains both sides
-        parts = ours.parts()
-        for _ in range(WARM_UP if changes.get("cuda_graphs") else 1):
-            for function in parts.values():
+class TrainingStudy:
+    """A training cycle with each technique."""
+
+    what, unit, techniques = "training", "s a cycle", TRAINING
+
+    def __init__(self, network, batch, nfe, f_learning_times, device):
+        self.network, self.batch, self.nfe, self.f_learning_times = network, batch, nfe, f_learning_times
+        self.teacher = small_teacher(network, device)
+        published = published_training(self.teacher, nfe)
+        state = torch.zeros(batch, *self.teacher.event_shape, device=device)
+        forward = counted_flops(lambda: self.teacher(state, published.tau[:1].expand(batch)))
+        functions = published_parts(published, batch)
+        parts = {part: (function, PUBLISHED_CALLS[part]) for part, function in functions.items()}
+        self.published = Side(parts, cycle_work(nfe, batch, f_learning_times) * forward)
+
+    def prepare(self, name, changes):
+        """The side of a technique, compiled and recorded; AssertionError where it is not equal to the published."""
+        size = self.network, self.batch, self.nfe, self.f_learning_times
+        ours = OurTraining(name, {"backend": "torch", **changes}, self.teacher, *size)
+        ours.check(published_training(self.teacher, self.nfe))  # a new one: a check trains both sides
+        functions, flops, moved = ours.parts(), None, None
+        for _ in range(ours.warm_up):
+            for function in functions.values():
                 function()
         fresh = changes.get("rollout", {}).get("mode") == "fresh"
         if fresh:
-            del parts["rollout"]  # it is within its updates
-            work[name] = published_work
-        elif changes.keys() <= {"rollout"}:  # the others do the work of `pooled`
-            work[name] = counted_of_parts(counted_flops, parts, f_learning_times)
-        preparing[name] = ours.context.execution.seconds
-        for part, function in parts.items():
-            sides[name, part] = (function, CALLS[part])
-    medians = {side: statistics.median(values) for side, values in timed_rounds(sides, device, rounds).items()}
-    seconds = {}
-    for name in ("published", *preparing):
-        seconds[name] = cycle_sum(
-            {part: value for (of, part), value in medians.items() if of == name}, f_learning_times
+            del functions["rollout"]  # it is within its updates, down to the lowest layer drawn
+        if not ours.context.execution.fixed_shapes:
+            moved = counted_of_parts(counted_bytes, functions, self.f_learning_times)
+            counted = counted_of_parts(counted_flops, functions, self.f_learning_times)
+            flops = self.published.flops if fresh else counted
+        parts = {part: (function, CALLS[part]) for part, function in functions.items()}
+        return Side(parts, flops, moved, ours.context.execution.seconds, ours.context)
+
+    def seconds(self, of_parts):
+        """Seconds of a cycle from those of its parts."""
+        return cycle_sum(of_parts, self.f_learning_times)
+
+
+class SamplingStudy:
+    """Sampling with each technique."""
+
+    what, unit, techniques = "sampling", "s", SAMPLING
+
+    def __init__(self, network, images, nfe, device):
+        self.network, self.images, self.nfe, self.device = network, images, nfe, device
+        teacher = small_teacher(network, device)
+        published = published_training(teacher, nfe)
+        noise = noise_of_seeds(images, nfe, teacher.event_shape, device)
+        use_full_float32()
+        self.expected = published_sample(published, images, *noise)
+
+        def draw():
+            use_torch_defaults()
+            published_sample(published, images)
+
+        self.published = Side({"all": (draw, 1)}, counted_flops(draw))
+
+    def prepare(self, name, changes):
+        """The side of a technique, compiled and recorded; AssertionError where its images are not the published."""
+        ours = OurSampling(self.network, self.nfe, self.device, **{"backend": "torch", **changes})
+        draw = functools.partial(ours.draw, self.images, self.images)
+        for _ in range(ours.warm_up):
+            draw()
+        difference, equal = ours.check(self.images, self.images, self.expected)
+        assert equal, f"images differ by {difference:.2e} of the largest value"
+        flops = moved = None
+        if not ours.context.execution.fixed_shapes:
+            flops, moved = counted_flops(draw), counted_bytes(draw)
+        return Side({"all": (draw, 1)}, flops, moved, ours.context.execution.seconds, ours.context)
+
+    def seconds(self, of_parts):
+        """Seconds of all images."""
+        return of_parts["all"]
+
+
+def rows_of(study, rounds, device, facts, advice):
+    """The rows of a study, one as soon as it is there: the published side's, then a technique's each.
+
+    A technique is timed in turn with the published side and with what it is added to. One that fails is a failed row,
+    and what would be added to it is set against the published side alone. What is compiled or recorded does the work of
+    what it is added to, which can be counted.
+    """
+    kept = {"published": study.published}
+
+    def timed(names):
+        """{name: seconds} of some of `kept`, in turn."""
+        sides = {(name, part): given for name in names for part, given in kept[name].parts.items()}
+        medians = {key: statistics.median(values) for key, values in timed_rounds(sides, device, rounds).items()}
+        return {name: study.seconds({part: medians[name, part] for part in kept[name].parts}) for name in names}
+
+    def row(name, against, seconds, **extras):
+        side, compared = kept[name], {"against": against, "ratio_against": None}
+        if against is not None:
+            compared["ratio_against"] = seconds[against] / seconds[name]
+        return Row(
+            f"{study.what}: {name}",
+            ours=seconds[name],
+            published=seconds["published"],
+            ratio=seconds["published"] / seconds[name],
+            unit=study.unit,
+            counted_ratio=side.flops and study.published.flops / side.flops,
+            extras={"technique": name, **compared, "preparing_seconds": side.preparing, **extras},
+            **facts,
         )
-    counted_ratio = {name: published_work / work.get(name, work.get("pooled")) for name in preparing}
-    return Measured(seconds, preparing, counted_ratio).rows("training", "s a cycle", TRAINING)
+
+    def row_of_technique(name, against, changes):
+        side = study.prepare(name, changes)
+        if side.flops is None and against in kept:
+            side = replace(side, flops=kept[against].flops, moved=kept[against].moved)
+        kept[name] = side
+        against = against if against in kept else None
+        seconds = timed(dict.fromkeys(each for each in ("published", against, name) if each))
+        extras = {} if side.moved is None else rates(side.flops, side.moved, seconds[name], side.context)
+        return row(name, against, seconds, **extras)
+
+    yield row("published", None, timed(["published"]))
+    techniques = runnable(study.techniques, device)
+    for index, (name, (against, changes)) in enumerate(techniques.items()):
+        case = f"{study.what}: {name}"
+        yield row_of(case, functools.partial(row_of_technique, name, against, changes), facts, advice)
+        needed = {"published", *(other for other, _ in [*techniques.values()][index + 1 :])}
+        for done in kept.keys() - needed:
+            del kept[done]  # with its networks and recordings
 
 
-def sampling_rows(network, images, nfe, rounds, device):
-    """Rows of sampling; the published side is one of them."""
-    teacher = small_teacher(network, device)
-    published = published_training(teacher, nfe)
-    expected = published_sample(published, images, *noise_of_seeds(images, nfe, teacher.event_shape, device))
-
-    def draw_published():
-        use_torch_defaults()
-        published_sample(published, images)
-
-    sides, preparing = {"published": (draw_published, 1)}, {}
-    for name, (_, changes) in runnable(SAMPLING, device).items():
-        ours = OurSampling(network, nfe, **{"backend": "torch", **changes})
-        difference, equal = ours.check(images, images, expected)
-        assert equal, f"{name}: images differ by {difference:.2e} of the largest value"
-        preparing[name] = ours.context.execution.seconds
-        sides[name] = (functools.partial(ours.draw, images, images), 1)
-    seconds = {name: statistics.median(values) for name, values in timed_rounds(sides, device, rounds).items()}
-    counted_ratio = dict.fromkeys(preparing, 1.0)  # all do the same work
-    return Measured(seconds, preparing, counted_ratio).rows("sampling", "s", SAMPLING)
-
-
-def main():
-    parser = command_line(__doc__, width=32, batch=16, images=64, nfe=10, f_learning_times=20, rounds=4, json=None)
+def main(given=None):
+    defaults = {"network": "cifar10", "width": 32, "batch": 16, "images": 64, "nfe": 10, "f_learning_times": 20}
+    parser = command_line(__doc__, **defaults, rounds=4, json=None)
     parser.add_argument("--only", choices=("training", "sampling"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = choose_device("auto")
     facts = describe(device)
     settings = {
-        "network": {"name": "cifar10", "channels": arguments.width},
+        "network": {"name": arguments.network, "channels": arguments.width},
         "batch": arguments.batch,
         "images": arguments.images,
         "nfe": arguments.nfe,
         "f_learning_times": arguments.f_learning_times,
     }
     network, batch, images, nfe, f_learning_times = settings.values()
-    rows = []
+    studies, rows = [], []
     if arguments.only != "training":
-        rows += sampling_rows(network, images, nfe, arguments.rounds, device)
+        studies.append((SamplingStudy, (network, images, nfe, device), f"--images {images}; use fewer"))
     if arguments.only != "sampling":
-        rows += training_rows(network, batch, nfe, f_learning_times, arguments.rounds, device)
-    rows = [replace(row, extras={**row.extras, **settings}, **facts) for row in rows]
-    write_rows(arguments.json, rows)
+        sizes = network, batch, nfe, f_learning_times, device
+        studies.append((TrainingStudy, sizes, f"--batch {batch}; use a smaller"))
+    for study, sizes, advice in studies:
+        for row in rows_of(study(*sizes), arguments.rounds, device, facts, advice):
+            rows.append(replace(row, extras={**row.extras, **settings}))
+            write_rows(arguments.json, rows)  # after each, so that a run that is cut off leaves what it has
+            print(f"{row.case}: {row.failed or f'x{row.ratio:.2f}'}", file=sys.stderr, flush=True)
     without = "; kernels and graphs need a GPU" if device.type == "cpu" else ""
-    print(f"cifar10, {arguments.width} channels, on {facts['device']}{without}")
+    print(f"{arguments.network}, {arguments.width} channels, on {facts['device']}{without}")
     return print_rows(rows, COLUMNS)
 
 

@@ -1,15 +1,23 @@
 """What matters most, in a given time: the benchmarks in their order of importance, each with what is left of it.
 
+    python bench/all.py --list                        the plan: what each job takes and needs; nothing is run
     python bench/all.py --minutes 8                   on a GPU at full width; on a CPU at half width
     python bench/all.py --minutes 8 --outdir DIR      the results files elsewhere than in bench/results
 
-Every benchmark runs in a process of its own and writes each case as it is done. So what the time did not suffice for is
-all that is missing; it is named at the end.
+On a GPU the tests that need one come first. Every job runs in a process of its own and writes each case as it is done.
+So what the time did not suffice for is all that is missing; it is named at the end. The expected minutes are guesses:
+nearly all of them are compiling, which the next call finds on the disk.
 """
 
+import contextlib
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # started by its path: `bench` is found from the root of the repository
@@ -18,14 +26,65 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 import torch
 
 from bench.options import command_line
+from bench.tables import Column, text_table
+from hsivi_fast import ops
+from hsivi_fast.training.telemetry import nvml_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTEST = 5.0  # seconds; with less left, nothing is started
+COLUMNS = [
+    Column("job", "{name}"),
+    Column("minutes", "{minutes:g}"),
+    Column("needs", "{needs}"),
+    Column("command", "{command}"),
+]
 
 
-def jobs(gpu, device):
-    """(name of the results file, module, arguments), the most important first."""
-    return gpu_jobs(device) if gpu else cpu_jobs(device)
+@dataclass(frozen=True)
+class Job:
+    """One process of the plan.
+
+    name: the stem of its results file; module: of bench, or pytest; options: its arguments without the file.
+    minutes: how long it is expected to take; share: of the time that is left when it begins, what it may take.
+    needs: packages beside torch and those that every command of hsivi_fast imports.
+    """
+
+    name: str
+    module: str
+    options: list
+    minutes: float
+    share: float = 1.0
+    needs: tuple = ()
+
+    def command(self, outdir):
+        """(command line, file that its output goes into or None)."""
+        start = [sys.executable, "-m"]
+        if self.module == "pytest":
+            return [*start, "pytest", *self.options], outdir / f"{self.name}.txt"
+        return [*start, f"bench.{self.module}", *self.options, "--json", str(outdir / f"{self.name}.jsonl")], None
+
+    def row(self):
+        """What `--list` says of it."""
+        needs = [package if find_spec(package) else f"{package} (missing)" for package in self.needs]
+        command = "pytest -m gpu" if self.module == "pytest" else " ".join([f"bench.{self.module}", *self.options])
+        return {"name": self.name, "minutes": self.minutes, "needs": ", ".join(needs) or "-", "command": command}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the networks and batches of the GPU's plan are."""
+
+    network: tuple = ("--width", "128")
+    images: tuple = (128, 512)  # few and many, drawn at once
+    batches: tuple = (128, 16)  # of an update
+    cycle: tuple = ()
+    measured: tuple = ()  # how many images a distance is of
+    kernels: tuple = ("--minutes", "2")
+
+
+def jobs(device):
+    """The plan of a device, the most important first."""
+    return gpu_jobs(card_name(device)) if device.type == "cuda" else cpu_jobs("cpu")
 
 
 def cpu_jobs(device):
@@ -33,29 +92,50 @@ def cpu_jobs(device):
     sampling = cases("sampling_fp32", "sampling_bf16_eager")
     cycle = cases("train_cycle_fp32", "train_cycle_bf16")
     return [
-        (f"sampling_{device}", "sampling", ["--rounds", "2", *sampling]),
-        (f"train_step_{device}", "train_step", ["--rounds", "1", *cycle]),
-        (f"fid_{device}", "fid", ["--rounds", "1"]),
-        (f"start_{device}", "start", ["--rounds", "3"]),
+        Job(f"sampling_{device}", "sampling", ["--rounds", "2", *sampling], 3),
+        Job(f"train_step_{device}", "train_step", ["--rounds", "1", *cycle], 5),
+        fid_job(device),
+        Job(f"start_{device}", "start", ["--rounds", "3"], 0.5),
     ]
 
 
-def gpu_jobs(device):
-    """The jobs of a GPU, at full width."""
-    full = ["--width", "128"]
-    sampling = cases("sampling_fp32", "sampling_bf16_graphs", "latency_bf16_graphs")
-    cycle = cases("train_cycle_fp32", "train_cycle_bf16_graphs", "train_cycle_bf16_graphs_redraw4")
-    many_images = ["--images", "512", *cases("sampling_bf16_graphs")]
-    large_batch = ["--batch", "128", "--rounds", "1", *cases("train_cycle_bf16_graphs")]
+def gpu_jobs(card, size=None):
+    """The jobs of a GPU, at full width by default.
+
+    A batch that is new is compiled anew. So each job has one batch, and its important cases alone.
+    """
+    size = size or Size()
+    (few, many), (large, small) = size.images, size.batches
+    sampling = ["--images", str(few), "--rounds", "3", *cases("sampling_bf16_graphs", "sampling_tf32")]
+    many_images = ["--images", str(many), "--rounds", "3", *cases("sampling_bf16_graphs")]
+    cycle = [*size.network, *size.cycle, "--rounds", "2", *cases("train_cycle_bf16_graphs", "train_cycle_tf32")]
+    ablation = [*size.network, *size.cycle, "--batch", str(small), "--images", str(few), "--rounds", "2"]
     return [
-        (f"sampling_{device}", "sampling", [*full, "--images", "64", *sampling]),
-        (f"train_step_{device}", "train_step", [*full, "--rounds", "2", *cycle]),
-        (f"sampling_{device}_512", "sampling", [*full, *many_images]),
-        (f"train_step_{device}_128", "train_step", [*full, *large_batch]),
-        (f"ops_{device}", "ops", ["--minutes", "1"]),
-        (f"fid_{device}", "fid", ["--rounds", "1"]),
-        (f"ablation_{device}", "ablation", [*full, "--rounds", "2"]),
+        Job(f"gpu_tests_{card}", "pytest", gpu_test_options(), 3, share=0.35, needs=("pytest",)),
+        Job(f"sampling_{card}_{few}", "sampling", [*size.network, *sampling], 2, share=0.5),
+        Job(f"sampling_{card}_{many}", "sampling", [*size.network, *many_images], 1.5, share=0.5),
+        Job(f"train_step_{card}_{large}", "train_step", ["--batch", str(large), *cycle], 3),
+        Job(f"train_step_{card}_{small}", "train_step", ["--batch", str(small), *cycle], 3),
+        Job(f"ops_{card}", "ops", ["--selection", "--replay", *size.kernels], 2),
+        fid_job(card, size.measured),
+        Job(f"ablation_{card}", "ablation", ablation, 15),
     ]
+
+
+def fid_job(device, images=()):
+    """Distances: the one job that needs the packages of distances."""
+    return Job(f"fid_{device}", "fid", [*images, "--rounds", "1"], 1, needs=("torch_fidelity", "scipy", "PIL"))
+
+
+def gpu_test_options():
+    """What pytest is told: the tests marked gpu, of the files that have some, without what pytest.ini adds.
+
+    That is for packages which a machine with a GPU may lack, so a file that cannot be imported ends none of the others.
+    """
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
+    options = ["-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    return [*options, "-m", "gpu", *files]
 
 
 def cases(*names):
@@ -63,39 +143,85 @@ def cases(*names):
     return [word for name in names for word in ("--case", name)]
 
 
-def card_name():
+def card_name(device):
     """The GPU in the names of results files, as "h100"."""
-    return torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0].replace("-", "_")
+    words = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(device).lower().replace("nvidia ", "")).split("_")
+    return next((word for word in words if word not in ("geforce", "tesla", "rtx", "")), "gpu")
 
 
-def main():
+def problem_of(device, needs_clocks):
+    """Why the GPU's plan cannot be run on a device as it should, in one line; None where it can."""
+    if device.type != "cuda":
+        return None
+    if old := ops.old_capability(device):
+        advice = "time what it can: python -m bench.sampling --case sampling_fp32"
+        return f"GPU: compute capability {old[0]}, and kernels and bfloat16 need {old[1]} or newer; {advice}"
+    if needs_clocks and (problem := nvml_problem(device)):
+        return f"NVML: {problem}; rows would have no clocks and no energy; mend it, or add --without-clocks"
+    return None
+
+
+def run(job, outdir, seconds):
+    """Run a job: its exit code, or None where it was ended after so many seconds, with all that it had started."""
+    command, output = job.command(outdir)
+    with open(output, "w") if output else contextlib.nullcontext() as file:
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=file, stderr=file)
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # after Ctrl-C too
+            with contextlib.suppress(ProcessLookupError):  # the compilers that it has started may outlive it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if output:
+        print("\n".join(output.read_text().splitlines()[-20:]))
+    return code
+
+
+def main(given=None):
     parser = command_line(__doc__)
     parser.add_argument(
         "--minutes",
         type=float,
         default=8.0,
-        help="when to stop; a benchmark that runs then is ended, and keeps the cases that it has written",
+        help="when to stop; a job that runs then is ended, and keeps the cases that it has written",
     )
     parser.add_argument("--outdir", type=Path, default=ROOT / "bench" / "results")
-    arguments = parser.parse_args()
-    gpu = torch.cuda.is_available()
+    parser.add_argument("--list", action="store_true", help="print the plan, and run nothing")
+    parser.add_argument("--without-clocks", action="store_true", help="go on where the driver tells no clocks")
+    arguments = parser.parse_args(given)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = jobs(device)
+    if arguments.list:
+        print(text_table([job.row() for job in plan], COLUMNS))
+        return 0
+    if problem := problem_of(device, not arguments.without_clocks):
+        print(f"all.py: {problem}", file=sys.stderr)
+        return 2
     arguments.outdir.mkdir(parents=True, exist_ok=True)
-    end, missing, code = time.monotonic() + 60 * arguments.minutes, [], 0
-    for name, module, options in jobs(gpu, card_name() if gpu else "cpu"):
+    return run_all(plan, arguments.outdir.resolve(), 60 * arguments.minutes)
+
+
+def run_all(plan, outdir, seconds):
+    """Run a plan within so many seconds; the exit code, 1 where a job had an error."""
+    end, missing, failed = time.monotonic() + seconds, [], False
+    for job in plan:
         left = end - time.monotonic()
+        lacking = [package for package in job.needs if not find_spec(package)]
         if left < SHORTEST:
-            missing.append(name)
-            continue
-        print(f"\n== {name}: python -m bench.{module} {' '.join(options)}", flush=True)
-        file = (arguments.outdir / f"{name}.jsonl").resolve()
-        command = [sys.executable, "-m", f"bench.{module}", *options, "--json", str(file)]
-        try:
-            code |= subprocess.run(command, cwd=ROOT, timeout=left).returncode != 0
-        except subprocess.TimeoutExpired:
-            missing.append(f"the rest of {name}")
+            missing.append(job.name)
+        elif lacking:
+            missing.append(f"{job.name} (needs {', '.join(lacking)})")
+        else:
+            print(f"\n== {job.name}: {job.row()['command']}", flush=True)
+            code = run(job, outdir, left * job.share)
+            failed |= bool(code)
+            if code is None:
+                missing.append(f"the rest of {job.name}")
     if missing:
-        print(f"\nNOT RUN for want of time: {', '.join(missing)}")
-    return code
+        print(f"\nNOT RUN for want of time or packages: {', '.join(missing)}")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -144,13 +144,14 @@ def _seconds_without_features(sides, features, device, rounds):
     return net, own
 
 
-def main():
+def main(given=None):
     parser = command_line(__doc__, images=2000, rounds=3, json=None)
     add_cases(parser, CASES)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     facts = describe(choose_device("auto"))
     measure_case = functools.partial(measure, images=arguments.images, rounds=arguments.rounds, facts=facts)
-    rows = run_cases(arguments.case or CASES, measure_case, arguments.json)
+    advice = f"--images {arguments.images}; use fewer"
+    rows = run_cases(arguments.case or CASES, measure_case, arguments.json, facts, advice)
     print(f"{arguments.images} images 3x32x32, on {facts['device']}")
     return print_rows(rows, COLUMNS)
 

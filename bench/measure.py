@@ -1,13 +1,14 @@
 """What the benchmarks share: interleaved medians, counted work and memory traffic, and the rows that they write."""
 
 import contextlib
+import functools
 import json
 import platform
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
-from importlib import metadata
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,8 +18,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from bench.tables import text_table
 from hsivi_fast import ops
+from hsivi_fast.execution import WARM_UP, CudaRecording
 from hsivi_fast.nets.blocks import NoisePredictor
-from hsivi_fast.training.telemetry import EnergyMeter, commit
+from hsivi_fast.parallel.out_of_memory import memory_advice
+from hsivi_fast.training.telemetry import EnergyMeter, commit, gpu_clocks, package_versions
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -70,17 +73,27 @@ def synchronized_seconds(function, device):
 
 
 def use_torch_defaults():
-    """PyTorch's own float32 mode, which the published code keeps: full products, and TF32 in cuDNN's convolutions."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = True
+    """The published code's modes: PyTorch's operators, full products, and TF32 in cuDNN's convolutions."""
+    _use_tf32(products=False, convolutions=True)
+    ops.choose_backend("torch")
+
+
+def use_full_float32():
+    """The same without TF32: the modes of what our results are checked against."""
+    _use_tf32(products=False, convolutions=False)
+    ops.choose_backend("torch")
 
 
 def use_modes_of(context):
     """Float32 mode and backend of a context, after those of another side: what `build_context` has set for it."""
     tf32 = context.config.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    _use_tf32(products=tf32, convolutions=tf32)
     ops.choose_backend(context.config.backend, context.device)
+
+
+def _use_tf32(products, convolutions):
+    torch.set_float32_matmul_precision("high" if products else "highest")
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def has_fast_bfloat16():
@@ -96,18 +109,23 @@ def cpu_bfloat16_flags():
     return []
 
 
-def copy_bandwidth(device, size=512 * 2**20):
-    """Bytes per second, read and written, of a plain copy of half a gigabyte."""
+@functools.cache
+def copy_bandwidth(device):
+    """Bytes per second, read and written, of a plain copy of half a gigabyte (64 MB on a CPU); measured once."""
+    size = (512 if device.type == "cuda" else 64) * 2**20
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, rounds=20)["copy"]
 
 
-def product_rate(device, dtype):
-    """Floating-point operations per second of a square matrix product in `dtype`, the fastest of ten, of two sizes.
+@functools.cache
+def product_rate(device, precision):
+    """Floating-point operations per second of a square matrix product, the fastest of ten, of two sizes.
 
-    It is the limit that a network's rate is set against.
+    precision: "fp32", "tf32" or "bf16". It is the limit that a network's rate is set against; measured once.
     """
+    _use_tf32(products=precision == "tf32", convolutions=False)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
     return max(_product_rate_of_size(n, device, dtype) for n in sizes)
 
@@ -118,11 +136,36 @@ def _product_rate_of_size(n, device, dtype):
     return 2 * n**3 / min(seconds[1:])
 
 
+def rates(flops, moved, seconds, context):
+    """What a row says of the rates of a side that has just been timed, as extras of the row.
+
+    flops, moved: operations and bytes of the operators of its eager twin, in so many seconds. Fusion and caches spare
+    bytes, so a share of a copy's rate may be above 1; context: of the side.
+    clocks: of the GPU at this moment, None elsewhere.
+    """
+    clocks = gpu_clocks(context.device)
+    product, copy = product_rate(context.device, context.config.precision), copy_bandwidth(context.device)
+    return {
+        "clocks": clocks,
+        "product_flops_per_second": product,
+        "utilisation": flops / seconds / product,
+        "ours_bytes": moved,
+        "copy_bytes_per_second": copy,
+        "share_of_copy": moved / seconds / copy,
+    }
+
+
 def timed_rounds(sides, device, rounds):
-    """Interleaved calls of {name: (function, calls a round)} -> {name: seconds of every call}."""
+    """Interleaved calls of {name: (function, calls a round)} -> {name: seconds of every call}.
+
+    On a GPU every side begins with a call that is not timed: the one before it may have emptied the allocator's cache,
+    as the published update does, and taking memory from the driver again is no work of this side.
+    """
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (function, calls) in sides.items():
+            if device.type == "cuda":
+                function()
             for _ in range(calls):
                 seconds[name].append(synchronized_seconds(function, device))
     return seconds
@@ -144,18 +187,29 @@ def counted_calls(function):
     return len(calls)
 
 
-def peak_bytes(function, device):
-    """The most memory that one call holds beyond what was held before it.
+def warmed_up(functions, calls, device):
+    """Call functions in turn, so many times; returns the most memory that they took beyond what was held before.
 
-    It is the allocator's counter on a GPU, and on a CPU the profiler's records of the allocator.
+    On a GPU it is the memory that the allocator took from the driver meanwhile: a recorded graph keeps its own, and no
+    count of tensors sees it. On a CPU it is what one more call of the hungriest holds, by the profiler's records.
     """
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
+        before = torch.cuda.memory_reserved(device)
+    for _ in range(calls):
+        for function in functions:
+            function()
+    if gpu:
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_reserved(device) - before
+    return max(map(_held_bytes, functions))
+
+
+def _held_bytes(function):
+    """The most memory of a CPU that one call holds beyond what was held before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -164,6 +218,17 @@ def peak_bytes(function, device):
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def replayed(function, device, recording=CudaRecording):
+    """The work of a function of nothing as a recorded graph: a function that replays it; its results stay where they
+    are.
+    """
+    graph = recording(device)
+    for _ in range(WARM_UP):
+        graph.warm_up(function)
+    graph.record(function)
+    return graph.replay
 
 
 def joules_per_image(function, device, images):
@@ -261,10 +326,8 @@ def describe(device, threads=None):
     else:
         count = threads or torch.get_num_threads()
         name = ", ".join([_cpu_name(), f"{count} thread{'s' * (count > 1)}", *cpu_bfloat16_flags()])
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "hsivi_fast"):
-        versions[package] = metadata.version(package)
-    return {"commit": commit(), "device": name, "versions": versions}
+    versions = package_versions(("torch", "triton", "hsivi_fast"))
+    return {"commit": commit(), "device": name, "versions": {"python": platform.python_version(), **versions}}
 
 
 def _cpu_name():
@@ -329,8 +392,26 @@ def write_rows(file, rows):
         write_records(file, [row.record() for row in rows])
 
 
-def run_cases(cases, measure_case, file):
-    """The rows of named cases, measured one after the other by `measure_case(name)`.
+def row_of(case, function, facts, advice):
+    """The row that a function of nothing gives; where it fails, a row that says how, and the traceback on stderr.
+
+    facts: as of `describe`, for that row; advice: what to lower where memory is not enough, as of `memory_advice`.
+    A ValueError, which says that something was asked for that cannot be, is raised.
+    """
+    try:
+        with memory_advice(advice):
+            return function()
+    except ValueError:
+        raise
+    except (AssertionError, MemoryError) as error:  # a check, or memory: the line says it all
+        return Row(case, failed=str(error), **facts)
+    except Exception as error:  # of a compiler, a library or the device: the other cases may do
+        traceback.print_exc()
+        return Row(case, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", **facts)
+
+
+def run_cases(cases, measure_case, file, facts, advice):
+    """The rows of named cases, measured one after the other by `measure_case(name)`; facts, advice: as of `row_of`.
 
     The file, if any, is written after each, so that a run that is cut off leaves what it has.
     """
@@ -338,7 +419,7 @@ def run_cases(cases, measure_case, file):
     for case in cases:
         if "bf16" in case and not has_fast_bfloat16():
             print(f"{case}: this CPU has no avx512_bf16; expect it to be slow", file=sys.stderr)
-        row = measure_case(case)
+        row = row_of(case, functools.partial(measure_case, case), facts, advice)
         rows.append(row)
         print(f"{case}: {row.failed or f'x{row.ratio:.2f}'}", file=sys.stderr, flush=True)
         write_rows(file, rows)
@@ -353,3 +434,12 @@ def print_rows(rows, columns):
         if row.failed is not None:
             print(f"{row.case}: NOT TIMED, its check failed: {row.failed}")
     return 1 if len(good) < len(rows) else 0
+
+
+def print_headline(rows, device):
+    """Name the row that compares like with like: float32 in the published code's own mode, which has TF32 on a GPU."""
+    mode = "tf32" if device.type == "cuda" else "fp32"
+    for row in rows:
+        if mode in row.case.split("_") and row.failed is None:
+            print(f"like with like, {mode} on both sides: {row.case}, x{row.ratio:.2f}")
+            return

@@ -1,6 +1,7 @@
 """Every operation against plain torch, eager and compiled, on the same work.
 
-    python -m bench.ops [--json bench/results/ops_h100.jsonl]      a table; on a GPU in under ten minutes
+    python -m bench.ops [--json bench/results/ops_h100.jsonl]      a table
+    python -m bench.ops --selection --replay                       about 20 cases, as recorded graphs: a GPU's own time
     pytest -n 0 bench/test_ops.py --benchmark-only                 six of the cases in pytest-benchmark
 
 On a GPU "ours" is the Triton backend, with its rate against the bytes that it must move and the share that this is of a
@@ -22,14 +23,26 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 import torch
 from torch.nn import functional as F
 
-from bench.measure import Row, copy_bandwidth, counted_bytes, describe, interleaved, print_rows, write_rows
+from bench.measure import (
+    Row,
+    copy_bandwidth,
+    counted_bytes,
+    describe,
+    interleaved,
+    print_rows,
+    replayed,
+    row_of,
+    write_rows,
+)
 from bench.options import command_line
 from bench.tables import Column
 from hsivi_fast import ops
 from hsivi_fast.build import choose_device
+from hsivi_fast.execution import CudaRecording
 from hsivi_fast.ops import library, philox, reference
 
 LAYERS = 10
+GRAPHS = CudaRecording  # what --replay records; the tests put another class in its place
 
 
 @dataclass
@@ -252,6 +265,21 @@ def gpu_cases(device):
             yield from norm_cases(device, size, channels, 32, 64, bf16, modulated, added, False)
 
 
+def selected_cases(device):
+    """About 20 that stand for the others; on a CPU as many, of sizes that it does in a moment."""
+    f32, bf16, gpu = torch.float32, torch.bfloat16, device.type == "cuda"
+    large, small, batch, wide = (8192, 128, 64, 1) if gpu else (16, 4, 2, 16)
+    event = (3, 32, 32) if gpu else (3, 8, 8)
+    yield next(noise_cases(device, event, large))
+    yield from method_cases(device, event, small, bf16, True)
+    for dtype in (bf16, f32):
+        yield from method_cases(device, event, large, dtype, True)
+    for index in SELECTED_NORMS:
+        size, channels, modulated, added = NORMS[index]
+        dtype = bf16 if gpu else f32  # plain torch rounds each of its steps to bfloat16
+        yield from norm_cases(device, size, channels // wide, 32 // wide, batch, dtype, modulated, added, True)
+
+
 # (height = width, channels, modulated, added): what the published networks spend most of their normalisation on, and
 # the extremes.
 NORMS = [
@@ -270,6 +298,7 @@ NORMS = [
     (64, 256, False, False),
     (64, 384, False, False),
 ]
+SELECTED_NORMS = (0, 4, 8, 10)
 
 
 def _exact(tensor):
@@ -309,20 +338,25 @@ def _allowed_error(value, truth):
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
-def measure(case, device, bandwidth, facts):
-    """The row of a case, or a row that says how its check failed."""
-    try:
-        case.check()
-    except AssertionError as error:
-        return Row(case.name, failed=str(error), **facts)
-    torch._dynamo.reset()
-    compiled = torch.compile(case.plain, dynamic=False)
-    seconds = interleaved({"ours": case.ours, "eager": case.plain, "compiled": compiled}, device)
+def measure(case, device, bandwidth, facts, compiled=True, replay=None):
+    """The row of a case; AssertionError where its check fails.
+
+    compiled: whether the plain formula is timed compiled too; replay: the class that records graphs, `CudaRecording`,
+    where all sides are to be recorded.
+    """
+    case.check()
+    sides = {"ours": case.ours, "eager": case.plain}
+    if compiled:
+        torch._dynamo.reset()
+        sides["compiled"] = torch.compile(case.plain, dynamic=False)
+    if replay:
+        sides = {name: replayed(function, device, replay) for name, function in sides.items()}
+    seconds = interleaved(sides, device)
     plain_bytes = counted_bytes(case.plain)
     rate = case.bytes / seconds["ours"]
     extras = {
-        "compiled": seconds["compiled"] * 1e6,
-        "ratio_compiled": seconds["compiled"] / seconds["ours"],
+        "compiled": seconds["compiled"] * 1e6 if compiled else None,
+        "ratio_compiled": seconds["compiled"] / seconds["ours"] if compiled else None,
         "bytes": case.bytes,
         "plain_bytes": plain_bytes,
         "transfers_per_element": case.bytes / case.elements / case.element_size,
@@ -356,9 +390,9 @@ TIMES = [
     Column("operation", "{case}"),
     Column("ours us", "{ours:.1f}"),
     Column("eager us", "{published:.1f}"),
-    Column("compiled us", "{compiled:.1f}"),
+    Column("compiled us", "{compiled:.1f}", needs="compiled"),
     Column("x eager", "{ratio:.2f}"),
-    Column("x compiled", "{ratio_compiled:.2f}"),
+    Column("x compiled", "{ratio_compiled:.2f}", needs="ratio_compiled"),
 ]
 RATES = [
     Column("GB/s", "{gigabytes_per_second:.0f}"),
@@ -372,30 +406,36 @@ TRAFFIC = [
 ]
 
 
-def main():
+def main(given=None):
     parser = command_line(__doc__, json=None)
     parser.add_argument("--device", default=str(choose_device("auto")))
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--selection", action="store_true", help="about 20 cases that stand for the others")
+    parser.add_argument("--replay", action="store_true", help="every side as a recorded graph, without the host's part")
+    parser.add_argument("--without-compiled", action="store_true", help="leave out torch.compile: seconds a case")
     text = "begin no case after this long, and say which were left out"
     parser.add_argument("--minutes", type=float, default=float("inf"), help=text)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = torch.device(arguments.device)
+    if arguments.replay and device.type != "cuda" and GRAPHS is CudaRecording:
+        parser.error(f"--replay needs a CUDA device, the device is {device}; leave it out")
     backend = ops.choose_backend("auto", device)
     facts = describe(device)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
     copies = f", whose copy moves {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""
     print(f"ours: backend {backend}, on {facts['device']}{copies}", flush=True)
+    options = {"compiled": not arguments.without_compiled, "replay": GRAPHS if arguments.replay else None}
     rows, left_out, start = [], [], time.monotonic()
-    for case in all_cases(device):
+    for case in (selected_cases if arguments.selection else all_cases)(device):
         if arguments.only not in case.name:
             continue
         if time.monotonic() - start > 60 * arguments.minutes:
             left_out.append(case.name)
             continue
-        row = measure(case, device, bandwidth, facts)
-        rows.append(row)
+        timed = functools.partial(measure, case, device, bandwidth, facts, **options)
+        rows.append(row_of(case.name, timed, facts, "the case needs a larger GPU"))
         write_rows(arguments.json, rows)  # after every case, so that a run that is cut off leaves what it has
-        print(f"{case.name}: {_said(row)}", file=sys.stderr, flush=True)
+        print(f"{case.name}: {_said(rows[-1])}", file=sys.stderr, flush=True)
     code = print_rows(rows, [*TIMES, *(RATES if bandwidth else []), *TRAFFIC])
     if left_out:
         print(f"NOT TIMED for want of time: {', '.join(left_out)}")
@@ -406,7 +446,8 @@ def _said(row):
     """What is said of a row as soon as it is there."""
     if row.failed is not None:
         return row.failed
-    return f"{row.ours:.1f} us, x{row.ratio:.2f} eager, x{row.extras['ratio_compiled']:.2f} compiled"
+    compiled = row.extras["ratio_compiled"]
+    return f"{row.ours:.1f} us, x{row.ratio:.2f} eager{f', x{compiled:.2f} compiled' if compiled else ''}"
 
 
 if __name__ == "__main__":

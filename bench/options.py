@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 SHARED = {
-    "width": {"type": int, "help": "base channels of CIFAR-10's network; 128 is full width"},
+    "network": {"help": "cifar10, or another network of images that hsivi_fast has"},
+    "width": {"type": int, "help": "base channels of the network; 128 is CIFAR-10's full width"},
     "batch": {"type": int, "help": "samples of an update"},
     "images": {"type": int, "help": "how many images are drawn or measured"},
     "nfe": {"type": int, "help": "K, the number of layers"},

@@ -70,6 +70,14 @@ def memory_and_energy(rows):
     return columns
 
 
+def shares(rows):
+    """Our rate as a share of a product's and, where the rows have it, of a copy's."""
+    columns = [Column("of a matrix product's rate", "{utilisation:.0%}")]
+    if all("share_of_copy" in row for row in rows):
+        columns.append(Column("of a copy's rate", "{share_of_copy:.0%}"))
+    return columns
+
+
 def train_step_columns(rows):
     """The columns of a table of training cycles."""
     return [
@@ -79,7 +87,7 @@ def train_step_columns(rows):
         Column("ratio", "**{ratio:.2f}**"),
         Column("counted", "{counted_ratio:.2f}"),
         Column("network calls", "{ours_network_calls:.0f} / {published_network_calls:.0f}"),
-        Column("of a matrix product's rate", "{utilisation:.0%}"),
+        *shares(rows),
         Column("compiling, s", compiling),
         *memory_and_energy(rows),
     ]
@@ -95,7 +103,7 @@ def sampling_columns(rows):
         Column("ratio", "**{ratio:.2f}**"),
         Column("images/s", "{ours_images_per_second:.1f}"),
         Column("largest difference", "{difference:.1e}"),
-        Column("of a matrix product's rate", "{utilisation:.0%}"),
+        *shares(rows),
         Column("compiling, s", compiling),
         *memory_and_energy(rows),
     ]
@@ -120,7 +128,7 @@ def ablation_columns(rows):
         Column("added to", "{against}", needs="against"),
         Column("against that", "{ratio_against:.2f}", needs="ratio_against"),
         Column("against published", "{ratio:.2f}"),
-        Column("counted", "{counted_ratio:.2f}"),
+        Column("counted", "{counted_ratio:.2f}", needs="counted_ratio"),
         Column("compiling, s", compiling),
     ]
 
@@ -153,7 +161,7 @@ def ops_columns(rows):
         Column("operation", "{case}"),
         Column("ours", "{ours:.0f}"),
         Column("eager", "{published:.0f}"),
-        Column("torch.compile", "{compiled:.0f}"),
+        Column("torch.compile", "{compiled:.0f}", needs="compiled"),
     ]
     if any(row["share_of_copy"] is not None for row in rows):
         columns.append(Column("GB/s", "{gigabytes_per_second:.0f}"))

@@ -7,7 +7,8 @@ CIFAR-10's network at half width, 64 images, K = 10 takes six minutes on 2 cores
     python -m bench.sampling --upstream PATH                against the published code itself, in a clone of yours
 
 Both sides are interleaved in one run, medians. Before a case is timed, both sides draw images from the same noise, and
-must agree: in float32 to 1e-4 of the largest value.
+must agree: in float32 to 1e-4 of the largest value. The published side is then without TF32, which it is timed with
+where torch has it by default: on a GPU, in convolutions.
 """
 
 import functools
@@ -22,24 +23,28 @@ import torch
 
 from bench.measure import (
     Row,
+    counted_bytes,
     counted_flops,
     describe,
     joules_per_image,
-    peak_bytes,
+    print_headline,
     print_rows,
-    product_rate,
+    rates,
     run_cases,
     timed_rounds,
+    use_full_float32,
     use_modes_of,
     use_torch_defaults,
+    warmed_up,
 )
 from bench.options import add_cases, command_line
 from bench.published import published_sample
 from bench.tables import Column, peak_megabytes
-from bench.train_step import bench_config, published_training, small_teacher
+from bench.train_step import bench_config, published_training, runnable, small_teacher
 from bench.upstream import upstream_sample
 from hsivi_fast import ops
 from hsivi_fast.build import build_context, choose_device, in_form_of
+from hsivi_fast.execution import WARM_UP
 from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.sampling.sampler import Sampler
 
@@ -47,14 +52,15 @@ FAST = {"precision": "bf16", "channels_last": True, "compile": True}
 CASES = {  # name -> what is ours in it
     "sampling_fp32": {},
     "sampling_fp32_channels_last": {"channels_last": True},
+    "sampling_tf32": {"precision": "tf32", "channels_last": True},
     "sampling_bf16_eager": {"precision": "bf16"},
     "sampling_bf16": FAST,
     "sampling_bf16_graphs": {**FAST, "cuda_graphs": True},
     "latency_bf16_graphs": {**FAST, "cuda_graphs": True},  # one image
 }
 CPU_BATCH = 16  # of ours on a CPU: what a layer of so many images works on stays in its cache
-EQUAL = {"fp32": 1e-4, "bf16": 0.1}  # largest difference allowed, of the largest value
-WARM_UP = 5  # calls: with graphs, the last of them is replayed
+# Largest difference allowed, of the largest value: TF32 rounds to 10 bits where bfloat16 does to 7.
+EQUAL = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.1}
 COLUMNS = [
     Column("case", "{case}"),
     Column("ours s", "{ours:.2f}"),
@@ -67,20 +73,25 @@ COLUMNS = [
     Column("peak MB", peak_megabytes),
     Column("images/s", "{ours_images_per_second:.1f}"),
     Column("of a product's rate", "{utilisation:.0%}"),
+    Column("of a copy's", "{share_of_copy:.0%}"),
     Column("preparing s", "{preparing_seconds:.0f}"),
 ]
 
 
 def default_cases(device):
     """The cases that the device can run."""
-    return [name for name, changes in CASES.items() if device.type == "cuda" or not changes.get("cuda_graphs")]
+    return list(runnable(CASES, device))
 
 
 class OurSampling:
-    """Our side of one case: a sampler whose student is a copy of the small teacher, and its eager twin."""
+    """Our side of one case: a sampler whose student is a copy of the small teacher, and its eager twin.
 
-    def __init__(self, network, nfe, **keys):
-        self.config = bench_config(network, nfe, **keys)
+    `warm_up`: how many calls compile and record it.
+    """
+
+    def __init__(self, network, nfe, device, **keys):
+        self.config = bench_config(network, nfe, device=str(device), **keys)
+        self.warm_up = WARM_UP + 1 if self.config.cuda_graphs else 1
         self.context = context = build_context(self.config, ALONE)
         student = in_form_of(self.config, small_teacher(network, context.device))
         log_gamma = torch.zeros(student.event_shape, device=context.device)
@@ -92,13 +103,17 @@ class OurSampling:
         use_modes_of(self.context)
         return self.sampler(range(images), batch_size=batch)
 
+    def draw_eagerly(self, images, batch):
+        """The same by the eager twin."""
+        use_modes_of(self.context)
+        return self.eager(range(images), batch_size=batch)
+
     def check(self, images, batch, expected):
-        """Warm up, and compare with the images `expected`.
+        """Compare with the images `expected`.
 
         Returns (the largest difference, of the largest value; whether it is as small as the precision allows).
         """
-        for _ in range(WARM_UP if self.config.cuda_graphs else 1):
-            got = self.draw(images, batch)
+        got = self.draw(images, batch)
         difference = float((got - expected).abs().max() / expected.abs().max())
         return difference, difference <= EQUAL[self.config.precision]
 
@@ -113,8 +128,8 @@ def noise_of_seeds(images, nfe, event_shape, device):
 def measure(case, network, images, nfe, rounds, facts, upstream=None):
     """The row of one case."""
     images = 1 if case.startswith("latency") else images
-    ours = OurSampling(network, nfe, name=case, **CASES[case])
-    device = ours.context.device
+    device = choose_device("auto")
+    ours = OurSampling(network, nfe, device, name=case, **CASES[case])
     teacher = small_teacher(network, device)
     published = published_training(teacher, nfe, upstream)
     their_sample = upstream_sample if upstream else published_sample
@@ -124,29 +139,31 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
         use_torch_defaults()
         return their_sample(published, images)
 
-    expected = their_sample(published, images, *noise_of_seeds(images, nfe, teacher.event_shape, device))
+    noise = noise_of_seeds(images, nfe, teacher.event_shape, device)
+    use_full_float32()
+    expected = their_sample(published, images, *noise)
+    sides = {"ours": functools.partial(ours.draw, images, batch), "published": draw_published}
+    our_peak = warmed_up([sides["ours"]], ours.warm_up, device)
+    published_peak = warmed_up([draw_published], 1, device)
     difference, equal = ours.check(images, batch, expected)
     if not equal:
         return Row(case, failed=f"images differ by {difference:.2e} of the largest value", **facts)
-    draw_published()
-    sides = {"ours": functools.partial(ours.draw, images, batch), "published": draw_published}
     seconds = timed_rounds({name: (function, 1) for name, function in sides.items()}, device, rounds)
     # What is compiled or recorded does the same products and convolutions as its eager twin, which can be counted.
-    our_flops = counted_flops(lambda: ours.eager(range(images), batch_size=batch))
+    draw_eagerly = functools.partial(ours.draw_eagerly, images, batch)
+    our_flops, our_bytes = counted_flops(draw_eagerly), counted_bytes(draw_eagerly)
     published_flops = counted_flops(draw_published)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rate = product_rate(device, torch.bfloat16 if ours.config.precision == "bf16" else torch.float32)
     extras = {
         "ours_range": [min(seconds["ours"]), max(seconds["ours"])],
         "published_range": [min(seconds["published"]), max(seconds["published"])],
         "difference": difference,
         "ours_images_per_second": images / medians["ours"],
-        "ours_peak_bytes": peak_bytes(sides["ours"], device),
-        "published_peak_bytes": peak_bytes(draw_published, device),
+        "ours_peak_bytes": our_peak,
+        "published_peak_bytes": published_peak,
         "joules_per_image": joules_per_image(sides["ours"], device, images),
         "ours_flops": our_flops,
-        "product_flops_per_second": rate,
-        "utilisation": our_flops / medians["ours"] / rate,
+        **rates(our_flops, our_bytes, medians["ours"], ours.context),
         "preparing_seconds": ours.context.execution.seconds,
         "baseline": "a clone of the published code" if upstream else "bench/published.py",
         "images": images,
@@ -167,28 +184,32 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
     )
 
 
-def main():
-    parser = command_line(__doc__, width=64, images=64, nfe=10, rounds=4, upstream=None, json=None)
+def main(given=None):
+    defaults = {"network": "cifar10", "width": 64, "images": 64, "nfe": 10, "rounds": 4}
+    parser = command_line(__doc__, **defaults, upstream=None, json=None)
     add_cases(parser, CASES, "all that the device can run")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = choose_device("auto")
     facts = describe(device)
     measure_case = functools.partial(
         measure,
-        network={"name": "cifar10", "channels": arguments.width},
+        network={"name": arguments.network, "channels": arguments.width},
         images=arguments.images,
         nfe=arguments.nfe,
         rounds=arguments.rounds,
         facts=facts,
         upstream=arguments.upstream,
     )
+    cases, advice = arguments.case or default_cases(device), f"--images {arguments.images}; use fewer"
     try:
-        rows = run_cases(arguments.case or default_cases(device), measure_case, arguments.json)
+        rows = run_cases(cases, measure_case, arguments.json, facts, advice)
     except ValueError as error:  # a clone that is none, a device that cannot do what a case needs
         parser.error(str(error))
-    what = f"cifar10, {arguments.width} channels, {arguments.images} images, K = {arguments.nfe}"
+    what = f"{arguments.network}, {arguments.width} channels, {arguments.images} images, K = {arguments.nfe}"
     print(f"{what}, on {facts['device']}")
-    return print_rows(rows, COLUMNS)
+    code = print_rows(rows, COLUMNS)
+    print_headline(rows, device)
+    return code
 
 
 if __name__ == "__main__":

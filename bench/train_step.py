@@ -8,7 +8,8 @@ Both sides have the same networks. CIFAR-10's at half width, batch 16, K = 10 ta
     python -m bench.train_step --full                       the compiled cases on a CPU too: Inductor takes minutes
 
 Both sides are interleaved in one run. A cycle is put together from the medians of its parts. Before a case is timed,
-one update of each kind is computed by both sides from the same states and noise, and must agree. Counted:
+one update of each kind is computed by both sides from the same states and noise, and must agree. The published side is
+then without TF32, which it is timed with where torch has it by default: on a GPU, in convolutions. Counted:
 floating-point operations of matrix products and convolutions (torch's own formulas).
 """
 
@@ -26,26 +27,29 @@ import torch
 
 from bench.measure import (
     Row,
+    counted_bytes,
     counted_calls,
     counted_flops,
     describe,
     joules_per_image,
-    peak_bytes,
+    print_headline,
     print_rows,
-    product_rate,
+    rates,
     run_cases,
     timed_rounds,
+    use_full_float32,
     use_modes_of,
     use_torch_defaults,
+    warmed_up,
 )
 from bench.options import add_cases, command_line
 from bench.published import PublishedTraining, cycle_calls, cycle_work
 from bench.tables import Column, peak_megabytes
 from bench.upstream import UpstreamTraining
 from hsivi_fast import ops
-from hsivi_fast.build import build_context, choose_device, in_form_of
+from hsivi_fast.build import build_context, choose_device, device_of, in_form_of
 from hsivi_fast.config import config_from_dict
-from hsivi_fast.execution import Execution
+from hsivi_fast.execution import WARM_UP, Execution
 from hsivi_fast.method.layers import attach_log_gamma
 from hsivi_fast.method.schedule import make_schedule
 from hsivi_fast.nets import build_unet
@@ -61,6 +65,7 @@ GRAPHS = {"precision": "bf16", "channels_last": True, "compile": True, "cuda_gra
 CASES = {  # name -> what is ours in it
     "train_cycle_fp32": {"channels_last": True},
     "train_cycle_fp32_redraw4": {"channels_last": True, **REDRAW},
+    "train_cycle_tf32": {"precision": "tf32", "channels_last": True},
     "train_cycle_bf16": {"precision": "bf16"},
     "train_cycle_bf16_redraw4": {"precision": "bf16", **REDRAW},
     "train_cycle_bf16_compiled": {"precision": "bf16", "compile": True},
@@ -81,16 +86,23 @@ COLUMNS = [
     Column("calls", "{ours_network_calls:.0f} / {published_network_calls:.0f}"),
     Column("peak MB", peak_megabytes),
     Column("of a product's rate", "{utilisation:.0%}"),
+    Column("of a copy's", "{share_of_copy:.0%}"),
     Column("preparing s", "{preparing_seconds:.0f}"),
 ]
 
 
 def default_cases(device, full):
-    """The cases that are timed where none is named: on a CPU, compilers take minutes and graphs do not exist."""
+    """The cases that are timed where none is named: on a CPU, compilers take minutes; graphs and TF32 do not exist."""
+    return [name for name in runnable(CASES, device) if full or device.type == "cuda" or not CASES[name].get("compile")]
+
+
+def runnable(cases, device):
+    """Those of {name: keys of the configuration} that a device can run: graphs and TF32 need a GPU."""
     if device.type == "cuda":
-        return list(CASES)
-    eager = [name for name, changes in CASES.items() if not changes.get("cuda_graphs")]
-    return [name for name in eager if full or not CASES[name].get("compile")]
+        return cases
+    return {
+        name: keys for name, keys in cases.items() if not keys.get("cuda_graphs") and keys.get("precision") != "tf32"
+    }
 
 
 def bench_config(network, nfe, **keys):
@@ -134,12 +146,16 @@ def published_training(teacher, nfe, upstream=None):
 
 
 class OurTraining:
-    """Our side of one case, on copies of the teacher. `changes`: what of the configuration is not its default."""
+    """Our side of one case, on copies of the teacher and on its device.
+
+    changes: what of the configuration is not its default; `warm_up`: how many calls compile and record it.
+    """
 
     def __init__(self, case, changes, teacher, network, batch, nfe, f_learning_times):
         self.batch, self.f_learning_times = batch, f_learning_times
         train = {"batch_size": batch, "f_learning_times": f_learning_times}
-        self.config = bench_config(network, nfe, name=case, train=train, **changes)
+        device = str(device_of(teacher))
+        self.config = bench_config(network, nfe, name=case, device=device, train=train, **changes)
         context = build_context(self.config, ALONE)
         networks = three_networks(teacher)
         for each in networks:
@@ -151,14 +167,14 @@ class OurTraining:
         self.score_net = PlainEngine(score_net, 1.0, 0.999, context.execution)
         self.updates = Updates(self.context, self.student, self.score_net)
         self.rollout = build_rollout(self.context, student)
-        self.cycle = 0
+        self.cycle, self.warm_up = 0, WARM_UP + 1 if self.config.cuda_graphs else 1
 
     def check(self, published):
         """One update of each kind from the same states and noise: losses as equal as the precision allows.
 
         Raises AssertionError.
         """
-        use_torch_defaults()
+        use_full_float32()
         k, x, noise = published.draw(self.batch)
         lowest = int(k.min())
         layers, device = self.context.layers, self.context.device
@@ -240,9 +256,8 @@ def measure(case, network, batch, nfe, f_learning_times, rounds, facts, upstream
     except AssertionError as error:
         return Row(case, failed=str(error), **facts)
     mine, theirs = ours.parts(), published_parts(published, batch)
-    for _ in range(4 if ours.config.cuda_graphs else 1):  # warm up: compile, record
-        for function in (*mine.values(), *theirs.values()):
-            function()
+    our_peak = warmed_up([*mine.values()], ours.warm_up, device)
+    published_peak = warmed_up([*theirs.values()], 1, device)
     sides = {("ours", part): (function, CALLS[part]) for part, function in mine.items()}
     sides |= {("published", part): (function, PUBLISHED_CALLS[part]) for part, function in theirs.items()}
     seconds = timed_rounds(sides, device, rounds)
@@ -264,9 +279,7 @@ def measure(case, network, batch, nfe, f_learning_times, rounds, facts, upstream
     published_work = cycle_work(nfe, batch, f_learning_times) * forward
     our_work = counted_of_parts(counted_flops, eager.parts(), f_learning_times)
     our_calls = counted_of_parts(counted_calls, eager.parts(), f_learning_times)
-    our_peak = max(peak_bytes(function, device) for function in mine.values())
-    published_peak = max(peak_bytes(function, device) for function in theirs.values())
-    rate = product_rate(device, torch.bfloat16 if ours.config.precision == "bf16" else torch.float32)
+    our_bytes = counted_of_parts(counted_bytes, eager.parts(), f_learning_times)
     extras = {
         "ours_quartiles": [cycle("ours", lower_quartile), cycle("ours", upper_quartile)],
         "published_quartiles": [cycle("published", lower_quartile), cycle("published", upper_quartile)],
@@ -277,8 +290,7 @@ def measure(case, network, batch, nfe, f_learning_times, rounds, facts, upstream
         "ours_peak_bytes": our_peak,
         "published_peak_bytes": published_peak,
         "joules_per_image": joules_per_image(mine["score_net"], device, batch),
-        "product_flops_per_second": rate,
-        "utilisation": our_work / median["ours"] / rate,
+        **rates(our_work, our_bytes, median["ours"], ours.context),
         "ours_images_per_second": batch * f_learning_times / median["ours"],
         "parts": {f"{side} {part}": statistics.median(values) for (side, part), values in seconds.items()},
         "preparing_seconds": ours.context.execution.seconds,
@@ -311,16 +323,17 @@ def upper_quartile(values):
     return statistics.quantiles(values, n=4)[2] if len(values) > 1 else values[0]
 
 
-def main():
-    parser = command_line(__doc__, width=64, batch=16, nfe=10, f_learning_times=20, rounds=4, upstream=None, json=None)
+def main(given=None):
+    defaults = {"network": "cifar10", "width": 64, "batch": 16, "nfe": 10, "f_learning_times": 20, "rounds": 4}
+    parser = command_line(__doc__, **defaults, upstream=None, json=None)
     add_cases(parser, CASES, "those that fit the device")
     parser.add_argument("--full", action="store_true", help="on a CPU, the compiled cases too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = choose_device("auto")
     facts = describe(device)
     measure_case = functools.partial(
         measure,
-        network={"name": "cifar10", "channels": arguments.width},
+        network={"name": arguments.network, "channels": arguments.width},
         batch=arguments.batch,
         nfe=arguments.nfe,
         f_learning_times=arguments.f_learning_times,
@@ -328,13 +341,17 @@ def main():
         facts=facts,
         upstream=arguments.upstream,
     )
+    cases, advice = arguments.case or default_cases(device, arguments.full), f"--batch {arguments.batch}; use a smaller"
     try:
-        rows = run_cases(arguments.case or default_cases(device, arguments.full), measure_case, arguments.json)
+        rows = run_cases(cases, measure_case, arguments.json, facts, advice)
     except ValueError as error:  # a clone that is none, a device that cannot do what a case needs
         parser.error(str(error))
     cycle = f"K = {arguments.nfe}, {arguments.f_learning_times} score-network updates a cycle"
-    print(f"cifar10, {arguments.width} channels, batch {arguments.batch}, {cycle}, on {facts['device']}")
-    return print_rows(rows, COLUMNS)
+    network = f"{arguments.network}, {arguments.width} channels"
+    print(f"{network}, batch {arguments.batch}, {cycle}, on {facts['device']}")
+    code = print_rows(rows, COLUMNS)
+    print_headline(rows, device)
+    return code
 
 
 if __name__ == "__main__":

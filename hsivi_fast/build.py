@@ -84,6 +84,8 @@ def build_context(config, world, teacher=False):
     precision or way of execution that cannot run here.
     """
     device = choose_device(config.device) if world.size == 1 else world.device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what asks for the current GPU, as libraries do, means this one
     _set_float32_mode(config.precision, device)
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
@@ -108,6 +110,9 @@ def _set_float32_mode(precision, device):
     """TF32 for "tf32", full float32 otherwise: bfloat16 is the networks' own affair (`NoisePredictor`)."""
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: 'tf32' is a mode of CUDA devices, the device is {device}; choose fp32 or bf16")
+    if precision != "fp32" and (old := ops.old_capability(device)):
+        problem = f"{precision!r} needs a GPU of compute capability {old[1]} or newer, this one has {old[0]}"
+        raise ValueError(f"precision: {problem}; choose fp32")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 

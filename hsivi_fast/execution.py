@@ -14,6 +14,7 @@ What a function given to `Execution.graphed` keeps to, so that it may be capture
 The networks of a run are held to that: optimizer, average and loading update their weights in place.
 """
 
+import contextlib
 import copy
 import os
 import shutil
@@ -27,6 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 WARM_UP = 3
 # Shapes and gradient modes of one network's code; torch's own limit of 8 is below what a run with its table needs.
 RECOMPILE_LIMIT = 64
+
+_kernel_seconds = 0.0  # that Triton has compiled kernels of this package for, in this process
 
 
 class CudaRecording:
@@ -50,8 +53,12 @@ class CudaRecording:
         return result
 
     def record(self, function):
-        """Record a function's work without doing it, and return its result: tensors that `replay` fills."""
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        """Record a function's work without doing it, and return its result: tensors that `replay` fills.
+
+        Other threads may use the device meanwhile, as NCCL's own does: what they do is no part of the graph, and no
+        error.
+        """
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self):
@@ -62,40 +69,49 @@ class CudaRecording:
 class GraphedCall:
     """A function of tensors, recorded at its call number `WARM_UP` + 1 and replayed from then on.
 
-    An argument may be a tensor, None, or a value that torch's pytrees take apart into these (as `Batch`). The recorded
-    shapes are the only ones that it takes afterwards (ValueError), and what was None stays None. Results are copies:
-    a later call does not change them. `on_record(seconds)` is called once, with what recording took.
+    An argument may be a tensor, None, or a value that torch's pytrees take apart into these (as `Batch`). The shapes of
+    the first call are the only ones that it takes afterwards (ValueError), and what was None stays None. Results are
+    copies: a later call does not change them. `on_record(seconds)` is called once, with what recording took.
+
+    Every call, the first one too, works on the same tensors, which the arguments are copied into. What compiles itself
+    by how a tensor lies in memory (Triton does) has so done it before the recording, where it could not.
     """
 
     def __init__(self, function, recording, on_record=lambda seconds: None):
         self.function, self.recording, self.on_record = function, recording, on_record
-        self.calls, self.inputs, self.outputs = 0, None, None
+        self.calls, self.inputs, self.arguments, self.outputs = 0, None, None, None
 
     def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self.recording.warm_up(lambda: self.function(*inputs))
         tensors, structure = tree_flatten(inputs)
         if self.inputs is None:
-            self._record(tensors, structure)
-        for recorded, given in zip(self.inputs, tensors, strict=True):
-            if _described(recorded) != _described(given):
+            self.inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
+            self.arguments = tree_unflatten(self.inputs, structure)
+        for kept, given in zip(self.inputs, tensors, strict=True):
+            if _described(kept) != _described(given):
                 advice = "fill a smaller batch up, or switch cuda_graphs off"
-                recorded_for = f"recorded for {_described(recorded)}, called with {_described(given)}"
-                raise ValueError(f"cuda_graphs: {recorded_for}; {advice}")
-            if recorded is not None:
-                recorded.copy_(given)
+                made_for = f"recorded for {_described(kept)}, called with {_described(given)}"
+                raise ValueError(f"cuda_graphs: {made_for}; {advice}")
+            if kept is not None:
+                kept.copy_(given)
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return _copies(self.recording.warm_up(self._run))
+        if self.calls == WARM_UP + 1:
+            start = time.perf_counter()
+            self.outputs = self.recording.record(self._run)
+            self.on_record(time.perf_counter() - start)
         self.recording.replay()
-        if isinstance(self.outputs, tuple):
-            return tuple(value.clone() for value in self.outputs)
-        return None if self.outputs is None else self.outputs.clone()
+        return _copies(self.outputs)
 
-    def _record(self, tensors, structure):
-        self.inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
-        arguments = tree_unflatten(self.inputs, structure)
-        start = time.perf_counter()
-        self.outputs = self.recording.record(lambda: self.function(*arguments))
-        self.on_record(time.perf_counter() - start)
+    def _run(self):
+        return self.function(*self.arguments)
+
+
+def _copies(outputs):
+    """Copies of a tensor or of a tuple of them; None for None."""
+    if isinstance(outputs, tuple):
+        return tuple(value.clone() for value in outputs)
+    return None if outputs is None else outputs.clone()
 
 
 def _described(tensor):
@@ -105,7 +121,9 @@ def _described(tensor):
 class Execution:
     """The ways to execute that a configuration asks for, on one device.
 
-    `recorded` counts the calls that have been recorded. Raises ValueError where the device cannot do what is asked.
+    `recorded` counts the calls that have been recorded; `warm_up_calls` are those of one function that are slower than
+    all after them: libraries set themselves up, and graphs are recorded. Raises ValueError where the device cannot do
+    what is asked.
     """
 
     def __init__(self, device, compile=False, cuda_graphs=False, recording=CudaRecording):
@@ -119,6 +137,10 @@ class Execution:
             )
         self.compile, self.cuda_graphs, self.recording = compile, cuda_graphs, recording
         self.recorded, self._record_seconds = 0, 0.0
+        self.warm_up_calls = WARM_UP + 1 if cuda_graphs else int(self.device.type == "cuda")
+        if self.device.type == "cuda":
+            _count_kernels()
+        self._kernels_before = _kernel_seconds
         if compile:
             from torch._dynamo import config as dynamo  # here: the compiler takes a second to import
 
@@ -147,9 +169,12 @@ class Execution:
 
     @property
     def seconds(self):
-        """Seconds that recording has taken since this was made, and compiling in the whole process since then."""
+        """Seconds that recording has taken since this was made, and compiling in the whole process since then.
+
+        The kernels of this package are compiled by Triton at their first calls, whatever `compile` says.
+        """
         compiling = _compile_seconds() - self._compiled_before if self.compile else 0.0
-        return self._record_seconds + compiling
+        return self._record_seconds + compiling + _kernel_seconds - self._kernels_before
 
 
 def has_compiler():
@@ -165,6 +190,21 @@ def _compile_seconds():
     from torch._dynamo.utils import calculate_time_spent  # here: the compiler takes a second to import
 
     return calculate_time_spent().get("total_wall_time", 0.0)
+
+
+def _count_kernels():
+    """Ask Triton to tell how long it compiles, from now on in this process, unless somebody else has asked."""
+    with contextlib.suppress(ImportError):  # where it is missing, nothing is compiled by it
+        from triton import knobs  # here: it is of use with a GPU alone
+
+        knobs.compilation.listener = knobs.compilation.listener or _note_kernel
+
+
+def _note_kernel(*, src, times, **others):
+    """Count a kernel that Triton has compiled, times.total in microseconds; Inductor counts its own by itself."""
+    global _kernel_seconds
+    if src.fn.fn.__module__.startswith(f"{__package__}."):
+        _kernel_seconds += times.total / 1e6
 
 
 EAGER = Execution("cpu")  # eager calls are the same on every device

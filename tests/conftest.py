@@ -28,6 +28,7 @@ def no_choices_from_outside(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv(ops.VARIABLE, raising=False)
     monkeypatch.setattr(ops, "_chosen", None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # torch's default is 10 bits in convolutions
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from checkpoint_files import rewrite
 from PIL import Image
 from safetensors.torch import load_file
 
-from hsivi_fast import cli, load_config, sample
+from hsivi_fast import cli, load_config, ops, sample
 from hsivi_fast.metrics.table import format_table
 from hsivi_fast.parallel import machine
 from hsivi_fast.parallel.interrupt import StopRequest
@@ -215,6 +216,18 @@ def _allocates_too_much_of_a_gpu():
     )
 
 
+def _has_no_memory_in_a_recording():
+    """What ends the recording of a graph hides why."""
+    try:
+        _allocates_too_much_of_a_gpu()
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def _has_no_memory_in_a_library():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def _has_no_memory():
     raise MemoryError
 
@@ -228,6 +241,8 @@ def _has_no_thread():
     [
         (_allocates_too_much, "out of memory (for 4503599627370496 bytes more); batch: 3; use a smaller one"),
         (_allocates_too_much_of_a_gpu, "out of memory (for 20.00 GiB more); batch: 3; use a smaller one"),
+        (_has_no_memory_in_a_recording, "out of memory (for 20.00 GiB more); batch: 3; use a smaller one"),
+        (_has_no_memory_in_a_library, "out of memory; batch: 3; use a smaller one"),
         (_has_no_memory, "out of memory; batch: 3; use a smaller one"),
         (_has_no_thread, "out of memory; batch: 3; use a smaller one"),
     ],
@@ -241,6 +256,30 @@ def test_too_little_memory_names_the_batch(fault, said, monkeypatch, capfd):
     monkeypatch.setattr(cli.hsivi, "main", lambda *given, **more: fault())
     code, lines = hsivi(capfd, "train", "smoke")
     assert code == 2 and len(lines) == 1 and lines[0].startswith("hsivi: out of memory")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["precision=bf16"], "precision: 'bf16' needs a GPU of compute capability 8.0 or newer, this one has 7.5"),
+        (["precision=tf32"], "precision: 'tf32' needs a GPU of compute capability 8.0 or newer, this one has 7.5"),
+        (["backend=triton"], "backend: 'triton' cannot run, the GPU has compute capability 7.5 and the kernels are"),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_told(settings, message, tmp_path, monkeypatch, capfd):
+    """Before anything lies on it. By then it is the current one: libraries ask for that, not where tensors lie."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(ops, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(ops, "_obstacle", ops._obstacle.__wrapped__)  # nothing of this machine is remembered
+    code, lines = hsivi(capfd, "train", "smoke", "device=cuda:1", "--outdir", tmp_path / "run", *settings)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"hsivi: {message}")
+    assert "; choose " in lines[0] and not (tmp_path / "run").exists()
+    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_a_hangup_is_a_wish_to_stop_unless_it_is_ignored():

@@ -3,8 +3,10 @@
 What needs a CUDA graph runs here on recorded operators (operator_recording.py), and for real where there is a GPU.
 """
 
+import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +69,14 @@ def _state(*engines):
 
 @pytest.mark.parametrize("device, recording", RECORDED)
 @pytest.mark.parametrize(
-    "settings", [[], ["rollout.redraw=2", "gamma.per_step=true"], ["rollout.mode=fresh"], ["precision=bf16"]]
+    "settings",
+    [
+        [],
+        ["rollout.redraw=2", "gamma.per_step=true"],
+        ["rollout.mode=fresh"],
+        ["precision=bf16"],
+        pytest.param(["backend=torch"], marks=pytest.mark.gpu),  # a CPU's in all others
+    ],
 )
 def test_recorded_training_is_the_eager_one(device, recording, settings):
     """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that
@@ -142,21 +151,25 @@ def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording, 
 
 
 def recorded_and_eager_on_ranks(settings):
-    """(losses recorded, losses eager, calls recorded) on one of several ranks."""
+    """(losses recorded, losses eager, calls recorded, whether weights are row-major) on one of several ranks."""
     world = connect(load_config("smoke", [*SMOKE, "device=cpu", *settings]))
     execution = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
     expected = _iterate(15, *_training(EAGER, "cpu", settings, world))
-    return _iterate(15, *_training(execution, "cpu", settings, world)).tolist(), expected.tolist(), execution.recorded
+    training = _training(execution, "cpu", settings, world)
+    losses = _iterate(15, *training).tolist()
+    row_major = all(parameter.is_contiguous() for parameter in training[0].parameters)
+    return losses, expected.tolist(), execution.recorded, row_major
 
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_with_deepspeed_the_rollout_and_the_pull_back_are_recorded(zero):
     """Its own steps decide on the host, so they are not; its parameters stay where they are in memory, so what is
-    recorded sees them.
+    recorded sees them. Where it cuts them into pieces they stay row-major, under `channels_last` too.
     """
-    for recorded, eager, calls in run_ranks(recorded_and_eager_on_ranks, 2, [f"distributed.zero={zero}"]):
+    settings = [f"distributed.zero={zero}", "channels_last=true"]
+    for recorded, eager, calls, row_major in run_ranks(recorded_and_eager_on_ranks, 2, settings):
         torch.testing.assert_close(torch.tensor(recorded), torch.tensor(eager), rtol=5e-4, atol=1e-5)
-        assert calls == 2
+        assert calls == 2 and row_major == (zero > 0)
 
 
 @pytest.mark.parametrize("device, recording", RECORDED)
@@ -195,6 +208,61 @@ def test_a_recorded_call_keeps_to_its_arguments():
     for wrong in ((torch.zeros(4), None), (torch.zeros(3), torch.ones(3)), (torch.zeros(3, dtype=torch.float64), None)):
         with pytest.raises(ValueError, match="cuda_graphs: recorded for"):
             call(*wrong)
+
+
+class RunAgain:
+    """The methods of `CudaRecording`, for functions of one result: a replay runs the function again."""
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, function):
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self):
+        self.result.copy_(self.function())
+
+
+def test_a_call_works_on_the_same_memory_from_the_first_time_on():
+    """Triton compiles a kernel for tensors that begin at a multiple of 16 bytes, and another for those that do not. So
+    no other alignment may first be met in the recording.
+    """
+    places = []
+
+    def function(x):
+        places.append(x.data_ptr())
+        return x + 1
+
+    call, memory = GraphedCall(function, RunAgain()), torch.arange(16.0)
+    for start in (1, 2, 3, 0, 3):
+        assert call(memory[start : start + 8]).tolist() == [start + 1.0 + n for n in range(8)]
+    assert len(set(places)) == 1 and places[0] % 16 == 0
+    assert memory.tolist() == list(range(16))
+    with pytest.raises(ValueError, match=r"recorded for \[8\] torch.float32, called with \[7\] torch.float32"):
+        call(memory[:7])
+
+
+def test_results_are_not_changed_by_later_calls_from_the_first_on():
+    call = GraphedCall(lambda x: x, RunAgain())
+    results = [call(torch.full((2,), float(n))) for n in range(WARM_UP + 3)]
+    assert [result.tolist() for result in results] == [[float(n)] * 2 for n in range(WARM_UP + 3)]
+
+
+def test_other_threads_may_use_the_device_during_a_recording(monkeypatch):
+    """NCCL's asks for its events all the time, which ends a recording of torch's default kind."""
+    asked = {}
+
+    @contextlib.contextmanager
+    def graph(graph, **options):
+        asked.update(options)
+        yield
+
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: "it")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    assert CudaRecording("cuda").record(lambda: 5) == 5
+    assert asked == {"stream": "it", "capture_error_mode": "thread_local"}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +347,25 @@ def test_channels_last_is_a_layout_and_nothing_else():
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_seconds_of_compiling_our_kernels_are_no_seconds_of_training(monkeypatch):
+    """Triton tells of every kernel. Inductor's are in its own count already."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    execution = Execution("cuda")
+    for module, microseconds in (("hsivi_fast.kernels.philox", 250_000), ("torch._inductor.abc", 7_000_000)):
+        kernel = SimpleNamespace(fn=SimpleNamespace(fn=SimpleNamespace(__module__=module)))
+        triton.knobs.compilation.listener(
+            src=kernel, metadata={}, metadata_group={}, times=SimpleNamespace(total=microseconds), cache_hit=False
+        )
+    assert execution.seconds == pytest.approx(0.25) and Execution("cuda").seconds == 0
+
+
+def test_the_calls_before_a_call_is_at_its_speed():
+    """On a GPU the first one sets libraries up, and with graphs the first ones run eagerly, then one is recorded."""
+    graphs = Execution("cpu", cuda_graphs=True, recording=OperatorRecording)
+    assert (EAGER.warm_up_calls, Execution("cuda").warm_up_calls, graphs.warm_up_calls) == (0, 1, WARM_UP + 1)
+
+
 def test_what_cannot_run_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="cuda_graphs: true needs a CUDA device, the device is cpu"):
         Execution("cpu", cuda_graphs=True)
@@ -300,10 +387,11 @@ def test_a_compiled_run_trains_and_says_what_compiling_took(no_report, tmp_path)
 
 
 @pytest.mark.gpu
-def test_no_step_between_log_steps_makes_the_host_wait():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_step_between_log_steps_makes_the_host_wait(backend):
     """Torch raises at every synchronising call; a cycle after the first, with and without graphs."""
     for execution in (EAGER, Execution("cuda", cuda_graphs=True)):
-        training = _training(execution, "cuda")
+        training = _training(execution, "cuda", [f"backend={backend}"])
         _iterate(15, *training)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -273,18 +273,19 @@ def measure_row(name, sampler, metric, num_samples, seed_sets, world, on_batch=N
 class _Drawing:
     """Draws this rank's share of samples in batches of the metric's size.
 
-    `seconds` adds up what the sampler took, without compiling and recording.
+    `seconds` adds up what the sampler took, without compiling, recording, and the calls before it is at its speed.
     """
 
     def __init__(self, sampler, metric, world, on_batch, files):
         self.sampler, self.metric, self.world, self.on_batch, self.files = sampler, metric, world, on_batch, files
-        self.seconds = 0.0
+        self.seconds, self.is_warm = 0.0, False
 
     def batches(self, seeds):
         """Samples [N, *event] of this rank's share of the seeds; uint8 where they are written to files too."""
         share, counted = self.world.share(seeds), self.world.counted(len(seeds))
         for start in range(0, len(share), self.metric.batch_size):
             chunk = share[start : start + self.metric.batch_size]
+            self._warm_up(chunk)
             samples = self._timed(chunk)
             if self.files:
                 samples = self.metric.rounded_samples(samples)
@@ -293,11 +294,18 @@ class _Drawing:
                 self.files.add(chunk[:written], samples[:written])
             yield samples
 
+    def _warm_up(self, seeds):
+        """Draw the first batch as often as nobody should time; the samples are the same."""
+        for _ in range(0 if self.is_warm else self.sampler.execution.warm_up_calls):
+            self.sampler(seeds, self.metric.batch_size)
+            self.world.mark_detail("warming up")
+        self.is_warm = True
+
     def _timed(self, seeds):
         began, prepared = time.perf_counter(), self.sampler.execution.seconds
         samples = self.sampler(seeds, self.metric.batch_size, self.on_batch)
         if samples.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(samples.device)
         self.seconds += time.perf_counter() - began - (self.sampler.execution.seconds - prepared)
         return samples
 

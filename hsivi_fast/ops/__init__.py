@@ -39,6 +39,7 @@ __all__ = [
     "integers",
     "integers_below",
     "integers_of_seeds",
+    "old_capability",
     "triton_is_interpreted",
 ]
 
@@ -103,11 +104,19 @@ def _obstacle(device):
     if device.type != "cuda":
         needed = "Triton needs a CUDA device, or TRITON_INTERPRET=1 in the environment for a slow check"
         return f"the device is {device} and {needed}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        found, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
-        return f"the GPU has compute capability {found} and the kernels are made for {oldest} and newer"
+    if old := old_capability(device):
+        return f"the GPU has compute capability {old[0]} and the kernels are made for {old[1]} and newer"
     return None
+
+
+def old_capability(device):
+    """("7.5", "8.0"): a GPU's compute capability and the oldest that kernels and bfloat16 need, where it is older.
+
+    None for a newer GPU, and for a CPU.
+    """
+    if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= OLDEST_CAPABILITY:
+        return None
+    return tuple(".".join(map(str, version)) for version in (found, OLDEST_CAPABILITY))
 
 
 def _triton_is_installed():

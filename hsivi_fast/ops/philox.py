@@ -92,8 +92,9 @@ def _words(seeds, stream, groups, draw):
 
 def _column(number, seeds):
     """An int or [B] as int64 [B, 1] beside seeds [B, 1]."""
-    number = torch.as_tensor(number, dtype=torch.int64, device=seeds.device)
-    return number.reshape(-1, 1).expand(len(seeds), 1)
+    if not isinstance(number, torch.Tensor):
+        return torch.full_like(seeds, number)  # filled on the device, as in `integers`
+    return number.to(torch.int64).reshape(-1, 1).expand(len(seeds), 1)
 
 
 def _box_muller(word0, word1):

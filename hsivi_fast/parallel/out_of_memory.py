@@ -9,17 +9,22 @@ _OUT_OF_MEMORY = (
     "Cannot allocate memory",
     "failed to map segment",
     "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
     "can't start new thread",
 )
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory, of the machine or of a GPU, was not enough."""
+    """Whether an exception says that memory, of the machine or of a GPU, was not enough.
+
+    Or the one before it, which it hides: a graph whose recording has failed so can only say that it has.
+    """
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, (RuntimeError, OSError, ImportError)) and any(
-        text in str(error) for text in _OUT_OF_MEMORY
-    )
+    if isinstance(error, (RuntimeError, OSError, ImportError)) and any(text in str(error) for text in _OUT_OF_MEMORY):
+        return True
+    return isinstance(error, RuntimeError) and error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 @contextlib.contextmanager
@@ -33,6 +38,6 @@ def memory_advice(advice):
     except Exception as error:
         if not is_out_of_memory(error) or str(error).startswith("out of memory"):  # the latter has its advice
             raise
-        asked = re.search(r"[Tt]ried to allocate (\d+ bytes|[\d.]+ \w+)", str(error))
+        asked = re.search(r"[Tt]ried to allocate (\d+ bytes|[\d.]+ \w+)", f"{error} {error.__context__}")
         asked = f" (for {asked[1]} more)" if asked else ""
         raise MemoryError(f"out of memory{asked}; {advice}") from None

@@ -30,12 +30,15 @@ SMALLEST_CPU_BATCH = 16
 class Batches:
     """Cuts seeds into batches of a size that `execution` can take.
 
-    Where shapes are fixed all batches have one size. On a CPU none is smaller than `SMALLEST_CPU_BATCH`.
+    Where shapes are fixed all batches have one size. On a CPU none is smaller than `SMALLEST_CPU_BATCH`. A GPU's
+    libraries choose their kernels by the batch: there none is smaller than the largest before it, so that the last
+    images of many are computed as the first.
     """
 
     def __init__(self, execution, class_labels):
         self.execution, self.class_labels = execution, class_labels
         self.fixed_size = None  # of the batch that was compiled or recorded
+        self.largest = 1  # on a GPU
 
     def __call__(self, draw, seeds, device, batch_size, on_batch=None, labels=None):
         """draw(seeds [B] int64, labels [B] or None) -> samples [B, *event], of all seeds: see `Sampler.__call__`."""
@@ -43,7 +46,11 @@ class Batches:
         seeds = sliceable(seeds)
         if labels is not None:
             labels = check_labels(labels, len(seeds), self.class_labels.classes)
-        smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
+        if device.type == "cpu":
+            smallest = SMALLEST_CPU_BATCH
+        else:
+            self.largest = max(self.largest, min(batch_size, len(seeds)))
+            smallest = min(self.largest, batch_size)
         if self.execution.fixed_shapes:
             self.fixed_size = self.fixed_size or max(smallest, min(batch_size, len(seeds)))
             batch_size = smallest = self.fixed_size
@@ -133,7 +140,8 @@ class Sampler:
         """Draw one sample a seed: seeds, a sequence of ints -> float32 [N, *event] on the network's device.
 
         labels: of a network with classes, one int for all samples or one for each; by default each seed has its own.
-        A sample depends on its own seed and label alone, not on the batch that it is drawn in. `on_batch(n)` is called
+        A sample depends on its own seed and label alone, not on the batch that it is drawn in; on a GPU another batch
+        may round otherwise. `on_batch(n)` is called
         after every batch with the number of samples in it. Raises ValueError for no seeds, a batch of none, and labels
         that do not fit.
         """
@@ -215,9 +223,9 @@ def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, labels=None
     changes: in the place of the run's keys, as backend="torch", compile=True or cuda_graphs=False.
 
     Returns uint8 [N, C, H, W] on the CPU; for a 2-D target float32 points [N, 2]. Image n of a seed is always the same
-    image, whatever the batch. Started once per process by a launcher, each rank draws its share and all have the
-    result. Raises ValueError for a path that holds no run, more images than the memory holds (`sample_in_batches`
-    streams them), and as `load_sampler`.
+    image, whatever the batch; on a GPU another batch may round otherwise. Started once per process by a launcher, each
+    rank draws its share and all have the result. Raises ValueError for a path that holds no run, more images than the
+    memory holds (`sample_in_batches` streams them), and as `load_sampler`.
     """
     batches = []
 

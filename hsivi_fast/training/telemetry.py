@@ -1,5 +1,6 @@
 """What a run ran on, and what it took."""
 
+import contextlib
 import platform
 import subprocess
 import threading
@@ -15,14 +16,9 @@ def describe_environment(context):
     """Versions, device, commit, the backend that runs, precision and processes, as environment.json holds them."""
     config, world, device, backend = context.config, context.world, context.device, context.backend
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version()}
-    for package in ("hsivi_fast", "torch", "triton", "numpy", "deepspeed", "torch-fidelity"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = ("hsivi_fast", "torch", "triton", "numpy", "deepspeed", "torch-fidelity")
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **package_versions(packages)},
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
@@ -36,6 +32,15 @@ def describe_environment(context):
     }
 
 
+def package_versions(packages):
+    """{name: version, or None for a package that is not installed}, as this one where it is a plain folder."""
+    versions = dict.fromkeys(packages)
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def _pynvml():
     """NVIDIA's package; None where it is not installed, and so no GPU can be asked."""
     try:
@@ -47,15 +52,50 @@ def _pynvml():
 
 def _nvml_handle(device):
     """NVML's handle of a CUDA device; None where there is no such device, driver or package."""
+    return _handle_or_problem(device)[0]
+
+
+def nvml_problem(device):
+    """Why the driver of a CUDA device cannot be asked, in a few words; None where it can."""
+    return _handle_or_problem(device)[1]
+
+
+def _handle_or_problem(device):
     pynvml = _pynvml() if device.type == "cuda" else None
     if pynvml is None:
-        return None
+        return None, "the package nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
         # By its UUID: CUDA_VISIBLE_DEVICES renumbers the devices of a process, and NVML does not know.
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except (AttributeError, pynvml.NVMLError):
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}"), None
+    except (AttributeError, pynvml.NVMLError) as error:
+        return None, f"the driver does not answer ({error})"
+
+
+def gpu_clocks(device):
+    """A GPU's clocks at this moment, its highest ones, and its power limit, as the driver tells them.
+
+    {"sm_mhz", "memory_mhz", "sm_mhz_at_most", "memory_mhz_at_most", "power_limit_watts"}, each None where the driver
+    does not tell it; None for a CPU, and where no driver can be asked.
+    """
+    handle, pynvml = _nvml_handle(device), _pynvml()
+    if handle is None:
         return None
+
+    def told(name, *arguments):
+        try:
+            return getattr(pynvml, name)(handle, *arguments)
+        except pynvml.NVMLError:
+            return None
+
+    milliwatts = told("nvmlDeviceGetPowerManagementLimit")
+    return {
+        "sm_mhz": told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+        "memory_mhz": told("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+        "sm_mhz_at_most": told("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM),
+        "memory_mhz_at_most": told("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_MEM),
+        "power_limit_watts": None if milliwatts is None else milliwatts / 1e3,
+    }
 
 
 class EnergyMeter:

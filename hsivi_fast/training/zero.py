@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         # The network's own parameters (log_gamma) are used outside of its call.
         outside = list(network.parameters(recurse=False))
         largest_outside = max((parameter.numel() for parameter in outside), default=0)
-        for parameter in parameters:  # row-major: the one layout of weights that DeepSpeed takes
+        for parameter in parameters:  # row-major, which DeepSpeed sends and flattens
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self.engine, self.optimizer, _, _ = _deepspeed().initialize(
             model=network,
@@ -68,6 +68,10 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, world.size, kept_whole=largest_outside),
         )
         self.network = self.engine.module
+        if (
+            self.stage == 0 and network.channels_last
+        ):  # the other stages keep views of flat pieces, which stay row-major
+            self.network.in_channels_last()
         self.parameters = list(self.network.parameters())
         if self.stage < 3:
             # DeepSpeed's timers. They start at every call of the module, of a rollout too, and torch.compile cannot

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_cases import TINY, committed
 
-from bench import ablation
+from bench import ablation, measure
 from bench.published import cycle_work
 
 
@@ -27,23 +27,46 @@ def test_every_technique_is_set_against_what_it_is_added_to(techniques):
         assert against in names[: index + 1]
 
 
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch):
+    """Of this machine, which a test need not measure."""
+    monkeypatch.setattr(measure, "product_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
+
+
+def _rows(study, rounds):
+    return list(ablation.rows_of(study, rounds, torch.device("cpu"), {}, "use fewer"))
+
+
 def test_techniques_of_training_are_timed_and_counted(monkeypatch):
-    monkeypatch.setattr(ablation, "TRAINING", _without_compiling(ablation.TRAINING))
-    rows = [row.record() for row in ablation.training_rows(TINY, 4, 3, 4, 2, torch.device("cpu"))]
-    by_name = {row["technique"]: row for row in rows}
+    monkeypatch.setattr(ablation.TrainingStudy, "techniques", _without_compiling(ablation.TRAINING))
+    study = ablation.TrainingStudy(TINY, 4, 3, 4, torch.device("cpu"))
+    by_name = {row.extras["technique"]: row.record() for row in _rows(study, 2)}
     fresh, pooled, redraw = (by_name[name] for name in ("two-stage gradient, fresh rollout", "pooled", "redraw 4"))
     assert {"published", "bf16", "channels_last", "channels_last in bf16"} <= by_name.keys()
-    assert redraw["ratio_against"] == pytest.approx(pooled["ours"] / redraw["ours"])
+    assert redraw["against"] == "pooled" and redraw["ratio_against"] > 0 and redraw["share_of_copy"] > 0
     assert by_name["bf16"]["counted_ratio"] == pooled["counted_ratio"]
     assert pooled["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / (3 * 6 / 4 + 4 * 3 + 7), rel=0.02)
     assert redraw["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / (3 * 2 / 4 + 4 * 3 + 7), rel=0.02)
     assert fresh["counted_ratio"] == 1
 
 
-def test_techniques_of_sampling_are_timed(monkeypatch):
-    monkeypatch.setattr(ablation, "SAMPLING", _without_compiling(ablation.SAMPLING))
-    rows = [row.record() for row in ablation.sampling_rows(TINY, 16, 3, 2, torch.device("cpu"))]
-    assert [row["technique"] for row in rows][:2] == ["published", "eager fp32"]
-    assert all(row["counted_ratio"] == 1 for row in rows)
+def test_techniques_of_sampling_are_timed_and_one_that_fails_ends_no_other(monkeypatch):
+    """What would be added to it is set against the published side alone."""
+    monkeypatch.setattr(ablation.SamplingStudy, "techniques", _without_compiling(ablation.SAMPLING))
+    study = ablation.SamplingStudy(TINY, 16, 3, torch.device("cpu"))
+    checked = ablation.OurSampling.check
+
+    def check(ours, images, batch, expected):
+        wrong = ours.config.precision == "bf16" and not ours.config.channels_last
+        return (0.5, False) if wrong else checked(ours, images, batch, expected)
+
+    monkeypatch.setattr(ablation.OurSampling, "check", check)
+    rows = _rows(study, 2)
+    good = {row.extras["technique"]: row.record() for row in rows if row.failed is None}
+    assert list(good) == ["published", "eager fp32", "channels_last", "channels_last in bf16"]
+    assert [row.failed for row in rows if row.failed] == ["images differ by 5.00e-01 of the largest value"]
+    assert all(row["counted_ratio"] == 1 for row in good.values())
+    assert good["channels_last"]["against"] == "eager fp32" and good["channels_last in bf16"]["against"] is None
     settings = {"network", "batch", "images", "nfe", "f_learning_times"}  # which the script adds
-    assert rows[0].keys() | settings == committed("ablation_cpu")[0].keys()
+    assert good["published"].keys() | settings == committed("ablation_cpu")[0].keys()

@@ -181,9 +181,10 @@ def test_the_headline_of_the_readme_has_the_figures_of_the_results():
 
 
 def test_every_file_that_the_jobs_of_a_machine_write_can_be_printed():
-    for name, module, _ in [*run_all.gpu_jobs("h100"), *run_all.cpu_jobs("cpu")]:
-        rows = committed(f"{module}_cpu")
-        assert report.table(name, rows).count("\n") == 2 + len(rows)
+    for job in [*run_all.gpu_jobs("h100"), *run_all.cpu_jobs("cpu")]:
+        if job.module != "pytest":
+            rows = committed(f"{job.module}_cpu")
+            assert report.table(job.name, rows).count("\n") == 2 + len(rows)
     on_a_gpu = [{**row, "share_of_copy": 0.91, "gigabytes_per_second": 3000.4} for row in committed("ops_cpu")]
     assert report.table("ops_h100", on_a_gpu).splitlines()[2].endswith("| 3950 | 3000 | 91% |")
 

@@ -1,6 +1,8 @@
 """What the benchmarks share counts, orders and writes what it says."""
 
+import dataclasses
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,9 @@ from bench import measure
 from bench.measure import Row, read_records, use_modes_of, use_torch_defaults, write_rows
 from bench.tables import Column, filled, markdown_table, table_names, text_table
 from bench.train_step import bench_config, small_teacher
+from hsivi_fast import ops
 from hsivi_fast.build import build_context
+from hsivi_fast.execution import Execution
 from hsivi_fast.parallel.world import ALONE
 from hsivi_fast.training import telemetry
 
@@ -35,7 +39,52 @@ def test_calls_and_memory_are_counted():
         del first, second
         return torch.empty(500_000)
 
-    assert measure.peak_bytes(function, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+    calls = []
+    functions = [function, lambda: calls.append(1)]
+    assert measure.warmed_up(functions, 3, torch.device("cpu")) == pytest.approx(8e6, rel=0.01) and len(calls) == 4
+
+
+class FakeCuda:
+    """What is asked of torch.cuda around the calls of a side whose recorded graph keeps 5 MB for itself."""
+
+    def __init__(self, monkeypatch):
+        self.reserved = self.most = 2_000_000
+        for name, function in {
+            "synchronize": lambda device: None,
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda device: self.reserved,
+            "max_memory_reserved": lambda device: self.most,
+            "reset_peak_memory_stats": lambda device: setattr(self, "most", self.reserved),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def take(self, size):
+        self.reserved += size
+        self.most = max(self.most, self.reserved)
+
+
+def test_memory_of_a_recorded_graph_is_seen(monkeypatch):
+    """Its blocks are free to nobody else, and no count of tensors has them."""
+    cuda, calls = FakeCuda(monkeypatch), []
+
+    def recorded_at_the_fourth():
+        calls.append(1)
+        if len(calls) == 4:
+            cuda.take(5_000_000)
+
+    assert measure.warmed_up([recorded_at_the_fourth], 4, SimpleNamespace(type="cuda")) == 5_000_000
+
+
+def test_on_a_gpu_a_side_s_turn_begins_with_a_call_that_is_not_timed(monkeypatch):
+    """The published update before it has emptied the allocator's cache."""
+    FakeCuda(monkeypatch)
+    calls = []
+    sides = {"ours": (lambda: calls.append("o"), 2), "published": (lambda: calls.append("p"), 1)}
+    seconds = measure.timed_rounds(sides, SimpleNamespace(type="cuda"), 2)
+    assert "".join(calls) == "ooopp" * 2 and [len(values) for values in seconds.values()] == [4, 2]
+    calls.clear()
+    measure.timed_rounds(sides, torch.device("cpu"), 1)
+    assert "".join(calls) == "oop"
 
 
 def test_attention_is_counted_whichever_kernel_runs_it():
@@ -72,6 +121,17 @@ def test_a_side_gets_the_modes_of_its_context_back():
     assert modes() != built
     use_modes_of(context)
     assert modes() == built
+    measure.use_full_float32()
+    assert modes() == ("highest", False) and ops._chosen == "torch"  # what others are checked against
+
+
+def test_rates_are_shares_of_what_is_measured_in_the_same_process(monkeypatch):
+    context = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(precision="fp32"))
+    monkeypatch.setattr(measure, "product_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 4e9)
+    rates = measure.rates(3e9, 2e9, 6.0, context)
+    assert rates["utilisation"] == 0.5 and rates["share_of_copy"] == pytest.approx(1 / 12) and rates["clocks"] is None
+    assert (rates["ours_bytes"], rates["copy_bytes_per_second"], rates["product_flops_per_second"]) == (2e9, 4e9, 1e9)
 
 
 def test_energy_is_the_driver_s_counter(monkeypatch):
@@ -106,6 +166,15 @@ def test_a_cpu_is_named_with_its_threads_and_what_it_has_for_bfloat16(monkeypatc
     assert measure.describe(cpu).keys() == {"commit", "device", "versions"}
 
 
+def test_a_package_that_is_a_plain_folder_has_no_version(monkeypatch):
+    def version(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = measure.describe(torch.device("cpu"))["versions"]
+    assert versions.pop("python") and versions == {"torch": None, "triton": None, "hsivi_fast": None}
+
+
 FACTS = {"commit": "abc", "device": "a CPU", "versions": {"torch": "2"}}
 TIMED = Row("one", ours=2.0, published=6.0, ratio=3.0, unit="s", extras={"batch": 4}, **FACTS)
 
@@ -138,7 +207,42 @@ def test_every_case_is_written_as_soon_as_it_is_there(tmp_path):
         seen.append(file.read_text().count("\n") if file.exists() else 0)
         return TIMED
 
-    assert measure.run_cases("abc", measure_case, file) == [TIMED] * 3 and seen == [0, 1, 2]
+    assert measure.run_cases("abc", measure_case, file, FACTS, "") == [TIMED] * 3 and seen == [0, 1, 2]
+
+
+def test_a_case_that_fails_is_a_row_and_ends_no_other(tmp_path, capsys):
+    faults = {
+        "check": AssertionError("off by 3"),
+        "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB"),
+        "compiler": RuntimeError("PTXAS error:\nInternal"),
+    }
+
+    def measure_case(name):
+        if name in faults:
+            raise faults[name]
+        return TIMED
+
+    file = tmp_path / "rows.jsonl"
+    rows = measure.run_cases([*faults, "good"], measure_case, file, FACTS, "--batch 512; use a smaller")
+    assert [row.failed for row in rows] == [
+        "off by 3",
+        "out of memory (for 20.00 GiB more); --batch 512; use a smaller",
+        "RuntimeError: PTXAS error: Internal",
+        None,
+    ]
+    assert read_records(file)[1] == {"case": "memory", "failed": rows[1].failed, **FACTS}
+    assert "Traceback" in capsys.readouterr().err  # of the compiler, which a line does not explain
+    with pytest.raises(ValueError, match="needs a CUDA device"):  # what was asked for cannot be
+        measure.run_cases("a", lambda name: Execution("cpu", cuda_graphs=True), None, FACTS, "")
+
+
+def test_the_row_that_compares_like_with_like_is_named(capsys):
+    """On a GPU PyTorch's own float32 has TF32 in convolutions, and so has the published side there."""
+    rows = [dataclasses.replace(TIMED, case=f"cycle_{mode}") for mode in ("bf16", "fp32", "tf32_redraw4")]
+    for kind, case in (("cpu", "cycle_fp32"), ("cuda", "cycle_tf32_redraw4")):
+        measure.print_headline(rows, SimpleNamespace(type=kind))
+        mode = case.split("_")[1]
+        assert capsys.readouterr().out == f"like with like, {mode} on both sides: {case}, x3.00\n"
 
 
 def test_a_failed_row_is_named_and_is_the_exit_code(capsys):

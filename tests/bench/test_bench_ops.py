@@ -31,8 +31,14 @@ def test_an_operation_whose_check_fails_is_not_timed():
     case = next(bench_ops.method_cases(torch.device("cpu"), (2, 4, 4), 3, torch.float32, True))
     wrong = case.ours
     bad = dataclasses.replace(case, check=bench_ops._check(lambda: wrong() + 1e-2, lambda: wrong().double()))
-    row = bench_ops.measure(bad, torch.device("cpu"), None, {}).record()
-    assert "off by" in row["failed"] and "ours" not in row
+    with pytest.raises(AssertionError, match="off by"):
+        bench_ops.measure(bad, torch.device("cpu"), None, {})
+
+
+def test_the_selection_has_all_kinds_and_is_short():
+    names = [case.name for case in bench_ops.selected_cases(torch.device("cpu"))]
+    kinds = ["draw_noise", *["affine_noise_step", "denoising", "fisher", "group_norm_silu forward+backward"] * 3]
+    assert len(names) == len(set(names)) == 21 and all(sum(kind in name for name in names) for kind in kinds)
 
 
 def test_the_cases_and_the_traffic_are_those_of_the_committed_rows():

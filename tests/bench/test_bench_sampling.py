@@ -15,7 +15,7 @@ def test_sampling_is_checked_counted_and_timed(case, monkeypatch):
     assert row["counted_ratio"] == pytest.approx(1, abs=1e-9)
     assert row["ratio"] == pytest.approx(row["published"] / row["ours"])
     assert row["difference"] < (1e-5 if "fp32" in case else 0.1)
-    assert row.keys() == committed("sampling_cpu")[0].keys()
+    assert row.keys() >= committed("sampling_cpu")[0].keys() and row["share_of_copy"] > 0
     monkeypatch.setitem(sampling.EQUAL, "bf16" if "bf16" in case else "fp32", -1.0)
     failed = sampling.measure(case, TINY, images=16, nfe=3, rounds=2, facts={}).record()
     assert "images differ" in failed["failed"]

@@ -1,5 +1,7 @@
 """Statistics and distances against numpy and torch-fidelity's own route, memory, saved images, and what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +122,7 @@ def test_a_row_measures_each_set_of_seeds():
         execution = EAGER
         nfe, seen = 3, []
 
-        def __call__(self, seeds, batch_size, on_batch):
+        def __call__(self, seeds, batch_size, on_batch=None):
             self.seen.append(seeds)
             return torch.full((len(seeds), 2), float(len(self.seen)))
 
@@ -140,6 +142,11 @@ def test_a_row_measures_each_set_of_seeds():
     assert dropped["nfe"] == 4 and dropped["evaluations"] == 3 and "evaluations" not in row
     assert "4 (3 distinct)" in format_table([dropped]) and dropped["frechet_std"] is None
     sampler.seen.clear()
+    sampler.execution = SimpleNamespace(seconds=0.0, warm_up_calls=2)  # of each row
+    measure_row("ddim", sampler, Mean(), 4, 2, ALONE)
+    assert sampler.seen == [range(0, 4)] * 3 + [range(4, 8)]
+    sampler.seen.clear()
+    sampler.execution = EAGER
     measure_row("best", sampler, Mean(), 4, 2, ALONE, first_set=1)
     assert sampler.seen == [range(4, 8), range(8, 12)]
 

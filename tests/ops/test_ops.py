@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
 
 from hsivi_fast import ops
+from hsivi_fast.ops import philox, reference
 
 B, LAYERS, EVENT = 5, 3, (2, 3, 4)
 SIZE = 24
@@ -204,3 +206,26 @@ def test_what_cannot_be_normalised_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.group_norm_silu(**arguments)
+
+
+def test_the_torch_backend_makes_no_host_wait():
+    """On a GPU a number that is copied there would, and under capture it is an error: numbers are filled in there."""
+    shapes = {name: value.shape for name, value in _inputs((LAYERS, SIZE)).items()}
+    with pretended_gpu():
+        x, e, a, b, s, log_gamma = (
+            torch.empty(*shapes[name], device="cuda") for name in ("x", "e", "a", "b", "s", "log_gamma")
+        )
+        seeds, stream = (torch.empty(B, dtype=torch.int64, device="cuda") for _ in range(2))
+        for draw in (None, stream):
+            noise = (log_gamma, seeds, stream, draw)
+            reference.affine_noise_step(x, e, a, b, s, *noise)
+            reference.affine_noise_step_backward(x, e, b, s, *noise)
+            reference.denoising_loss_and_grads(e, a, s, *noise)
+            reference.fisher_loss_and_grads(x, e, a, s, *noise)
+        assert reference.draw_noise(seeds, 2, EVENT, 1).shape == (B, *EVENT)
+        assert philox.integers_below(5, 1, 2, 3, 4, "cuda").is_cuda and philox.integers_of_seeds(seeds, 10).is_cuda
+
+
+def test_what_would_make_the_host_wait_is_seen():
+    with pretended_gpu(), pytest.raises(AssertionError, match="joins host and device"):
+        torch.as_tensor(0, device="cuda")

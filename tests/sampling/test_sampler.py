@@ -5,10 +5,12 @@ import torch
 from contexts import context_with_teacher
 
 from hsivi_fast import load_config, sample
+from hsivi_fast.build import build_context
 from hsivi_fast.data import to_uint8
+from hsivi_fast.execution import EAGER
 from hsivi_fast.metrics.features import feature_extractor
 from hsivi_fast.parallel.world import ALONE
-from hsivi_fast.sampling.sampler import ddim_sampler, load_sampler
+from hsivi_fast.sampling.sampler import NO_CLASSES, Batches, ddim_sampler, load_sampler
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,39 @@ def test_an_image_does_not_depend_on_its_batch(context, eta):
         levels = (to_uint8(other).int() - to_uint8(whole).int()).abs()
         assert int(levels.max()) <= 1 and float((levels > 0).float().mean()) <= 1e-4
     assert float((sampler([40], batch_size=1)[0] - whole[40]).abs().max()) <= 1e-5
+
+
+def test_the_last_batch_of_many_is_as_large_as_the_others_on_a_gpu():
+    """Its libraries choose their kernels by the batch. A batch of its own choice costs a caller nothing more."""
+    batches, drawn, gpu = Batches(EAGER, NO_CLASSES), [], torch.device("meta")  # any device but a CPU
+
+    def draw(seeds, labels):
+        drawn.append(len(seeds))
+        return seeds
+
+    for count, batch_size, expected in (
+        (4, 250, [4]),
+        (600, 250, [250, 250, 250]),
+        (100, 250, [250]),  # as a command hands on what is left
+        (3, 2, [2, 2]),
+        (1, 1, [1]),
+    ):
+        drawn.clear()
+        assert batches(draw, range(count), gpu, batch_size).shape == (count,) and drawn == expected
+
+
+@pytest.mark.gpu
+def test_an_image_on_a_gpu_depends_on_its_batch_by_rounding_alone():
+    """In one batch size its place is of no matter. Another one may be computed by other kernels: in float32 that is
+    rounding, which the way down amplifies about 25-fold.
+    """
+    config = load_config("digits", ["device=cuda"])
+    sampler = ddim_sampler(build_context(config, ALONE, teacher=True), 5, 0.6)
+    whole = sampler(range(64), batch_size=64)
+    assert torch.equal(sampler(range(63, -1, -1), batch_size=64).flip(0), whole)
+    for batch_size in (1, 7):
+        other = ddim_sampler(build_context(config, ALONE, teacher=True), 5, 0.6)(range(64), batch_size=batch_size)
+        assert float((other - whole).abs().max()) <= 1e-4
 
 
 def test_more_ddim_steps_keep_a_seed_s_image(context):

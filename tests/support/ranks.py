@@ -30,13 +30,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_ranks(function, size, *arguments, timeout=180):
+def run_ranks(function, size, *arguments, timeout=180, on_gpus=False):
     """[function(*arguments) of each rank], called in processes with a launcher's environment.
 
     function: of a test module's top level; its result has to be picklable. AssertionError with the traceback of the
     first rank that failed, or with the exit code of one that ended without a result. Trainings draw no report.
+    on_gpus: in new processes, since CUDA does not go through a fork.
     """
-    processes, pipes = _start(size, lambda rank, pipe, environment: (_rank, (pipe, environment, function, arguments)))
+
+    def task(rank, pipe, environment):
+        return _rank, (pipe, environment, function, arguments)
+
+    processes, pipes = _start(size, task, on_gpus)
     results, deadline = [], time.monotonic() + timeout
     try:
         for rank, (process, pipe) in enumerate(zip(processes, pipes)):
@@ -80,12 +85,13 @@ def seconds_since_the_kill(output):
     return time.time() - float(line.split()[1])
 
 
-def _start(size, task):
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def _start(size, task, on_gpus=False):
+    context = multiprocessing.get_context("spawn") if on_gpus else CONTEXT
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpus else "cpu"
     CONTEXT.set_forkserver_preload(PRELOADED)
     port, processes, pipes = free_port(), [], []
     for rank in range(size):
-        mine, theirs = CONTEXT.Pipe(duplex=False)
+        mine, theirs = context.Pipe(duplex=False)
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -94,7 +100,7 @@ def _start(size, task):
             "MASTER_PORT": str(port),
         }
         target, arguments = task(rank, theirs, environment)
-        processes.append(CONTEXT.Process(target=target, args=arguments))
+        processes.append(context.Process(target=target, args=arguments))
         processes[-1].start()
         theirs.close()
         pipes.append(mine)

@@ -11,6 +11,11 @@ from hsivi_fast import load_config, ops, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
 from hsivi_fast.nets import build_unet
 
+# Relative, of losses; absolute, of parameters. A GPU's exp, square root and division are good to 1 or 2 units, and the
+# interpreter's are rounded once. Adam divides a gradient by its own size, so that where it is as small as these units
+# a parameter moves by another part of the rate, 4e-4.
+LOSSES, PARAMETERS = (1e-5, 5e-6) if KERNEL_DEVICE == "cpu" else (1e-4, 5e-5)
+
 
 @pytest.fixture(scope="module")
 def runs(no_report, tmp_path_factory):
@@ -26,11 +31,11 @@ def test_losses_and_parameters_end_within_rounding(runs):
     records = {backend: RunFolder(path).metrics() for backend, path in runs.items()}
     assert [record["step"] for record in records["triton"]] == [1, 2, 3, 4]
     for plain, fused in zip(records["torch"], records["triton"]):
-        assert fused["loss_score_net"] == pytest.approx(plain["loss_score_net"], rel=1e-5)
+        assert fused["loss_score_net"] == pytest.approx(plain["loss_score_net"], rel=LOSSES)
         if plain["step"] % 2:
             assert plain["loss_student"] is fused["loss_student"] is None
         else:
-            assert fused["loss_student"] == pytest.approx(plain["loss_student"], rel=1e-4)
+            assert fused["loss_student"] == pytest.approx(plain["loss_student"], rel=10 * LOSSES)
     for stem in ("student", "student_ema", "score_net", "score_net_ema"):
         plain, fused = (
             load_file(path / "checkpoints" / "step_4" / f"{stem}.safetensors")
@@ -38,7 +43,7 @@ def test_losses_and_parameters_end_within_rounding(runs):
         )
         assert plain.keys() == fused.keys()
         for name in plain:
-            torch.testing.assert_close(fused[name], plain[name], rtol=0, atol=5e-6)
+            torch.testing.assert_close(fused[name], plain[name], rtol=0, atol=PARAMETERS)
     start = load_file(load_config("smoke").teacher.checkpoint)
     moved = load_file(runs["triton"] / "checkpoints" / "step_4" / "student.safetensors")
     # Both student updates happened, a rate's length each.

@@ -78,6 +78,25 @@ def test_what_the_driver_does_not_tell_is_left_out(nvml):
     monitor.stop()
 
 
+def test_clocks_are_the_driver_s_and_what_it_does_not_tell_is_none(nvml, monkeypatch):
+    def refused(handle):
+        raise FakeNvml.NVMLError("not supported")
+
+    nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM = 1, 2
+    nvml.nvmlDeviceGetClockInfo = lambda handle, kind: 1000 * kind
+    nvml.nvmlDeviceGetMaxClockInfo = lambda handle, kind: 3000 * kind
+    nvml.nvmlDeviceGetPowerManagementLimit = refused
+    assert telemetry.gpu_clocks(torch.device("cuda", 0)) == {
+        **{"sm_mhz": 1000, "memory_mhz": 2000, "sm_mhz_at_most": 3000, "memory_mhz_at_most": 6000},
+        "power_limit_watts": None,
+    }
+    nvml.nvmlDeviceGetPowerManagementLimit = lambda handle: 700_000
+    assert telemetry.gpu_clocks(torch.device("cuda", 0))["power_limit_watts"] == 700
+    assert telemetry.gpu_clocks(torch.device("cpu")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert telemetry.gpu_clocks(torch.device("cuda", 0)) is None
+
+
 def test_without_a_gpu_or_its_package_there_is_no_thread_and_no_record(monkeypatch):
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         monkeypatch.setitem(sys.modules, "pynvml", None)
