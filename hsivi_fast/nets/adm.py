@@ -69,8 +69,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x).flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
-        q, k, v = qkv.reshape(batch, self.heads, 3 * channels // self.heads, height * width).chunk(3, dim=2)
-        h = pixel_attention(q, k, v).reshape(batch, channels, height * width)
+        qkv = qkv.reshape(batch, self.heads, 3, channels // self.heads, height * width).permute(2, 0, 1, 3, 4)
+        h = pixel_attention(qkv).reshape(batch, channels, height * width)
         return x + self.proj_out(h).reshape(batch, channels, height, width)
 
 

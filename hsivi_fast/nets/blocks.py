@@ -91,9 +91,16 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def pixel_attention(q, k, v):
-    """Scaled dot-product attention over N pixels; q, k, v are [B, heads, d, N] and so is the result."""
-    q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
+def pixel_attention(qkv):
+    """Scaled dot-product attention over N pixels: q, k and v as [3, B, heads, d, N] -> [B, heads, d, N].
+
+    The flash kernels want the d numbers of a pixel beside each other. In channels_last memory those of most networks
+    are; others are copied, once.
+    """
+    qkv = qkv.permute(0, 1, 4, 2, 3)  # [3, B, N, heads, d]
+    if qkv.stride(4) != 1:
+        qkv = qkv.contiguous()
+    q, k, v = qkv.transpose(2, 3)  # each [B, heads, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
 
 

@@ -58,8 +58,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
         qkv = self.project_in(self.norm(x)).flatten(2)  # [B, 3 C, H W]: q, k, v come first, then the heads
-        q, k, v = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).unbind(1)
-        return x + self.project_out(pixel_attention(q, k, v).reshape(batch, channels, height, width))
+        qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).transpose(0, 1)
+        return x + self.project_out(pixel_attention(qkv).reshape(batch, channels, height, width))
 
 
 class DDPMUNet(NoisePredictor):

@@ -103,8 +103,8 @@ class Block(nn.Module):
         if self.heads:
             batch, channels, height, width = h.shape
             qkv = self.qkv(self.norm2(h)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-            attended = pixel_attention(*qkv.unbind(3)).reshape(batch, channels, height, width)  # q, k, v alternate
-            h = (h + self.proj(attended)) * self.skip_scale
+            attended = pixel_attention(qkv.permute(3, 0, 1, 2, 4))  # q, k, v alternate, after the heads
+            h = (h + self.proj(attended.reshape(batch, channels, height, width))) * self.skip_scale
         return h
 
 
