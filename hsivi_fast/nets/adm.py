@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .blocks import (
+    ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
     check_halvings,
@@ -31,7 +32,7 @@ class ResidualBlock(nn.Module):
         self.in_layers = nn.ModuleDict(
             {
                 "0": GroupNorm(norm_groups, in_channels, eps=norm_eps),
-                "2": nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                "2": ConvBeforeNorm(in_channels, out_channels, 3, padding=1),
             }
         )
         self.emb_layers = nn.ModuleDict(
@@ -46,13 +47,15 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))  # [B, out_channels, H, W]
-        norm, of_time = self.out_layers["0"], self.emb_layers["1"](embedding)
+        h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)
+        conv, norm = self.in_layers["2"], self.out_layers["0"]
         if self.scale_shift:
             scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
-            h = norm(h, silu=True, scale=scale, shift=shift)
+            h, add = conv(h)  # [B, out_channels, H, W], [B, out_channels]
+            h = norm(h, silu=True, scale=scale, shift=shift, add=add)
         else:
-            h = norm(h, silu=True, add=of_time)
+            h, add = conv(h, of_time)
+            h = norm(h, silu=True, add=add)
         return self.out_layers["3"](h) + self.skip_connection(x)
 
 

@@ -1,6 +1,7 @@
 """Building blocks that the networks share.
 
-They are the networks' precision and memory layout, group normalisation, attention, timestep embeddings and upsampling.
+They are the networks' precision and memory layout, group normalisation and the convolution before it, attention,
+timestep embeddings and upsampling.
 """
 
 import math
@@ -89,6 +90,27 @@ class GroupNorm(nn.GroupNorm):
         return ops.group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add
         )
+
+
+class BeforeNorm:
+    """What makes a convolution leave its bias to the normalisation after it, which adds [B, D] anyway.
+
+    Most libraries of a GPU add a bias in a pass over the tensor of its own. A mixin for a module with `bias` and
+    `convolved(x, bias)`. The sum is made here, in a call of the module itself: ZeRO-3 has its parameters there alone.
+    """
+
+    def forward(self, x, add=None):
+        """(the convolution of x without its bias [B, D, H, W], add + bias [B, D]); add [B, D] or None for zeros."""
+        h = self.convolved(x, None)
+        bias = self.bias.to(h.dtype)
+        return h, bias.expand(len(h), -1) if add is None else add + bias
+
+
+class ConvBeforeNorm(BeforeNorm, nn.Conv2d):
+    """`nn.Conv2d` that leaves its bias to the normalisation after it."""
+
+    def convolved(self, x, bias):
+        return self._conv_forward(x, self.weight, bias)
 
 
 def pixel_attention(qkv):

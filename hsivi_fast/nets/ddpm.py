@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .blocks import (
+    ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
     check_halvings,
@@ -29,19 +30,21 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = ConvBeforeNorm(in_channels, out_channels, 3, padding=1)
         self.fc = nn.Linear(embed_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        h = self.conv1(self.norm1(x, silu=True))  # [B, out_channels, H, W]
+        h, of_time = self.norm1(x, silu=True), self.fc(embedding)
         if self.scale_shift:
-            scale, shift = self.fc(embedding).chunk(2, dim=1)  # each [B, out_channels]
-            h = self.norm2(h, silu=True, scale=scale, shift=shift)
+            scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
+            h, add = self.conv1(h)  # [B, out_channels, H, W], [B, out_channels]
+            h = self.norm2(h, silu=True, scale=scale, shift=shift, add=add)
         else:
-            h = self.norm2(h, silu=True, add=self.fc(embedding))
+            h, add = self.conv1(h, of_time)
+            h = self.norm2(h, silu=True, add=add)
         return self.conv2(h) + self.skip(x)
 
 
