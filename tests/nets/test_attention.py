@@ -5,24 +5,9 @@ The numbers themselves are held by the golden values of each family.
 
 import pytest
 import torch
-from golden_values import fill_by_name
+from small_networks import FAMILIES, small_network
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from hsivi_fast.nets import build_unet
-
-SMALL = {"image_channels": 3, "image_size": 8, "res_blocks": 1}
-FAMILIES = {
-    "ddpm": {**SMALL, "family": "ddpm", "channels": 32, "multipliers": (1, 2), "attention": (False, True)},
-    "adm": {**SMALL, "family": "adm", "channels": 32, "multipliers": (1, 2), "attention": (2,), "heads": 4},
-    "song": {**SMALL, "family": "song", "channels": 16, "multipliers": (1, 2), "attention": (4,)},
-    "dhariwal": {**SMALL, "family": "dhariwal", "channels": 64, "multipliers": (1, 2), "attention": (4,)},
-}
-FAMILIES["ddpm"]["head_channels"] = 16
-
-
-def _network(family):
-    return fill_by_name(build_unet(FAMILIES[family])).requires_grad_(False)
 
 
 def _called(network, device="cpu"):
@@ -39,9 +24,9 @@ def test_the_numbers_of_a_pixel_lie_beside_each_other(family, monkeypatch):
         return attend(*tensors)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    row_major = _called(_network(family))
+    row_major = _called(small_network(family))
     calls = len(seen)
-    channels_last = _called(_network(family).in_channels_last())
+    channels_last = _called(small_network(family).in_channels_last())
     assert calls > 1 and len(seen) == 2 * calls
     assert all(strides[-1] == 1 for call in seen for strides in call)
     assert (row_major - channels_last).norm() < 1e-5 * row_major.norm()
@@ -52,7 +37,7 @@ def test_the_numbers_of_a_pixel_lie_beside_each_other(family, monkeypatch):
 @pytest.mark.parametrize("layout", ["row_major", "channels_last"])
 def test_the_flash_kernel_takes_it(family, layout):
     """In bfloat16, which is what it is made for; any other kernel is forbidden here."""
-    network = _network(family)
+    network = small_network(family)
     expected = _called(network)
     network.precision = "bf16"
     if layout == "channels_last":
