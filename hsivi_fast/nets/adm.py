@@ -12,11 +12,11 @@ from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    UpsamplingConv,
     check_halvings,
     class_embedding,
     pixel_attention,
     timestep_frequencies,
-    upsample,
 )
 
 
@@ -167,7 +167,7 @@ class ADMUNet(NoisePredictor):
                 layers = stage(width + skips.pop(), channels * multiplier, factor, up_heads)
                 width = channels * multiplier
                 if level > 0 and index == res_blocks:
-                    layers.append(nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
+                    layers.append(nn.ModuleDict({"conv": UpsamplingConv(width)}))
                     factor //= 2
                 self.output_blocks.append(layers)
 
@@ -198,7 +198,7 @@ def _apply(layers, h, embedding):
         if isinstance(layer, nn.Conv2d):
             h = layer(h)
         elif isinstance(layer, nn.ModuleDict):
-            h = layer["op"](h) if "op" in layer else layer["conv"](upsample(h))  # half or double the resolution
+            h = layer["op" if "op" in layer else "conv"](h)  # half or double the resolution
         else:
             h = layer(h, embedding)
     return h

@@ -166,3 +166,16 @@ def timestep_frequencies(half, spread, device):
 def upsample(x):
     """Double the resolution of x [B, C, H, W] by repeating pixels."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class UpsamplingConv(nn.Conv2d):
+    """Repeated pixels and a 3x3 convolution: [B, channels, H, W] -> [B, channels, 2 H, 2 W].
+
+    A frozen call has both as one convolution, see `prepared.py`.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(upsample(x))

@@ -12,11 +12,11 @@ from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    UpsamplingConv,
     check_halvings,
     class_embedding,
     pixel_attention,
     timestep_frequencies,
-    upsample,
 )
 
 
@@ -158,9 +158,9 @@ class DDPMUNet(NoisePredictor):
                 return residual(in_channels, width)
             return nn.ModuleList([residual(in_channels, width), self_attention(width, norm_groups)])
 
-        def resample(width, stride, padding):
+        def resample(conv):
             """The convolution of a change of resolution; entry 0, padding or repetition, has no parameters."""
-            return nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=stride, padding=padding)})
+            return nn.ModuleDict({"1": conv})
 
         self.embed = nn.Sequential(
             nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
@@ -179,7 +179,7 @@ class DDPMUNet(NoisePredictor):
                 width = widths[level]
                 skips.append(width)
             if level < levels - 1:
-                layers.append(resample(width, stride=2, padding=down_padding))
+                layers.append(resample(nn.Conv2d(width, width, 3, stride=2, padding=down_padding)))
                 skips.append(width)
             self.downsamples[f"level_{level}"] = layers
 
@@ -197,7 +197,7 @@ class DDPMUNet(NoisePredictor):
                 layers.append(block(widths[level], width + skips.pop(), attention_up[level]))
                 width = widths[level]
             if level > 0:
-                layers.append(resample(width, stride=1, padding=1))
+                layers.append(resample(UpsamplingConv(width)))
             upsamples[f"level_{level}"] = layers
         self.upsamples = nn.ModuleDict({name: upsamples[name] for name in sorted(upsamples)})
 
@@ -233,7 +233,7 @@ class DDPMUNet(NoisePredictor):
         for name in reversed(self.upsamples.keys()):
             for layer in self.upsamples[name]:
                 if isinstance(layer, nn.ModuleDict):
-                    h = layer["1"](upsample(h))
+                    h = layer["1"](h)
                 else:
                     h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
 

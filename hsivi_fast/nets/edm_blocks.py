@@ -33,6 +33,11 @@ class ResamplingConv(nn.Module):
         # The network's description says it, so no file of ours does.
         self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum().square())[None, None], persistent=False)
 
+    @property
+    def repeats(self):
+        """Whether it doubles the resolution by repeating pixels."""
+        return self.change == "up" and self.is_box
+
     def forward(self, x):
         return self.convolved(x, self.bias) if self.kernel else self._filter(x, padding=self.margin)
 
@@ -40,6 +45,8 @@ class ResamplingConv(nn.Module):
         if self.filter_last:  # on the way down alone
             h = F.conv2d(x, self.weight, bias, padding=self.kernel // 2 + self.margin)
             return self._filter(h, padding=0)
+        if self.kernel == 1 and self.repeats:  # the same numbers, four of each
+            return upsample(F.conv2d(x, self.weight, bias))
         return F.conv2d(self._filter(x, padding=self.margin), self.weight, bias, padding=self.kernel // 2)
 
     def _filter(self, x, padding):

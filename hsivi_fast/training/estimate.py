@@ -182,7 +182,7 @@ def _is_small(config, batch_size, updates, device):
     ) + config.nfe * event_size * 4
     noise_scale = 6 * _noise_scale_size(config, event_size)
     paths = _path_bytes(config, event_size, 1) // 4
-    return 4 * (activations + 15 * parameters + pool + paths + noise_scale) < memory_of(device)
+    return 4 * (activations + 19 * parameters + pool + paths + noise_scale) < memory_of(device)
 
 
 def _surely_kept(config, activation_bytes):

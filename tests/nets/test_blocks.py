@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hsivi_fast.nets.blocks import ConvBeforeNorm, GroupNorm
+from hsivi_fast.nets.blocks import ConvBeforeNorm, GroupNorm, upsample
 from hsivi_fast.nets.edm_blocks import ResamplingConv, ResamplingConvBeforeNorm
 
 
@@ -39,3 +39,9 @@ def _value_and_gradients(function, module, x, add):
     y = function(*inputs, *[None] * (2 - len(inputs)))
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     return y, *torch.autograd.grad((weights * y.sin()).sum(), [*inputs, module.weight, module.bias])
+
+
+def test_one_by_one_before_the_repetition_is_one_by_one_after_it():
+    conv = ResamplingConv(5, 3, 1, "up", (1, 1)).double()
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), nn.functional.conv2d(upsample(x), conv.weight, conv.bias), rtol=1e-12, atol=0)

@@ -6,8 +6,10 @@ from small_networks import FAMILIES, small_network
 
 from hsivi_fast.build import build_context, build_score_net
 from hsivi_fast.config import load_config
-from hsivi_fast.nets.blocks import GroupNorm
-from hsivi_fast.nets.prepared import Prepared, as_prepared
+from hsivi_fast.nets import prepared
+from hsivi_fast.nets.blocks import GroupNorm, UpsamplingConv
+from hsivi_fast.nets.edm_blocks import ResamplingConv
+from hsivi_fast.nets.prepared import FoldedUpsampling, Prepared, as_prepared, folded_weight
 from hsivi_fast.parallel.world import ALONE
 
 
@@ -40,7 +42,9 @@ def test_in_float32_it_shares_memory_and_wants_no_gradient():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["row_major", "channels_last"])
-def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout):
+def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout, monkeypatch):
+    """But for the upsampling, whose folded weight rounds otherwise."""
+    monkeypatch.setattr(prepared, "upsamples_by_3x3", lambda module: False)
     network = small_network(family)
     network.precision = "bf16"
     if layout == "channels_last":
@@ -56,6 +60,35 @@ def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout):
             parameter.mul_(1.1)
         ready.refresh()
     assert _places(ready) == places
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
+def test_a_prepared_network_is_the_network_up_to_rounding(family, precision, tolerance):
+    network = small_network(family).in_channels_last()
+    network.precision = precision
+    ready = Prepared(network)
+    assert any(isinstance(module, FoldedUpsampling) for module in ready.modules())
+    for parameter in network.parameters():
+        parameter.mul_(1.1)
+    ready.refresh()
+    for found, expected in zip(_value_and_gradient(ready), _value_and_gradient(network)):
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [UpsamplingConv, lambda channels: ResamplingConv(channels, 7, 3, "up", (1, 1))])
+def test_upsampling_and_a_convolution_are_one(make, layout, dtype, tolerance):
+    """At the border too, with odd widths and sides, and the gradient at the input."""
+    conv = make(5).to(dtype).requires_grad_(False)
+    weight = folded_weight(conv.weight).contiguous(memory_format=layout)
+    x = torch.randn(2, 5, 3, 7, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    results = []
+    for module in (FoldedUpsampling(torch.nn.Parameter(weight, requires_grad=False), conv.bias), conv):
+        y = module(x)
+        results.append((y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.shape[3]).to(dtype)).sum(), x)))
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def test_weights_that_do_not_lie_here_as_a_whole_are_not_copied():
