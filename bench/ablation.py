@@ -1,7 +1,7 @@
 """What each technique is worth by itself: one row a technique, against the same thing without it.
 
-Rows that lost stay in the table. Training and sampling of CIFAR-10's network at quarter width take 13 minutes on 2
-cores, half of them compiling:
+Rows that lost stay in the table. Single frozen calls, training and sampling of CIFAR-10's network at quarter width take
+15 minutes on 2 cores, half of them compiling:
 
     python -m bench.ablation
     python -m bench.ablation --width 128    at full width, for a GPU
@@ -10,16 +10,19 @@ Each must agree with the published side before it is timed, in turn with that si
 row is written as it is done.
 """
 
+import contextlib
 import functools
 import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 if not __package__:  # started by its path: `bench` is found from the root of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from torch.nn import functional as F
 
 from bench.measure import (
     Row,
@@ -36,7 +39,7 @@ from bench.measure import (
 )
 from bench.options import command_line
 from bench.published import cycle_work, published_sample
-from bench.sampling import OurSampling, noise_of_seeds
+from bench.sampling import EQUAL, OurSampling, noise_of_seeds
 from bench.tables import Column
 from bench.train_step import (
     CALLS,
@@ -49,6 +52,7 @@ from bench.train_step import (
     small_teacher,
 )
 from hsivi_fast.build import Context, choose_device
+from hsivi_fast.nets import blocks, ddpm, prepared
 
 BF16, LAST, COMPILE = {"precision": "bf16"}, {"channels_last": True}, {"compile": True}
 GRAPHS, FUSED = {"cuda_graphs": True}, {"backend": "triton"}
@@ -81,6 +85,19 @@ SAMPLING = {
         {**BF16, **LAST, **COMPILE, **GRAPHS},
     ),
 }
+# One call of the network by itself: technique -> (what it is added to, its precision and what of `SWITCHES` is on).
+IN_CALLS = ("attention", "bias", "weights", "upsampling")
+CALL = {
+    "attention by pixels": ("published", {"precision": "fp32", "techniques": IN_CALLS[:1]}),
+    "bias left to the norm": ("attention by pixels", {"precision": "fp32", "techniques": IN_CALLS[:2]}),
+    "upsampling folded": ("bias left to the norm", {"precision": "fp32", "techniques": IN_CALLS}),
+    "bf16 by autocast": ("published", {**BF16, "techniques": ()}),
+    "attention by pixels, bf16": ("bf16 by autocast", {**BF16, "techniques": IN_CALLS[:1]}),
+    "bias left to the norm, bf16": ("attention by pixels, bf16", {**BF16, "techniques": IN_CALLS[:2]}),
+    "weights ready, bf16": ("bias left to the norm, bf16", {**BF16, "techniques": IN_CALLS[:3]}),
+    "upsampling folded, bf16": ("weights ready, bf16", {**BF16, "techniques": IN_CALLS}),
+}
+CALL_ROUNDS = 5  # of a call to one of a cycle: it takes a moment, and what it gains is little
 COLUMNS = [
     Column("case", "{case}"),
     Column("s", "{ours:.2f}"),
@@ -194,6 +211,72 @@ class SamplingStudy:
         return of_parts["all"]
 
 
+def _attend_as_it_lies(qkv):
+    """`pixel_attention` of q, k and v whose numbers may lie apart."""
+    return F.scaled_dot_product_attention(*qkv.transpose(3, 4)).transpose(2, 3)
+
+
+def _with_bias(conv, x, add=None):
+    """`BeforeNorm.forward` where the convolution adds its bias itself."""
+    return conv.convolved(x, conv.bias), add
+
+
+# technique -> what stands in its place where it is off
+SWITCHES = {
+    "attention": (ddpm, "pixel_attention", _attend_as_it_lies),
+    "bias": (blocks.BeforeNorm, "forward", _with_bias),
+    "upsampling": (prepared, "upsamples_by_3x3", lambda module: False),
+}
+
+
+@contextlib.contextmanager
+def switched_on(techniques):
+    """Run with these of `SWITCHES` alone."""
+    with contextlib.ExitStack() as stack:
+        for name, (place, attribute, instead) in SWITCHES.items():
+            if name not in techniques:
+                stack.enter_context(mock.patch.object(place, attribute, instead))
+        yield
+
+
+class CallStudy:
+    """One frozen call of the network with each technique; the published side has none of them."""
+
+    what, unit, techniques = "call", "s", CALL
+
+    def __init__(self, network, batch, device):
+        self.network, self.device = network, device
+        self.x = noise_of_seeds(batch, 2, small_teacher(network, device).event_shape, device)[0]
+        self.t = torch.arange(batch, device=device)
+        use_full_float32()
+        call = self._call("fp32", ())
+        self.expected = call()
+        self.published = Side({"all": (call, 1)}, counted_flops(call))
+
+    def _call(self, precision, techniques):
+        module = small_teacher(self.network, self.device)
+        module.precision = precision
+        with switched_on(techniques):
+            called = prepared.Prepared(module) if "weights" in techniques else module
+
+        def call():
+            with switched_on(techniques), torch.no_grad():
+                return called(self.x, self.t)
+
+        return call
+
+    def prepare(self, name, changes):
+        """The side of a technique; AssertionError where its prediction is not the published."""
+        call = self._call(changes["precision"], changes["techniques"])
+        difference = float((call() - self.expected).abs().max() / self.expected.abs().max())
+        assert difference <= EQUAL[changes["precision"]], f"differs by {difference:.2e} of the largest value"
+        return Side({"all": (call, 1)}, counted_flops(call))
+
+    def seconds(self, of_parts):
+        """Seconds of a call."""
+        return of_parts["all"]
+
+
 def rows_of(study, rounds, device, facts, advice):
     """The rows of a study, one as soon as it is there: the published side's, then a technique's each.
 
@@ -247,7 +330,7 @@ def rows_of(study, rounds, device, facts, advice):
 def main(given=None):
     defaults = {"network": "cifar10", "width": 32, "batch": 16, "images": 64, "nfe": 10, "f_learning_times": 20}
     parser = command_line(__doc__, **defaults, rounds=4, json=None)
-    parser.add_argument("--only", choices=("training", "sampling"))
+    parser.add_argument("--only", choices=("call", "sampling", "training"))
     arguments = parser.parse_args(given)
     device = choose_device("auto")
     facts = describe(device)
@@ -259,14 +342,15 @@ def main(given=None):
         "f_learning_times": arguments.f_learning_times,
     }
     network, batch, images, nfe, f_learning_times = settings.values()
-    studies, rows = [], []
-    if arguments.only != "training":
-        studies.append((SamplingStudy, (network, images, nfe, device), f"--images {images}; use fewer"))
-    if arguments.only != "sampling":
-        sizes = network, batch, nfe, f_learning_times, device
-        studies.append((TrainingStudy, sizes, f"--batch {batch}; use a smaller"))
-    for study, sizes, advice in studies:
-        for row in rows_of(study(*sizes), arguments.rounds, device, facts, advice):
+    fewer, smaller = f"--images {images}; use fewer", f"--batch {batch}; use a smaller"
+    studies = {
+        "call": (CallStudy, (network, batch, device), CALL_ROUNDS * arguments.rounds, smaller),
+        "sampling": (SamplingStudy, (network, images, nfe, device), arguments.rounds, fewer),
+        "training": (TrainingStudy, (network, batch, nfe, f_learning_times, device), arguments.rounds, smaller),
+    }
+    rows = []
+    for study, sizes, rounds, advice in [studies[arguments.only]] if arguments.only else studies.values():
+        for row in rows_of(study(*sizes), rounds, device, facts, advice):
             rows.append(replace(row, extras={**row.extras, **settings}))
             write_rows(arguments.json, rows)  # after each, so that a run that is cut off leaves what it has
             print(f"{row.case}: {row.failed or f'x{row.ratio:.2f}'}", file=sys.stderr, flush=True)

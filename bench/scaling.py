@@ -157,7 +157,8 @@ def measure_rank(case):
     # Before ZeRO-3 cuts them.
     parameters = [sum(parameter.numel() for parameter in network.parameters()) for network in (student, score_net)]
     student, score_net = build_engine(context, student), build_engine(context, score_net)
-    rollout, updates = build_rollout(context, student.network), Updates(context, student, score_net)
+    rollout = build_rollout(context, student.network, student.frozen())
+    updates = Updates(context, student, score_net)
 
     def cycle():
         updates.student(rollout.student_batch(0), RATE)

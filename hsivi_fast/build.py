@@ -25,6 +25,7 @@ from .method.schedule import make_schedule, signal_levels
 from .method.windows import Windows
 from .nets import all_arguments, build_unet
 from .nets.mixture import CorrectedTeacher, MixtureTeacher
+from .nets.prepared import Prepared
 from .parallel.world import World
 
 
@@ -52,6 +53,11 @@ class Context:
     def objective(self):
         """The run's objective; the published one without a configuration."""
         return self.config.objective if self.config is not None else ObjectiveConfig()
+
+    @functools.cached_property
+    def prepared_teacher(self):
+        """The teacher as it is called: one copy for all who call it."""
+        return Prepared(self.teacher)
 
     @functools.cached_property
     def matching(self):

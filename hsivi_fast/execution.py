@@ -15,13 +15,11 @@ The networks of a run are held to that: optimizer, average and loading update th
 """
 
 import contextlib
-import copy
 import os
 import shutil
 import time
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Calls that run eagerly before one is recorded: libraries and compilers set themselves up, optimizers make their state.
@@ -208,14 +206,3 @@ def _note_kernel(*, src, times, **others):
 
 
 EAGER = Execution("cpu")  # eager calls are the same on every device
-
-
-def frozen_view(network):
-    """The same network with parameters that want no gradient: a copy of its modules around the same memory.
-
-    What the network learns is seen through the view at once, as long as it is updated in place. Compiled, it has no
-    code for parameter gradients.
-    """
-    shared = {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network.parameters()}
-    shared |= {id(tensor): tensor for tensor in network.buffers()}
-    return copy.deepcopy(network, shared)

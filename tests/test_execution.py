@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hsivi_fast import load_config, train
 from hsivi_fast.build import build_context, build_score_net, build_student, load_teacher
-from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall, frozen_view
+from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall
 from hsivi_fast.nets import build_unet
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
@@ -276,25 +276,6 @@ def test_the_stand_in_refuses_what_capture_refuses(function):
         call(torch.ones(3))
     with pytest.raises(AssertionError, match="makes the host wait"):
         call(torch.ones(3))
-
-
-def _places(network):
-    return {tensor.data_ptr() for tensor in network.state_dict().values()}
-
-
-def test_a_frozen_view_shares_memory_and_wants_no_gradient():
-    network = build_score_net(build_context(load_config("toy2d", ["device=cpu"]), ALONE, teacher=True))
-    view = frozen_view(network)
-    assert not any(parameter.requires_grad for parameter in view.parameters())
-    assert all(parameter.requires_grad for parameter in network.parameters())
-    assert _places(view) == _places(network)
-    x, t = torch.randn(5, 2), torch.tensor([0, 10, 100, 500, 999])
-    with torch.no_grad():
-        network.correction.layers[-1].weight.normal_()
-    assert torch.equal(view(x, t), network(x, t)) and view.event_shape == (2,)
-    leaf = x.requires_grad_()
-    torch.autograd.grad(view(leaf, t).sum(), leaf)
-    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .blocks import (
+    ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    UpsamplingConv,
     check_halvings,
     class_embedding,
     pixel_attention,
     timestep_frequencies,
-    upsample,
 )
 
 
@@ -31,7 +32,7 @@ class ResidualBlock(nn.Module):
         self.in_layers = nn.ModuleDict(
             {
                 "0": GroupNorm(norm_groups, in_channels, eps=norm_eps),
-                "2": nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                "2": ConvBeforeNorm(in_channels, out_channels, 3, padding=1),
             }
         )
         self.emb_layers = nn.ModuleDict(
@@ -46,13 +47,15 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        h = self.in_layers["2"](self.in_layers["0"](x, silu=True))  # [B, out_channels, H, W]
-        norm, of_time = self.out_layers["0"], self.emb_layers["1"](embedding)
+        h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)
+        conv, norm = self.in_layers["2"], self.out_layers["0"]
         if self.scale_shift:
             scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
-            h = norm(h, silu=True, scale=scale, shift=shift)
+            h, add = conv(h)  # [B, out_channels, H, W], [B, out_channels]
+            h = norm(h, silu=True, scale=scale, shift=shift, add=add)
         else:
-            h = norm(h, silu=True, add=of_time)
+            h, add = conv(h, of_time)
+            h = norm(h, silu=True, add=add)
         return self.out_layers["3"](h) + self.skip_connection(x)
 
 
@@ -69,8 +72,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x).flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
-        q, k, v = qkv.reshape(batch, self.heads, 3 * channels // self.heads, height * width).chunk(3, dim=2)
-        h = pixel_attention(q, k, v).reshape(batch, channels, height * width)
+        qkv = qkv.reshape(batch, self.heads, 3, channels // self.heads, height * width).permute(2, 0, 1, 3, 4)
+        h = pixel_attention(qkv).reshape(batch, channels, height * width)
         return x + self.proj_out(h).reshape(batch, channels, height, width)
 
 
@@ -164,7 +167,7 @@ class ADMUNet(NoisePredictor):
                 layers = stage(width + skips.pop(), channels * multiplier, factor, up_heads)
                 width = channels * multiplier
                 if level > 0 and index == res_blocks:
-                    layers.append(nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
+                    layers.append(nn.ModuleDict({"conv": UpsamplingConv(width)}))
                     factor //= 2
                 self.output_blocks.append(layers)
 
@@ -195,7 +198,7 @@ def _apply(layers, h, embedding):
         if isinstance(layer, nn.Conv2d):
             h = layer(h)
         elif isinstance(layer, nn.ModuleDict):
-            h = layer["op"](h) if "op" in layer else layer["conv"](upsample(h))  # half or double the resolution
+            h = layer["op" if "op" in layer else "conv"](h)  # half or double the resolution
         else:
             h = layer(h, embedding)
     return h

@@ -1,6 +1,7 @@
 """Building blocks that the networks share.
 
-They are the networks' precision and memory layout, group normalisation, attention, timestep embeddings and upsampling.
+They are the networks' precision and memory layout, group normalisation and the convolution before it, attention,
+timestep embeddings and upsampling.
 """
 
 import math
@@ -91,9 +92,37 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def pixel_attention(q, k, v):
-    """Scaled dot-product attention over N pixels; q, k, v are [B, heads, d, N] and so is the result."""
-    q, k, v = (tensor.transpose(2, 3) for tensor in (q, k, v))  # [B, heads, N, d]
+class BeforeNorm:
+    """What makes a convolution leave its bias to the normalisation after it, which adds [B, D] anyway.
+
+    Most libraries of a GPU add a bias in a pass over the tensor of its own. A mixin for a module with `bias` and
+    `convolved(x, bias)`. The sum is made here, in a call of the module itself: ZeRO-3 has its parameters there alone.
+    """
+
+    def forward(self, x, add=None):
+        """(the convolution of x without its bias [B, D, H, W], add + bias [B, D]); add [B, D] or None for zeros."""
+        h = self.convolved(x, None)
+        bias = self.bias.to(h.dtype)
+        return h, bias.expand(len(h), -1) if add is None else add + bias
+
+
+class ConvBeforeNorm(BeforeNorm, nn.Conv2d):
+    """`nn.Conv2d` that leaves its bias to the normalisation after it."""
+
+    def convolved(self, x, bias):
+        return self._conv_forward(x, self.weight, bias)
+
+
+def pixel_attention(qkv):
+    """Scaled dot-product attention over N pixels: q, k and v as [3, B, heads, d, N] -> [B, heads, d, N].
+
+    The flash kernels want the d numbers of a pixel beside each other. In channels_last memory those of most networks
+    are; others are copied, once.
+    """
+    qkv = qkv.permute(0, 1, 4, 2, 3)  # [3, B, N, heads, d]
+    if qkv.stride(4) != 1:
+        qkv = qkv.contiguous()
+    q, k, v = qkv.transpose(2, 3)  # each [B, heads, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
 
 
@@ -137,3 +166,16 @@ def timestep_frequencies(half, spread, device):
 def upsample(x):
     """Double the resolution of x [B, C, H, W] by repeating pixels."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class UpsamplingConv(nn.Conv2d):
+    """Repeated pixels and a 3x3 convolution: [B, channels, H, W] -> [B, channels, 2 H, 2 W].
+
+    A frozen call has both as one convolution, see `prepared.py`.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(upsample(x))

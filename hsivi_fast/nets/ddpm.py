@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .blocks import (
+    ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    UpsamplingConv,
     check_halvings,
     class_embedding,
     pixel_attention,
     timestep_frequencies,
-    upsample,
 )
 
 
@@ -29,19 +30,21 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = ConvBeforeNorm(in_channels, out_channels, 3, padding=1)
         self.fc = nn.Linear(embed_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        h = self.conv1(self.norm1(x, silu=True))  # [B, out_channels, H, W]
+        h, of_time = self.norm1(x, silu=True), self.fc(embedding)
         if self.scale_shift:
-            scale, shift = self.fc(embedding).chunk(2, dim=1)  # each [B, out_channels]
-            h = self.norm2(h, silu=True, scale=scale, shift=shift)
+            scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
+            h, add = self.conv1(h)  # [B, out_channels, H, W], [B, out_channels]
+            h = self.norm2(h, silu=True, scale=scale, shift=shift, add=add)
         else:
-            h = self.norm2(h, silu=True, add=self.fc(embedding))
+            h, add = self.conv1(h, of_time)
+            h = self.norm2(h, silu=True, add=add)
         return self.conv2(h) + self.skip(x)
 
 
@@ -58,8 +61,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x, embedding=None):
         batch, channels, height, width = x.shape
         qkv = self.project_in(self.norm(x)).flatten(2)  # [B, 3 C, H W]: q, k, v come first, then the heads
-        q, k, v = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).unbind(1)
-        return x + self.project_out(pixel_attention(q, k, v).reshape(batch, channels, height, width))
+        qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).transpose(0, 1)
+        return x + self.project_out(pixel_attention(qkv).reshape(batch, channels, height, width))
 
 
 class DDPMUNet(NoisePredictor):
@@ -155,9 +158,9 @@ class DDPMUNet(NoisePredictor):
                 return residual(in_channels, width)
             return nn.ModuleList([residual(in_channels, width), self_attention(width, norm_groups)])
 
-        def resample(width, stride, padding):
+        def resample(conv):
             """The convolution of a change of resolution; entry 0, padding or repetition, has no parameters."""
-            return nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=stride, padding=padding)})
+            return nn.ModuleDict({"1": conv})
 
         self.embed = nn.Sequential(
             nn.Linear(channels, embed_channels), nn.SiLU(), nn.Linear(embed_channels, embed_channels)
@@ -176,7 +179,7 @@ class DDPMUNet(NoisePredictor):
                 width = widths[level]
                 skips.append(width)
             if level < levels - 1:
-                layers.append(resample(width, stride=2, padding=down_padding))
+                layers.append(resample(nn.Conv2d(width, width, 3, stride=2, padding=down_padding)))
                 skips.append(width)
             self.downsamples[f"level_{level}"] = layers
 
@@ -194,7 +197,7 @@ class DDPMUNet(NoisePredictor):
                 layers.append(block(widths[level], width + skips.pop(), attention_up[level]))
                 width = widths[level]
             if level > 0:
-                layers.append(resample(width, stride=1, padding=1))
+                layers.append(resample(UpsamplingConv(width)))
             upsamples[f"level_{level}"] = layers
         self.upsamples = nn.ModuleDict({name: upsamples[name] for name in sorted(upsamples)})
 
@@ -230,7 +233,7 @@ class DDPMUNet(NoisePredictor):
         for name in reversed(self.upsamples.keys()):
             for layer in self.upsamples[name]:
                 if isinstance(layer, nn.ModuleDict):
-                    h = layer["1"](upsample(h))
+                    h = layer["1"](h)
                 else:
                     h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
 

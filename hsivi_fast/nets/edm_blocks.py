@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import GroupNorm, pixel_attention, upsample
+from .blocks import BeforeNorm, ConvBeforeNorm, GroupNorm, pixel_attention, upsample
 
 FOURIER_SCALE = 16  # standard deviation of random frequencies
 
@@ -33,12 +33,21 @@ class ResamplingConv(nn.Module):
         # The network's description says it, so no file of ours does.
         self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum().square())[None, None], persistent=False)
 
+    @property
+    def repeats(self):
+        """Whether it doubles the resolution by repeating pixels."""
+        return self.change == "up" and self.is_box
+
     def forward(self, x):
+        return self.convolved(x, self.bias) if self.kernel else self._filter(x, padding=self.margin)
+
+    def convolved(self, x, bias):
         if self.filter_last:  # on the way down alone
-            h = F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2 + self.margin)
+            h = F.conv2d(x, self.weight, bias, padding=self.kernel // 2 + self.margin)
             return self._filter(h, padding=0)
-        h = self._filter(x, padding=self.margin)
-        return F.conv2d(h, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else h
+        if self.kernel == 1 and self.repeats:  # the same numbers, four of each
+            return upsample(F.conv2d(x, self.weight, bias))
+        return F.conv2d(self._filter(x, padding=self.margin), self.weight, bias, padding=self.kernel // 2)
 
     def _filter(self, x, padding):
         """Half or double the resolution of x [B, C, H, W]."""
@@ -49,6 +58,10 @@ class ResamplingConv(nn.Module):
         if self.change == "down":
             return F.conv2d(x, taps, stride=2, padding=padding, groups=channels)
         return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=channels)
+
+
+class ResamplingConvBeforeNorm(BeforeNorm, ResamplingConv):
+    """`ResamplingConv` that leaves its bias to the normalisation after it."""
 
 
 class Block(nn.Module):
@@ -76,9 +89,9 @@ class Block(nn.Module):
         self.adaptive, self.skip_scale, self.heads = adaptive, skip_scale, heads
         self.norm0 = norm(in_channels, norm_eps)
         if change is None:
-            self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            self.conv0 = ConvBeforeNorm(in_channels, out_channels, 3, padding=1)
         else:
-            self.conv0 = ResamplingConv(in_channels, out_channels, 3, change, taps)
+            self.conv0 = ResamplingConvBeforeNorm(in_channels, out_channels, 3, change, taps)
         self.affine = nn.Linear(embed_channels, out_channels * (2 if adaptive else 1))
         self.norm1 = norm(out_channels, norm_eps)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -93,18 +106,20 @@ class Block(nn.Module):
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x, embedding):
-        h = self.conv0(self.norm0(x, silu=True))  # [B, out_channels, H, W], of the new resolution
+        h, of_time = self.norm0(x, silu=True), self.affine(embedding)
         if self.adaptive:
-            scale, shift = self.affine(embedding).chunk(2, dim=1)  # each [B, out_channels]
-            h = self.norm1(h, silu=True, scale=scale, shift=shift)
+            scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
+            h, add = self.conv0(h)  # [B, out_channels, H, W] of the new resolution, [B, out_channels]
+            h = self.norm1(h, silu=True, scale=scale, shift=shift, add=add)
         else:
-            h = self.norm1(h, silu=True, add=self.affine(embedding))
+            h, add = self.conv0(h, of_time)
+            h = self.norm1(h, silu=True, add=add)
         h = (self.conv1(h) + self.skip(x)) * self.skip_scale
         if self.heads:
             batch, channels, height, width = h.shape
             qkv = self.qkv(self.norm2(h)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-            attended = pixel_attention(*qkv.unbind(3)).reshape(batch, channels, height, width)  # q, k, v alternate
-            h = (h + self.proj(attended)) * self.skip_scale
+            attended = pixel_attention(qkv.permute(3, 0, 1, 2, 4))  # q, k, v alternate, after the heads
+            h = (h + self.proj(attended.reshape(batch, channels, height, width))) * self.skip_scale
         return h
 
 

@@ -14,6 +14,7 @@ from ..data import to_uint8
 from ..execution import EAGER
 from ..method.class_labels import ClassLabels, if_given
 from ..nets import network_arguments
+from ..nets.prepared import as_prepared
 from ..parallel.machine import refuse_beyond_memory
 from ..parallel.out_of_memory import memory_advice
 from ..parallel.seeds import Cycled
@@ -122,7 +123,7 @@ class Sampler:
     class_labels: the `ClassLabels` of seeds for which nobody says a label.
     layers: `Layers`; log_gamma: in the layers' shape.
     execution: eager, compiled, and on a CUDA device all layers as one graph.
-    Network and log_gamma may be changed in place between calls.
+    Network and log_gamma may be changed in place between calls. The network is called as `Prepared`.
     """
 
     def __init__(self, network, layers, log_gamma, execution=EAGER, class_labels=NO_CLASSES):
@@ -131,7 +132,8 @@ class Sampler:
             raise ValueError(f"network.classes: {classes}, and the sampler's labels are of another network")
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.class_labels = class_labels
-        self.predict = execution.compiled(network)
+        self._prepared = as_prepared(network)
+        self.predict = execution.compiled(self._prepared)
         self._draw = execution.graphed(self._all_layers)
         self._batches = Batches(execution, class_labels)
 
@@ -145,6 +147,7 @@ class Sampler:
         after every batch with the number of samples in it. Raises ValueError for no seeds, a batch of none, and labels
         that do not fit.
         """
+        self._prepared.refresh()
         return self._batches(self._draw, seeds, self.layers.tau.device, batch_size, on_batch, labels)
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ def ddim_sampler(context, nfe, eta, own_knots=False):
     """DDIM with `nfe` evaluations of the context's teacher; spacing and `own_knots` as of `build_ddim_layers`."""
     layers = build_ddim_layers(context.config, nfe, eta, context.device, own_knots)
     log_gamma = torch.zeros(1, device=context.device)
-    return Sampler(context.teacher, layers, log_gamma, context.execution, context.class_labels)
+    return Sampler(context.prepared_teacher, layers, log_gamma, context.execution, context.class_labels)
 
 
 def student_sampler(context, network, execution=None):

@@ -17,6 +17,7 @@ from ..build import device_of, solver_spacing
 from ..execution import EAGER
 from ..method.class_labels import if_given
 from ..method.schedule import knots, signal_levels
+from ..nets.prepared import as_prepared
 from .sampler import NO_CLASSES, Batches, ddim_sampler
 
 
@@ -65,12 +66,14 @@ class SchedulerSampler:
 
     def __init__(self, network, scheduler, nfe, execution=EAGER, class_labels=NO_CLASSES):
         self.network, self.scheduler, self.nfe, self.execution = network, scheduler, nfe, execution
-        self._predict = execution.graphed(execution.compiled(network))
+        self._prepared = as_prepared(network)
+        self._predict = execution.graphed(execution.compiled(self._prepared))
         self._batches = Batches(execution, class_labels)
 
     @torch.no_grad()
     def __call__(self, seeds, batch_size=250, on_batch=None, labels=None):
         """Draw one sample a seed: arguments, result and errors as of `Sampler`."""
+        self._prepared.refresh()
         return self._batches(self._all_steps, seeds, device_of(self.network), batch_size, on_batch, labels)
 
     def _all_steps(self, seeds, labels):
@@ -173,7 +176,7 @@ def solver_sampler(context, name, nfe, spacing="linspace", like=None):
     distinct = len(timesteps_of(context.config, spacing, nfe)) - 1
     if like is not None:
         return like.through(scheduler, distinct)
-    return SchedulerSampler(context.teacher, scheduler, distinct, context.execution, context.class_labels)
+    return SchedulerSampler(context.prepared_teacher, scheduler, distinct, context.execution, context.class_labels)
 
 
 def timesteps_of(config, spacing, nfe):

@@ -4,7 +4,7 @@
 has:
 
     network        the module itself; `predict` is it as a function (x, t) -> noise, as the run executes calls
-    frozen()       the same for callers that pull a loss back through it to its input and want no parameter gradients
+    frozen()       the network as `nets.prepared.Prepared`, for callers that want no parameter gradients of it
     graphed(f)     f, a whole update, from a CUDA graph where this engine's steps can be recorded
     backward       cotangents in, parameter gradients out; `accumulation` times for one step, each for a micro-batch
     step(lr)       clip, optimizer, EMA: prepare_step(lr) is what the host does of it, apply_step() the device
@@ -17,7 +17,8 @@ has:
 import torch
 
 from ..checkpoints.tensor_files import refuse_strange_tensors
-from ..execution import EAGER, frozen_view
+from ..execution import EAGER
+from ..nets.prepared import Prepared
 from .optim import EMA, adam, forget_moments, set_rate
 
 # Adam's moments with amsgrad, in torch's names; "step" is its counter.
@@ -44,8 +45,8 @@ class PlainEngine:
         self.ema = EMA(network.named_parameters(), ema, ema_weight)
 
     def frozen(self):
-        """The network without parameter gradients, around the same memory."""
-        return self.execution.compiled(frozen_view(self.network))
+        """The network for calls that want no parameter gradients."""
+        return Prepared(self.network)
 
     def graphed(self, function):
         """`function` of tensors, replayed from a graph where the run asks for that: steps of this engine can be."""

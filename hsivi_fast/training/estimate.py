@@ -10,6 +10,7 @@ import torch
 
 from ..config import phases_of
 from ..nets import build_unet
+from ..nets.prepared import Prepared
 from ..parallel.machine import memory_of, refuse_beyond_disk, refuse_beyond_memory
 from .start import parts_of, path_knots
 
@@ -43,10 +44,10 @@ def estimate_run(config, world_size=1):
     if settings.batch_size % micro_batches:
         cut = f"{micro_batches} parts ({world_size} processes, accumulation {accumulation})"
         raise ValueError(f"train.batch_size: {settings.batch_size} does not divide into {cut}")
-    parameters, flops, activation_bytes, event_size = _network_needs(config)
+    parameters, prepared_bytes, flops, activation_bytes, event_size = _network_needs(config)
     evaluations, pool_bytes = _cycle(config, event_size)
     cycles = settings.steps / settings.f_learning_times
-    memory = _memory(config, world_size, weight_bytes=4 * parameters)
+    memory = _memory(config, world_size, weight_bytes=4 * parameters, prepared_bytes=prepared_bytes)
     memory["noise_scale_bytes"] = 6 * 4 * _noise_scale_size(config, event_size)
     memory["pool_bytes"] = pool_bytes
     memory["paths_bytes"] = _path_bytes(config, event_size, world_size)
@@ -70,11 +71,15 @@ def estimate_run(config, world_size=1):
 
 
 def _network_needs(config):
-    """(parameters, operations of a forward call with one image, bytes that it keeps, numbers of an image)."""
+    """(parameters, bytes of a `Prepared` copy, operations of a forward call with one image, bytes that it keeps,
+    numbers of an image).
+    """
     with torch.device("meta"):
-        network = build_unet(config.network)  # in float32: no autocast knows the meta device
+        network = build_unet(config.network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return parameters, *_forward_of_one(network), math.prod(network.event_shape)
+    of_forward = _forward_of_one(network)  # in float32: no autocast knows the meta device
+    network.precision = config.precision
+    return parameters, Prepared(network).own_bytes, *of_forward, math.prod(network.event_shape)
 
 
 def _path_bytes(config, event_size, world_size):
@@ -151,7 +156,7 @@ def check_teacher_memory(config, device):
     """`check_memory` of a teacher's training."""
     if _is_small(config, config.teacher_train.batch_size, 1, device):
         return
-    parameters, _, activation_bytes, _ = _network_needs(config)
+    parameters, _, _, activation_bytes, _ = _network_needs(config)
     batch_size = config.teacher_train.batch_size
     weights, activations = 6 * 4 * parameters, _surely_kept(config, activation_bytes * batch_size)
     what, advice = f"teacher_train.batch_size: {batch_size}", "lower it or the network's sizes"
@@ -177,7 +182,7 @@ def _is_small(config, batch_size, updates, device):
     ) + config.nfe * event_size * 4
     noise_scale = 6 * _noise_scale_size(config, event_size)
     paths = _path_bytes(config, event_size, 1) // 4
-    return 4 * (activations + 13 * parameters + pool + paths + noise_scale) < memory_of(device)
+    return 4 * (activations + 19 * parameters + pool + paths + noise_scale) < memory_of(device)
 
 
 def _surely_kept(config, activation_bytes):
@@ -220,8 +225,11 @@ def _calls_of_teacher(config):
     return 1 if config.teacher.guidance is None else 2
 
 
-def _memory(config, world_size, weight_bytes):
-    """Bytes on each process that depend on the weights alone; weight_bytes: of one network in float32."""
+def _memory(config, world_size, weight_bytes, prepared_bytes):
+    """Bytes on each process that depend on the weights alone.
+
+    weight_bytes: of one network in float32; prepared_bytes: of the weights that a `Prepared` copy has for itself.
+    """
     zero = config.distributed.zero if world_size > 1 else 0
 
     def share(stage):
@@ -233,6 +241,7 @@ def _memory(config, world_size, weight_bytes):
         "gradients_bytes": weight_bytes * 2 * share(2),
         "optimizer_bytes": weight_bytes * 2 * moments * share(1),
         "averages_bytes": weight_bytes * 2 * share(3),
+        "prepared_bytes": prepared_bytes * (1 if zero == 3 else 3),  # the teacher, and what no process has in pieces
     }
     return {name: round(value) for name, value in memory.items()}
 
@@ -280,6 +289,7 @@ def estimate_text(config, world_size=1):
         "gradients": "",
         "optimizer": "Adam with amsgrad" + (f", ZeRO {config.distributed.zero}" if world_size > 1 else ""),
         "averages": "",
+        "prepared": "weights ready for calls without their gradients",
         "noise_scale": "log_gamma",
         "pool": "states of one rollout" + ("" if config.rollout.mode == "pooled" else ": none, each is used once"),
         "paths": f"of the teacher, {_parts_text(config, e['event_size'])}",

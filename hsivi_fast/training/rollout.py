@@ -17,6 +17,7 @@ from torch.utils._pytree import register_pytree_node
 
 from .. import ops
 from ..method.class_labels import if_given
+from ..nets.prepared import Prepared
 
 # Purposes of the run seed's random numbers (the last word of the Philox counter), so that no two uses share numbers.
 POOL_SEEDS, POOL_ORDER, STUDENT_LAYERS, STUDENT_STATES, STUDENT_SEEDS, SCORE_NET_LAYERS, SCORE_NET_SEEDS = range(1, 8)
@@ -105,17 +106,18 @@ def one_layer_on(predict, layers, log_gamma, batch, matching=None):
 class FreshRollout:
     """New trajectories of the whole batch for every update, as the published code does."""
 
-    on_layer = None  # nothing is rolled beforehand
+    on_layer = None  # see `start_cycle`
 
-    def __init__(self, context, student):
-        config, self.layers, self.student = context.config, context.layers, student
+    def __init__(self, context, student, prepared):
+        config, self.layers, self.student, self.prepared = context.config, context.layers, student, prepared
         self.matching, self.class_labels = context.matching, context.class_labels
-        self.predict = context.execution.compiled(student)
+        self.predict = context.execution.compiled(prepared)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = context.world.shard(self.batch_size)
 
     def start_cycle(self, cycle):
-        """Nothing to prepare."""
+        """Take over the student as it is now; nothing is rolled beforehand."""
+        self.prepared.refresh()
 
     def student_batch(self, step):
         """States x_k for a student update."""
@@ -152,10 +154,11 @@ class PooledRollout:
 
     on_layer = None
 
-    def __init__(self, context, student):
-        config, self.layers, self.student, self.world = context.config, context.layers, student, context.world
+    def __init__(self, context, student, prepared):
+        config, self.layers, self.world = context.config, context.layers, context.world
+        self.student, self.prepared = student, prepared
         self.matching, self.class_labels = context.matching, context.class_labels
-        self.predict = context.execution.compiled(student)
+        self.predict = context.execution.compiled(prepared)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = self.world.shard(self.batch_size)
         self.cycle_length = config.train.f_learning_times
@@ -180,6 +183,7 @@ class PooledRollout:
 
     def start_cycle(self, cycle):
         """Roll the pool of a cycle with the student as it is now."""
+        self.prepared.refresh()
         device, transitions = self.layers.tau.device, self.layers.nfe * self.trajectories
         count, start = self.share * self.world.size, self.world.rank * self.share
         self.seeds = ops.integers(self.run_seed, POOL_SEEDS, cycle, count, device)  # [N and the unused]
@@ -252,9 +256,11 @@ class PooledRollout:
         return pool[trajectory // self.share, index, trajectory % self.share]
 
 
-def build_rollout(context, student):
+def build_rollout(context, student, prepared=None):
     """The rollout of `student`, a network with `log_scaled_gamma`, that the configuration names.
 
+    prepared: the student as its engine's `frozen` has it, which knows whether its weights are cut.
     `rollout.redraw` belongs to the pool: fresh states are used once.
     """
-    return (PooledRollout if context.config.rollout.mode == "pooled" else FreshRollout)(context, student)
+    rollout = PooledRollout if context.config.rollout.mode == "pooled" else FreshRollout
+    return rollout(context, student, prepared or Prepared(student))

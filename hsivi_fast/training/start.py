@@ -113,7 +113,7 @@ class Paths:
         self.steps = path_steps(path_knots(config), levels, config.start.substeps, config.start.solver)
         ddim = build_ddim_layers(config, config.nfe, 0.0, self.device, own_knots=True)
         self.a, self.b, self.class_labels = ddim.a, ddim.b, context.class_labels
-        self._teacher = context.execution.graphed(context.execution.compiled(context.teacher))
+        self._teacher = context.execution.graphed(context.execution.compiled(context.prepared_teacher))
 
     @property
     def evaluations(self):

@@ -114,7 +114,7 @@ class Training:
         self.student = build_engine(context, build_student(context, from_init=is_new))
         world.mark("preparing the score network")
         self.score_net = build_engine(context, build_score_net(context, from_init=is_new))
-        self.rollout = build_rollout(context, self.student.network)
+        self.rollout = build_rollout(context, self.student.network, self.student.frozen())
         self.paths = Paths(context) if config.start.kind == "trajectory" else None
         self.updates = Updates(context, self.student, self.score_net)
         self.guard = FiniteGuard(context)

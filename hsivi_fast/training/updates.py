@@ -20,7 +20,9 @@ class Updates:
         self._layers, self._matching, self._alpha = context.layers, context.matching, context.objective.alpha
         self.anchor = Anchor(context) if context.objective.anchor else None
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
-        self._frozen_score_net, self._teacher = score_net.frozen(), context.execution.compiled(context.teacher)
+        self._prepared_score_net = score_net.frozen()
+        self._frozen_score_net = context.execution.compiled(self._prepared_score_net)
+        self._teacher = context.execution.compiled(context.prepared_teacher)
         self._pull_back = context.execution.graphed(self._pull_back_student_loss)
         self._descend = score_net.graphed(self._update_score_net)
         self._regress = student.graphed(self._update_student_on_paths)
@@ -38,6 +40,7 @@ class Updates:
         the score network and the teacher to what the layer makes. What arrives there goes into the student's own
         backward, with the regression onto the states `anchored` (`PathBatch`), if there are some.
         """
+        self._prepared_score_net.refresh()
         log_gamma, all_losses = self._student.network.log_scaled_gamma, []
         parts = self._student.accumulation
         all_anchored = anchored.split(parts) if anchored is not None else [None] * parts

@@ -13,7 +13,7 @@ import torch
 
 from ..config import uses_deepspeed
 from ..data import regular_file
-from ..execution import frozen_view
+from ..nets.prepared import Prepared
 from ..parallel.world import meet_alone, samples_per_rank
 from .engine import SLOTS, PlainEngine, laid_out_as, read_state
 from .optim import EMA, adam, forget_moments, set_rate
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
 
         ZeRO-3 fetches parameters by hooks of the module, so there it is the module itself.
         """
-        return self.network if self.stage == 3 else self.execution.compiled(frozen_view(self.network))
+        return Prepared(self.network, whole=self.stage < 3)
 
     def graphed(self, function):
         """`function` as it is: DeepSpeed's steps decide on the host."""

@@ -1,8 +1,13 @@
 """What the tests of the benchmarks share: a network that is timed in a moment, and the committed rows."""
 
+import functools
 from pathlib import Path
 
-from bench.measure import read_records
+import torch
+
+from bench.measure import counted_flops, read_records
+from hsivi_fast.nets import build_unet
+from hsivi_fast.nets.prepared import Prepared
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = {
@@ -20,3 +25,14 @@ TINY = {
 def committed(name):
     """The rows of a results file in bench/results."""
     return read_records(ROOT / "bench" / "results" / f"{name}.jsonl")
+
+
+@functools.cache
+def share_of_a_frozen_call():
+    """The work of a frozen call of `TINY`, by that of another: its upsampling takes 4/9."""
+    network = build_unet(TINY).requires_grad_(False)
+    x, t = torch.zeros(2, *network.event_shape), torch.tensor([0, 1])
+    frozen, plain = (counted_flops(functools.partial(called, x, t)) for called in (Prepared(network), network))
+    upsampling = 2 * 2 * 16 * 16 * 9 * 8**2  # 16 channels to 8x8 pixels, for both images
+    assert plain - frozen == upsampling * 5 // 9
+    return frozen / plain

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_cases import TINY, committed
+from bench_cases import TINY, committed, share_of_a_frozen_call
 
 from bench import ablation, measure
 from bench.published import cycle_work
@@ -20,10 +20,12 @@ def _without_compiling(techniques):
     return {name: technique for name, technique in techniques.items() if not technique[1].get("compile")}
 
 
-@pytest.mark.parametrize("techniques", [ablation.TRAINING, ablation.SAMPLING], ids=["training", "sampling"])
+@pytest.mark.parametrize(
+    "techniques", [ablation.TRAINING, ablation.SAMPLING, ablation.CALL], ids=["training", "sampling", "call"]
+)
 def test_every_technique_is_set_against_what_it_is_added_to(techniques):
     names = ["published", *techniques]
-    for index, (against, _) in enumerate(techniques.values()):
+    for index, (against, *_) in enumerate(techniques.values()):
         assert against in names[: index + 1]
 
 
@@ -46,8 +48,10 @@ def test_techniques_of_training_are_timed_and_counted(monkeypatch):
     assert {"published", "bf16", "channels_last", "channels_last in bf16"} <= by_name.keys()
     assert redraw["against"] == "pooled" and redraw["ratio_against"] > 0 and redraw["share_of_copy"] > 0
     assert by_name["bf16"]["counted_ratio"] == pooled["counted_ratio"]
-    assert pooled["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / (3 * 6 / 4 + 4 * 3 + 7), rel=0.02)
-    assert redraw["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / (3 * 2 / 4 + 4 * 3 + 7), rel=0.02)
+    share = share_of_a_frozen_call()
+    for row, rolled in ((pooled, 3 * 6 / 4), (redraw, 3 * 2 / 4)):
+        ours = share * rolled + 4 * 3 + 3 + share * 4
+        assert row["counted_ratio"] == pytest.approx(cycle_work(3, 4, 4) / ours, rel=0.02)
     assert fresh["counted_ratio"] == 1
 
 
@@ -66,7 +70,17 @@ def test_techniques_of_sampling_are_timed_and_one_that_fails_ends_no_other(monke
     good = {row.extras["technique"]: row.record() for row in rows if row.failed is None}
     assert list(good) == ["published", "eager fp32", "channels_last", "channels_last in bf16"]
     assert [row.failed for row in rows if row.failed] == ["images differ by 5.00e-01 of the largest value"]
-    assert all(row["counted_ratio"] == 1 for row in good.values())
+    share = share_of_a_frozen_call()
+    ours = [row for name, row in good.items() if name != "published"]
+    assert all(row["counted_ratio"] == pytest.approx(1 / share) for row in ours)
     assert good["channels_last"]["against"] == "eager fp32" and good["channels_last in bf16"]["against"] is None
     settings = {"network", "batch", "images", "nfe", "f_learning_times"}  # which the script adds
     assert good["published"].keys() | settings == committed("ablation_cpu")[0].keys()
+
+
+def test_techniques_of_a_call_are_checked_counted_and_timed():
+    rows = {row.extras["technique"]: row for row in _rows(ablation.CallStudy(TINY, 4, torch.device("cpu")), 2)}
+    assert rows.keys() == {"published", *ablation.CALL}
+    for name, row in rows.items():
+        share = share_of_a_frozen_call() if "folded" in name else 1
+        assert row.failed is None and row.counted_ratio == pytest.approx(1 / share)

