@@ -29,6 +29,7 @@ from ..method.layers import Layers
 from ..method.parametrisation import noise_coefficients
 from ..method.schedule import make_schedule, signal_levels
 from ..nets import build_unet
+from ..nets.prepared import Prepared
 from ..sampling.sampler import SMALLEST_CPU_BATCH, check_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -228,8 +229,9 @@ class HSIVIPipeline(DiffusionPipeline):
         x = ops.draw_noise(seeds, 0, self.unet.event_shape)
         if latents is not None:
             x[:count] = latents
+        predict = Prepared(self.unet.student)  # as the run's sampler calls it: it rounds as that does
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            noise = self.unet(x, timestep, labels)
+            noise = predict(x, timestep.expand(len(x)), labels)
             x = self.scheduler.step(noise, timestep, x, self.unet.student.log_scaled_gamma, seeds, return_dict=False)[0]
         images = _as(output_type, to_uint8(x[:count] if self.vae is None else Decoder(self.vae)(x[:count])))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
