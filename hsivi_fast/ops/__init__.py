@@ -28,6 +28,7 @@ VARIABLE = "HSIVI_BACKEND"
 OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPUs and newer ones
 
 __all__ = [
+    "AdamStep",
     "Noise",
     "affine_noise_step",
     "affine_step",
@@ -39,6 +40,7 @@ __all__ = [
     "integers",
     "integers_below",
     "integers_of_seeds",
+    "running_backend",
     "triton_is_interpreted",
 ]
 
@@ -71,6 +73,11 @@ def choose_backend(backend="auto", device="cpu"):
 def triton_is_interpreted():
     """Whether Triton kernels run in Triton's interpreter in this process."""
     return _triton_is_installed() and library.kernels("memory").INTERPRETED
+
+
+def running_backend(device):
+    """The backend that runs on a device where no call says another: "torch" or "triton"."""
+    return _resolve(None, torch.device(device))
 
 
 def _resolve(backend, device):
@@ -203,6 +210,29 @@ def draw_noise(seeds, stream, shape, draw=0, backend=None):
         stream = torch.full_like(seeds, stream)
     draw = _draw_numbers(draw, seeds)
     return library.draw_noise(seeds, stream, draw, list(shape), _resolve(backend, seeds.device))
+
+
+class AdamStep:
+    """Adam with amsgrad on clipped gradients, and the average of the weights, in one pass. The Triton backend's alone.
+
+    parameters, exp_avg, exp_avg_sq, max_exp_avg_sq, averages: lists of P float32 tensors, which stay where they are.
+    factors: P numbers, of the rate. clip: the largest norm of all gradients. betas, eps: of Adam.
+    Raises ValueError for tensors that no kernel takes.
+    """
+
+    def __init__(self, parameters, exp_avg, exp_avg_sq, max_exp_avg_sq, averages, factors, clip, betas, eps):
+        lists = ([tensor.detach() for tensor in parameters], exp_avg, exp_avg_sq, max_exp_avg_sq, averages)
+        self._table, aligned = library.kernels("adam_step").adam_table(*lists, factors)
+        self._tensors = [tensor for tensors in lists for tensor in tensors]
+        self._constants = (aligned, clip, *betas, eps)
+
+    def __call__(self, gradients, norm, numbers):
+        """Update all of them in place. Nothing is copied from the host, so that it can be recorded and replayed.
+
+        gradients: P tensors; norm: [], theirs. numbers: [3], rate / (1 - beta1^n), sqrt(1 - beta2^n), and the weight of
+        the average, in step n.
+        """
+        library.adam_step(self._tensors, gradients, norm, numbers, self._table, *self._constants)
 
 
 def _flat(noise):

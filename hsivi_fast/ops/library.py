@@ -273,6 +273,29 @@ def _norm_gradients(ctx, dy, _mean, _rstd):
 group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
+# ---- the optimizer step ----------------------------------------------------------------------------------------------
+# Triton only: the plain version is torch.optim.Adam with what stands around it.
+
+
+@torch.library.custom_op("hsivi_fast::adam_step", mutates_args=("tensors", "table"))
+def adam_step(
+    tensors: list[Tensor],
+    gradients: list[Tensor],
+    norm: Tensor,
+    numbers: Tensor,
+    table: list[Tensor],
+    aligned: bool,
+    clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """tensors: the lists that the table was made of, joined. The kernel knows them by their addresses alone."""
+    with _device_of(norm):
+        parameters = tensors[: len(gradients)]
+        kernels("adam_step").adam_step(parameters, gradients, norm, numbers, table, aligned, clip, beta1, beta2, eps)
+
+
 def _laid_out_like(value, tensor):
     """`value` with the strides that `torch.empty_like(tensor)` has, copied only where they differ."""
     target = torch.empty_like(tensor, device="meta")
