@@ -175,6 +175,18 @@ def optimizer_cases():
         )
 
 
+def integer_cases():
+    """The same of the integers by address: 64 bits each and below a limit, and of seeds."""
+    seeds = _empty(4096, dtype=torch.int64)
+    for variant, launch in (
+        ("64 bits", lambda: philox.integers(3, 5, 7, 4096, "meta")),
+        ("below a limit", lambda: philox.integers(3, 5, 7, 4096, "meta", 10)),
+        ("of seeds", lambda: philox.integers_of_seeds(seeds, 2**32 - 1, 10)),
+    ):
+        case = {"event": "-", "dtype": "int64", "layout": "row-major", "log_gamma": variant}
+        yield case, 16 if variant == "of seeds" else 8, True, launch
+
+
 # One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest.
 SUBSET_NORMS = {(128, 32), (256, 16), (512, 8), (384, 64), (640, 32), (896, 8)}
 
@@ -188,10 +200,11 @@ def source_of(kernel, arguments):
     None, constexprs and the integer 1 are constants. Multiples of 16 are marked.
     """
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1 and name not in unspecialised
         if isinstance(value, tuple):  # of addresses, which are odd: tensors without memory have none
             signature[name] = ("i64",) * len(value)
         elif name in constants or value is None or is_one:
@@ -202,7 +215,7 @@ def source_of(kernel, arguments):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in unspecialised:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
@@ -293,7 +306,9 @@ def collect(full):
     """The distinct launches of all cases: dicts of case, kernel, launch, bytes an element, are wide accesses due."""
     seen, work = set(), []
     with recorded_launches() as launches:
-        for case, moved, due, launch in itertools.chain(method_cases(full), norm_cases(full), optimizer_cases()):
+        for case, moved, due, launch in itertools.chain(
+            method_cases(full), norm_cases(full), optimizer_cases(), integer_cases()
+        ):
             launches.clear()
             launch()
             for kernel, values, options in launches:
@@ -459,9 +474,8 @@ def summary(rows):
     lines = {}
     for row in rows:
         if row["event"] != "odd":
-            lines.setdefault(
-                (row["kernel"], "fp32" if row["dtype"] == "fp32" else "bf16, fp16", row["layout"]), []
-            ).append(row)
+            dtype = "bf16, fp16" if row["dtype"] in ("bf16", "fp16") else row["dtype"]
+            lines.setdefault((row["kernel"], dtype, row["layout"]), []).append(row)
     cells = []
     for (kernel, dtype, layout), group in lines.items():
         wide = "all"

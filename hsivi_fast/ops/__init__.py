@@ -19,9 +19,8 @@ from importlib.util import find_spec
 
 import torch
 
-from . import library, reference
+from . import library, philox, reference
 from .noise import Noise
-from .philox import integers, integers_below, integers_of_seeds
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
@@ -210,6 +209,40 @@ def draw_noise(seeds, stream, shape, draw=0, backend=None):
         stream = torch.full_like(seeds, stream)
     draw = _draw_numbers(draw, seeds)
     return library.draw_noise(seeds, stream, draw, list(shape), _resolve(backend, seeds.device))
+
+
+def integers(run_seed, purpose, counter, n, device="cpu", backend=None):
+    """64 random bits each for n items: int64 [n], a function of (run seed, purpose, counter, item) alone.
+
+    The same bits from each backend. A CPU has torch's unless `backend` says otherwise.
+    """
+    device = torch.device(device)
+    if _of_integers(backend, device) == "torch":
+        return philox.integers(run_seed, purpose, counter, n, device)
+    return library.integers(run_seed, purpose, counter, n, device)
+
+
+def integers_below(limit, run_seed, purpose, counter, n, device="cpu", backend=None):
+    """n integers in 0 .. limit - 1, int64 [n]: the low 32 bits of `integers`, scaled."""
+    device = torch.device(device)
+    if _of_integers(backend, device) == "torch":
+        return philox.integers_below(limit, run_seed, purpose, counter, n, device)
+    return library.integers(run_seed, purpose, counter, n, device, limit)
+
+
+def integers_of_seeds(seeds, limit, backend=None):
+    """An integer in 0 .. limit - 1 for each of the seeds [B] int64: int64 [B], a function of the seed alone.
+
+    limit: below 2^31.
+    """
+    if _of_integers(backend, seeds.device) == "torch":
+        return philox.integers_of_seeds(seeds, limit)
+    return library.integers_of_seeds(seeds, limit)
+
+
+def _of_integers(backend, device):
+    """The backend of a draw of integers. The host draws some of them itself, where the kernels run on its GPU."""
+    return "torch" if backend is None and device.type == "cpu" else _resolve(backend, device)
 
 
 class AdamStep:

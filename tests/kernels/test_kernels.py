@@ -336,6 +336,27 @@ def test_the_integers_are_random123_s(key, counter, expected):
     assert out.tolist() == list(expected)
 
 
+ADDRESSES = [(0, 0, 0), (7, 1, 3), (2**31, 4, 2**31), (-5, 2, 1), (2**63 - 1, 3, 2**40 + 5), (-(2**63), 15, 2**32 - 1)]
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=str)
+def test_integers_are_the_plain_version_s_to_the_bit(address):
+    """Run seed, purpose and counter of every kind, for one block with a rest and for less than one."""
+    for n in (1, 300):
+        plain = plain_philox.integers(*address, n, KERNEL_DEVICE)
+        assert torch.equal(philox.integers(*address, n, KERNEL_DEVICE), plain)
+        for limit in (1, 10, 2**31 - 1):
+            plain = plain_philox.integers_below(limit, *address, n, KERNEL_DEVICE)
+            assert torch.equal(philox.integers(*address, n, KERNEL_DEVICE, limit), plain)
+
+
+def test_integers_of_seeds_are_the_plain_version_s_to_the_bit():
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345] * 50, device=KERNEL_DEVICE)
+    for limit in (1, 10, 2**31 - 1):
+        ours = philox.integers_of_seeds(seeds, plain_philox.LAST_STREAM, limit)
+        assert torch.equal(ours, plain_philox.integers_of_seeds(seeds, limit))
+
+
 # ---- group normalisation ---------------------------------------------------------------------------------------------
 
 NORMS = network_norms(NETWORKS)

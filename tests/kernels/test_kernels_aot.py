@@ -99,6 +99,21 @@ def test_the_optimizer_step_moves_whole_blocks_in_wide_accesses(rows):
     assert {row["sm"] for row in rows if row["kernel"] == "adam_step_write_addresses"} == {80, 90}
 
 
+def test_integers_by_address_are_in_the_gate(rows):
+    """Static instructions are bounded a little above bench/results, and all accesses are wide."""
+    found = {(row["kernel"], row["log_gamma"], row["sm"]): row for row in rows if "integers" in row["kernel"]}
+    assert found.keys() == {
+        (f"philox_{kernel}", variant, architecture)
+        for kernel, variant in (
+            ("integers", "64 bits"),
+            ("integers", "below a limit"),
+            ("integers_of_seeds", "of seeds"),
+        )
+        for architecture in (80, 90, 100)
+    }
+    assert all(row["due"] and row["instructions_per_element"] <= 90 for row in found.values())
+
+
 WAVE = """
 import bench.aot as aot, torch, triton, triton.language as tl
 
