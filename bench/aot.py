@@ -37,9 +37,9 @@ from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from bench.shapes import network_norms
+from hsivi_fast.kernels import adam_step, noise_scale, philox, score_losses
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -161,6 +161,32 @@ def norm_cases(full):
                 )
 
 
+def optimizer_cases():
+    """(case, tensor bytes an element, are 16-byte accesses due, launch) of the optimizer step of any network."""
+    tensors = [_empty(adam_step.BLOCK)]
+    table, _ = adam_step.adam_table(*[tensors] * 5, [1.0])
+    for aligned in (True, False):
+        case = {"event": "-", "dtype": "fp32", "layout": "row-major", "log_gamma": "-" if aligned else "misaligned"}
+        yield (
+            case,
+            11 * 4,
+            aligned,
+            lambda: adam_step.adam_step(tensors, tensors, _empty(()), _empty(3), table, aligned, 1.0, 0.9, 0.999, 1e-8),
+        )
+
+
+def integer_cases():
+    """The same of the integers by address: 64 bits each and below a limit, and of seeds."""
+    seeds = _empty(4096, dtype=torch.int64)
+    for variant, launch in (
+        ("64 bits", lambda: philox.integers(3, 5, 7, 4096, "meta")),
+        ("below a limit", lambda: philox.integers(3, 5, 7, 4096, "meta", 10)),
+        ("of seeds", lambda: philox.integers_of_seeds(seeds, 2**32 - 1, 10)),
+    ):
+        case = {"event": "-", "dtype": "int64", "layout": "row-major", "log_gamma": variant}
+        yield case, 16 if variant == "of seeds" else 8, True, launch
+
+
 # One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest.
 SUBSET_NORMS = {(128, 32), (256, 16), (512, 8), (384, 64), (640, 32), (896, 8)}
 
@@ -174,11 +200,14 @@ def source_of(kernel, arguments):
     None, constexprs and the integer 1 are constants. Multiples of 16 are marked.
     """
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-        if name in constants or value is None or is_one:
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1 and name not in unspecialised
+        if isinstance(value, tuple):  # of addresses, which are odd: tensors without memory have none
+            signature[name] = ("i64",) * len(value)
+        elif name in constants or value is None or is_one:
             signature[name], constexprs[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(index,)] = TRITON_TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -186,7 +215,7 @@ def source_of(kernel, arguments):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in unspecialised:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
@@ -277,7 +306,9 @@ def collect(full):
     """The distinct launches of all cases: dicts of case, kernel, launch, bytes an element, are wide accesses due."""
     seen, work = set(), []
     with recorded_launches() as launches:
-        for case, moved, due, launch in itertools.chain(method_cases(full), norm_cases(full)):
+        for case, moved, due, launch in itertools.chain(
+            method_cases(full), norm_cases(full), optimizer_cases(), integer_cases()
+        ):
             launches.clear()
             launch()
             for kernel, values, options in launches:
@@ -294,14 +325,14 @@ def collect(full):
                     continue
                 seen.add(key)
                 name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
-                stage_two = kernel is noise_scale._sum_groups_kernel
+                helps = kernel in (noise_scale._sum_groups_kernel, adam_step._write_addresses_kernel)
                 work.append(
                     {
                         "case": case,
                         "kernel": name,
                         "launch": (kernel, values, options),
-                        "moved": None if stage_two else moved,
-                        "due": due and not stage_two,
+                        "moved": None if helps else moved,
+                        "due": due and not helps,
                     }
                 )
     return work
@@ -313,6 +344,8 @@ def row_of(item, architecture, figures):
     warps = options["num_warps"]
     if "BLOCK" in values:
         tile = values["BLOCK"] * values.get("GROUPS", 1)
+    elif "COUNT" in values:
+        tile = values["COUNT"]
     else:
         tile = values["PIXEL_TILE"] * values["GROUPS_HERE"] * values["CHANNEL_TILE"]
     row = {
@@ -441,9 +474,8 @@ def summary(rows):
     lines = {}
     for row in rows:
         if row["event"] != "odd":
-            lines.setdefault(
-                (row["kernel"], "fp32" if row["dtype"] == "fp32" else "bf16, fp16", row["layout"]), []
-            ).append(row)
+            dtype = "bf16, fp16" if row["dtype"] in ("bf16", "fp16") else row["dtype"]
+            lines.setdefault((row["kernel"], dtype, row["layout"]), []).append(row)
     cells = []
     for (kernel, dtype, layout), group in lines.items():
         wide = "all"

@@ -39,7 +39,9 @@ from bench.tables import Column
 from hsivi_fast import ops
 from hsivi_fast.build import choose_device
 from hsivi_fast.execution import CudaRecording
+from hsivi_fast.nets import build_unet
 from hsivi_fast.ops import library, philox, reference
+from hsivi_fast.training.optim import FusedStep, PlainStep
 
 LAYERS = 10
 GRAPHS = CudaRecording  # what --replay records; the tests put another class in its place
@@ -51,6 +53,7 @@ class Case:
 
     bytes: what the fused one moves; elements, element_size: of its tensor.
     check: raises AssertionError where ours is wrong.
+    plain_bytes: what the plain one moves, where its operators do not tell.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Case:
     elements: int
     element_size: int
     check: Callable
+    plain_bytes: int | None = None
 
 
 class MethodInputs:
@@ -231,6 +235,47 @@ def noise_cases(device, event, batch):
         yield case("draw_noise, plain Philox compiled", torch.compile(philox_normal, dynamic=False))
 
 
+def step_case(device, name, shapes, recorded):
+    """The optimizer step of parameters of these shapes in one kernel, against torch's clipping, fused Adam and average.
+
+    recorded: torch's as it is where steps are recorded, with the weight of the average in a tensor.
+    Of torch's operators on lists the counter sees what they read, not that they write it. So their passes are counted
+    by hand: clipping 3 with the norm, Adam 9, and the average 3 or, of three operators, 8. They are not compiled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    elements = sum(tensor.numel() for tensor in start)
+
+    def step_of(kind, dtype, *options):
+        parameters = {str(index): torch.nn.Parameter(_exact(value).to(dtype)) for index, value in enumerate(start)}
+        optimizer = kind(parameters.items(), 1.0, 0.999, 0.9, None, *options)
+        own = [gradient.to(dtype, copy=True) for gradient in gradients]  # torch's clipping writes into its gradients
+
+        @torch.compiler.disable
+        def step():
+            for parameter, gradient in zip(parameters.values(), own):
+                parameter.grad = gradient
+            optimizer.prepare(1e-4)
+            optimizer.apply()
+            return [value.detach() for value in (*parameters.values(), *optimizer.ema.parameters.values())]
+
+        return step
+
+    f32, on = torch.float32, device if recorded else None
+    fresh = functools.partial(step_of, FusedStep, f32)
+    return Case(
+        f"optimizer step {name} {len(shapes)} tensors, {elements} elements{' recorded' * recorded}",
+        fresh(),
+        step_of(PlainStep, f32, on),
+        12 * elements * 4,
+        elements,
+        4,
+        _check(lambda: fresh()(), lambda: step_of(PlainStep, torch.float64)()),
+        (20 if recorded else 15) * elements * 4,
+    )
+
+
 def all_cases(device):
     """The real shapes: on a GPU from a small batch to beyond 64 MB, on a CPU a few that it does in a minute."""
     return cpu_cases(device) if device.type == "cpu" else gpu_cases(device)
@@ -257,6 +302,9 @@ def gpu_cases(device):
                 yield from method_cases(device, event, batch, dtype, True)
         yield from method_cases(device, event, batches[-1], f32, False)
         yield from method_cases(device, event, batches[-1], bf16, False)
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in build_unet("cifar10").parameters()]
+    yield from (step_case(device, "cifar10", shapes, recorded) for recorded in (False, True))
     for index, (size, channels, modulated, added) in enumerate(NORMS):
         for batch in (16, 64):
             yield from norm_cases(device, size, channels, 32, batch, bf16, modulated, added, True)
@@ -352,7 +400,7 @@ def measure(case, device, bandwidth, facts, compiled=True, replay=None):
     if replay:
         sides = {name: replayed(function, device, replay) for name, function in sides.items()}
     seconds = interleaved(sides, device)
-    plain_bytes = counted_bytes(case.plain)
+    plain_bytes = case.plain_bytes or counted_bytes(case.plain)
     rate = case.bytes / seconds["ours"]
     extras = {
         "compiled": seconds["compiled"] * 1e6 if compiled else None,

@@ -143,7 +143,94 @@ def _draw_kernel(
     tl.store(noise_ptr + sample.to(tl.int64) * size + i, noise, mask=i < size)
 
 
-# ---- public function -------------------------------------------------------------------------------------------------
+@triton.jit
+def _store_integers(
+    out_ptr,  # int64, written
+    i, mask,  # the items, and which of them exist
+    word0, word1,  # two words an item
+    limit,  # or None
+):  # fmt: skip
+    """64 bits an item or, with a limit, an integer below it from the first word."""
+    if limit is None:
+        value = word0.to(tl.int64) | (word1.to(tl.int64) << 32)
+    else:
+        value = word0.to(tl.int64) * limit >> 32
+    tl.store(out_ptr + i, value, mask=mask)
+
+
+# Counters change in every step: no kernel is compiled anew for what divides them.
+@triton.jit(do_not_specialize=["key0", "key1", "c1", "c2", "c3", "limit"])
+def _integers_kernel(
+    out_ptr,  # [n] int64, written
+    key0, key1, c1, c2, c3,  # words of the key and the counter, each 0 .. 2^32 - 1
+    limit,  # or None
+    size,  # n
+    BLOCK: tl.constexpr,  # items a program
+):  # fmt: skip
+    """One program: a block of items, which are the counter's first word."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c0 = i.to(tl.uint32)
+    zero = c0 * 0
+    w0, w1, _, _ = philox4x32(
+        key0.to(tl.uint32), key1.to(tl.uint32),
+        c0, zero + c1.to(tl.uint32), zero + c2.to(tl.uint32), zero + c3.to(tl.uint32),
+    )  # fmt: skip
+    _store_integers(out_ptr, i, i < size, w0, w1, limit)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _integers_of_seeds_kernel(
+    out_ptr,  # [B] int64, written
+    seed_ptr,  # [B] int64
+    limit,
+    size,  # B
+    STREAM: tl.constexpr,  # below 2^32
+    BLOCK: tl.constexpr,  # items a program
+):  # fmt: skip
+    """One program: a block of seeds, each of which is a key. counter = (0, STREAM, 0, 0)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(seed_ptr + i, mask=i < size, other=0)
+    zero = (key * 0).to(tl.uint32)
+    w0, w1, _, _ = philox4x32(
+        (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        zero, zero + STREAM, zero, zero,
+    )  # fmt: skip
+    _store_integers(out_ptr, i, i < size, w0, w1, limit)
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+INTEGERS_BLOCK, INTEGERS_WARPS = 256, 4  # two items a thread, which it stores at once
+WORD = 0xFFFFFFFF
+
+
+def integers(run_seed, purpose, counter, n, device, limit=None):
+    """int64 [n] on a device: 64 random bits an item, or an integer below the limit from the low 32 of them.
+
+    key = run_seed, counter = (item, counter (low word, high word), purpose).
+    """
+    out = torch.empty(n, dtype=torch.int64, device=device)
+    _integers_kernel[(triton.cdiv(n, INTEGERS_BLOCK),)](
+        out,
+        run_seed & WORD, run_seed >> 32 & WORD, counter & WORD, counter >> 32 & WORD, purpose & WORD,
+        limit,
+        n,
+        BLOCK=INTEGERS_BLOCK, num_warps=INTEGERS_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def integers_of_seeds(seeds, stream, limit):
+    """An integer below the limit for each of the seeds [B] int64, from its first word of a stream: int64 [B]."""
+    out = torch.empty(seeds.shape, dtype=torch.int64, device=seeds.device)
+    _integers_of_seeds_kernel[(triton.cdiv(len(seeds), INTEGERS_BLOCK),)](
+        out,
+        seeds,
+        limit,
+        len(seeds),
+        STREAM=stream, BLOCK=INTEGERS_BLOCK, num_warps=INTEGERS_WARPS,
+    )  # fmt: skip
+    return out
 
 
 def draw_noise(seeds, stream, draw, shape, block=None):

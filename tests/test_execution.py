@@ -6,6 +6,7 @@ What needs a CUDA graph runs here on recorded operators (operator_recording.py),
 import contextlib
 import copy
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +15,13 @@ from operator_recording import OperatorRecording
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from hsivi_fast import load_config, train
+from hsivi_fast import load_config, ops, train
 from hsivi_fast.build import build_context, build_score_net, build_student, load_teacher
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall
 from hsivi_fast.nets import build_unet
 from hsivi_fast.parallel.world import ALONE, connect
 from hsivi_fast.sampling.sampler import Sampler, ddim_sampler
+from hsivi_fast.training.engine import PlainEngine
 from hsivi_fast.training.rollout import build_rollout
 from hsivi_fast.training.start import Paths
 from hsivi_fast.training.updates import Updates
@@ -148,6 +150,35 @@ def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording, 
     # The teacher of the paths, the update on them, the teacher's losses, the score network's update, the pull-back,
     # the rollout.
     assert execution.recorded == 6
+
+
+def _fit_ones(engine, x):
+    """One update of a network towards ones. Returns its outputs before it."""
+    y = engine.network(x)
+    engine.backward([y], [y.detach() - 1])
+    engine.apply_step()
+    return y.detach()
+
+
+@pytest.mark.parametrize("device, recording", RECORDED)
+def test_a_recorded_fused_step_is_the_plain_one(device, recording):
+    """The addresses of the gradients are those that it was recorded with; rates, counters and weights change."""
+    states, execution = [], Execution(device, cuda_graphs=True, recording=recording)
+    for backend, way in (("torch", EAGER), ("triton", execution)):
+        ops.choose_backend(backend, device)
+        network = torch.nn.Linear(3, 5).to(device)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+        engine = PlainEngine(network, 1.0, 0.9, way)
+        call, outputs = engine.graphed(functools.partial(_fit_ones, engine)), []
+        for step in range(1, WARM_UP + 6):
+            engine.prepare_step(1e-2 / step)
+            outputs.append(call(torch.linspace(-step, 1, 6, device=device).reshape(2, 3)))
+        states.append({**_state(engine), "outputs": torch.stack(outputs)})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value.cpu() if "step" in name else value, rtol=1e-5, atol=1e-6)
+    assert execution.recorded == 1
 
 
 def recorded_and_eager_on_ranks(settings):

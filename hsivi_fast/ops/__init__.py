@@ -19,15 +19,15 @@ from importlib.util import find_spec
 
 import torch
 
-from . import library, reference
+from . import library, philox, reference
 from .noise import Noise
-from .philox import integers, integers_below, integers_of_seeds
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
 OLDEST_CAPABILITY = (8, 0)  # the kernels are compiled and checked for these GPUs and newer ones
 
 __all__ = [
+    "AdamStep",
     "Noise",
     "affine_noise_step",
     "affine_step",
@@ -40,6 +40,7 @@ __all__ = [
     "integers_below",
     "integers_of_seeds",
     "old_capability",
+    "running_backend",
     "triton_is_interpreted",
 ]
 
@@ -72,6 +73,11 @@ def choose_backend(backend="auto", device="cpu"):
 def triton_is_interpreted():
     """Whether Triton kernels run in Triton's interpreter in this process."""
     return _triton_is_installed() and library.kernels("memory").INTERPRETED
+
+
+def running_backend(device):
+    """The backend that runs on a device where no call says another: "torch" or "triton"."""
+    return _resolve(None, torch.device(device))
 
 
 def _resolve(backend, device):
@@ -212,6 +218,63 @@ def draw_noise(seeds, stream, shape, draw=0, backend=None):
         stream = torch.full_like(seeds, stream)
     draw = _draw_numbers(draw, seeds)
     return library.draw_noise(seeds, stream, draw, list(shape), _resolve(backend, seeds.device))
+
+
+def integers(run_seed, purpose, counter, n, device="cpu", backend=None):
+    """64 random bits each for n items: int64 [n], a function of (run seed, purpose, counter, item) alone.
+
+    The same bits from each backend. A CPU has torch's unless `backend` says otherwise.
+    """
+    device = torch.device(device)
+    if _of_integers(backend, device) == "torch":
+        return philox.integers(run_seed, purpose, counter, n, device)
+    return library.integers(run_seed, purpose, counter, n, device)
+
+
+def integers_below(limit, run_seed, purpose, counter, n, device="cpu", backend=None):
+    """n integers in 0 .. limit - 1, int64 [n]: the low 32 bits of `integers`, scaled."""
+    device = torch.device(device)
+    if _of_integers(backend, device) == "torch":
+        return philox.integers_below(limit, run_seed, purpose, counter, n, device)
+    return library.integers(run_seed, purpose, counter, n, device, limit)
+
+
+def integers_of_seeds(seeds, limit, backend=None):
+    """An integer in 0 .. limit - 1 for each of the seeds [B] int64: int64 [B], a function of the seed alone.
+
+    limit: below 2^31.
+    """
+    if _of_integers(backend, seeds.device) == "torch":
+        return philox.integers_of_seeds(seeds, limit)
+    return library.integers_of_seeds(seeds, limit)
+
+
+def _of_integers(backend, device):
+    """The backend of a draw of integers. The host draws some of them itself, where the kernels run on its GPU."""
+    return "torch" if backend is None and device.type == "cpu" else _resolve(backend, device)
+
+
+class AdamStep:
+    """Adam with amsgrad on clipped gradients, and the average of the weights, in one pass. The Triton backend's alone.
+
+    parameters, exp_avg, exp_avg_sq, max_exp_avg_sq, averages: lists of P float32 tensors, which stay where they are.
+    factors: P numbers, of the rate. clip: the largest norm of all gradients. betas, eps: of Adam.
+    Raises ValueError for tensors that no kernel takes.
+    """
+
+    def __init__(self, parameters, exp_avg, exp_avg_sq, max_exp_avg_sq, averages, factors, clip, betas, eps):
+        lists = ([tensor.detach() for tensor in parameters], exp_avg, exp_avg_sq, max_exp_avg_sq, averages)
+        self._table, aligned = library.kernels("adam_step").adam_table(*lists, factors)
+        self._tensors = [tensor for tensors in lists for tensor in tensors]
+        self._constants = (aligned, clip, *betas, eps)
+
+    def __call__(self, gradients, norm, numbers):
+        """Update all of them in place. Nothing is copied from the host, so that it can be recorded and replayed.
+
+        gradients: P tensors; norm: [], theirs. numbers: [3], rate / (1 - beta1^n), sqrt(1 - beta2^n), and the weight of
+        the average, in step n.
+        """
+        library.adam_step(self._tensors, gradients, norm, numbers, self._table, *self._constants)
 
 
 def _flat(noise):

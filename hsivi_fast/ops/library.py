@@ -11,7 +11,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import reference
+from . import philox, reference
 
 
 def kernels(name):
@@ -49,6 +49,24 @@ def draw_noise(seeds: Tensor, stream: Tensor, draw: Tensor | None, shape: list[i
 @draw_noise.register_fake
 def _(seeds, stream, draw, shape, backend):
     return seeds.new_empty(len(seeds), *shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hsivi_fast::integers_of_seeds", mutates_args=())
+def integers_of_seeds(seeds: Tensor, limit: int) -> Tensor:
+    """Triton only. It is an operator because a recorded call takes the labels of its seeds from it."""
+    with _device_of(seeds):
+        return kernels("philox").integers_of_seeds(seeds.contiguous(), philox.LAST_STREAM, limit)
+
+
+@integers_of_seeds.register_fake
+def _(seeds, limit):
+    return torch.empty_like(seeds, memory_format=torch.contiguous_format)
+
+
+def integers(run_seed, purpose, counter, n, device, limit=None):
+    """Triton only. Its inputs are the host's numbers, so that no recorded or compiled call has it."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return kernels("philox").integers(run_seed, purpose, counter, n, device, limit)
 
 
 # ---- the affine step -------------------------------------------------------------------------------------------------
@@ -271,6 +289,29 @@ def _norm_gradients(ctx, dy, _mean, _rstd):
 
 
 group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+# ---- the optimizer step ----------------------------------------------------------------------------------------------
+# Triton only: the plain version is torch.optim.Adam with what stands around it.
+
+
+@torch.library.custom_op("hsivi_fast::adam_step", mutates_args=("tensors", "table"))
+def adam_step(
+    tensors: list[Tensor],
+    gradients: list[Tensor],
+    norm: Tensor,
+    numbers: Tensor,
+    table: list[Tensor],
+    aligned: bool,
+    clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """tensors: the lists that the table was made of, joined. The kernel knows them by their addresses alone."""
+    with _device_of(norm):
+        parameters = tensors[: len(gradients)]
+        kernels("adam_step").adam_step(parameters, gradients, norm, numbers, table, aligned, clip, beta1, beta2, eps)
 
 
 def _laid_out_like(value, tensor):

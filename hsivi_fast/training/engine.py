@@ -16,13 +16,11 @@ has:
 
 import torch
 
+from .. import ops
 from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..execution import EAGER
 from ..nets.prepared import Prepared
-from .optim import EMA, adam, forget_moments, set_rate
-
-# Adam's moments with amsgrad, in torch's names; "step" is its counter.
-SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+from .optim import SLOTS, FusedStep, PlainStep
 
 
 class PlainEngine:
@@ -36,13 +34,15 @@ class PlainEngine:
     def __init__(self, network, clip, ema, execution=EAGER, accumulation=1, beta1=0.9, own_rates=None):
         self.network, self.execution = network, execution
         self.predict = execution.compiled(network)
-        self.clip, self.accumulation = clip, accumulation
+        self.accumulation = accumulation
         self.names, self.parameters = zip(*network.named_parameters())
-        # What the host sets before a step is a number. Where the step is recorded, it is a tensor that the host fills.
-        recorded_on = self.parameters[0].device if execution.cuda_graphs else None
-        ema_weight = None if recorded_on is None else torch.zeros((), device=recorded_on)
-        self.optimizer = adam(network.named_parameters(), beta1, own_rates, recorded_on)
-        self.ema = EMA(network.named_parameters(), ema, ema_weight)
+        device = self.parameters[0].device
+        settings = (network.named_parameters(), clip, ema, beta1, own_rates)
+        if ops.running_backend(device) == "triton":
+            self.optimizer = FusedStep(*settings)
+        else:
+            self.optimizer = PlainStep(*settings, device if execution.cuda_graphs else None)
+        self.ema = self.optimizer.ema
 
     def frozen(self):
         """The network for calls that want no parameter gradients."""
@@ -65,20 +65,15 @@ class PlainEngine:
 
     def prepare_step(self, lr):
         """What the host does of a step: the learning rate and the counters."""
-        set_rate(self.optimizer, lr)
-        self.ema.count()
+        self.optimizer.prepare(lr)
 
     def apply_step(self):
         """What the device does of a step, which can be recorded and replayed."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.parameters)
+        self.optimizer.apply()
 
     def restart(self):
         """Forget the moments and the average: the next step is the first one, from the present parameters."""
-        forget_moments(self.optimizer)
-        self.ema.restart(self.parameters)
+        self.optimizer.restart()
 
     def averaged(self):
         """{name: tensor}: the averaged parameters."""
@@ -86,14 +81,10 @@ class PlainEngine:
 
     def state(self, name):
         """What a checkpoint needs: ({file stem: {name: tensor}}, {key: number}), with stems that start with `name`."""
-        optimizer = {}
-        for parameter_name, parameter in zip(self.names, self.parameters):
-            for slot, value in self.optimizer.state.get(parameter, {}).items():
-                optimizer[f"{slot}.{parameter_name}"] = value
         tensors = {
             name: dict(zip(self.names, self.parameters)),
             f"{name}_ema": self.averaged(),
-            f"{name}_optimizer": optimizer,
+            f"{name}_optimizer": self.optimizer.moments(),
         }
         return tensors, {f"{name}_updates": self.ema.updates}
 
@@ -106,19 +97,8 @@ class PlainEngine:
         with torch.no_grad():
             for parameter_name, parameter in zip(self.names, self.parameters):
                 parameter.copy_(weights[parameter_name])
-                slots = {}
-                for slot in ("step", *SLOTS):
-                    value = optimizer.get(f"{slot}.{parameter_name}")
-                    if value is not None:
-                        slots[slot] = value.to(parameter.device) if slot == "step" else laid_out_as(parameter, value)
-                if slots:
-                    self.optimizer.state[parameter] = slots
+            self.optimizer.load_moments(optimizer)
         self.ema.load(average, numbers[f"{name}_updates"])
-
-
-def laid_out_as(parameter, moment):
-    """A copy of a moment that lies in memory as its parameter does, which is Adam's own layout."""
-    return torch.zeros_like(parameter, memory_format=torch.preserve_format).copy_(moment)
 
 
 def read_state(name, read, expected):

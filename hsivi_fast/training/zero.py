@@ -15,8 +15,8 @@ from ..config import uses_deepspeed
 from ..data import regular_file
 from ..nets.prepared import Prepared
 from ..parallel.world import meet_alone, samples_per_rank
-from .engine import SLOTS, PlainEngine, laid_out_as, read_state
-from .optim import EMA, adam, forget_moments, set_rate
+from .engine import PlainEngine, read_state
+from .optim import EMA, SLOTS, adam, forget_moments, laid_out_as, set_rate
 
 PERSISTENT = 100_000  # elements: DeepSpeed's own default of what stage 3 does not cut
 

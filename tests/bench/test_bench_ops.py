@@ -27,6 +27,16 @@ def test_plain_formulas_give_the_operations_results(backend, device, per_pixel, 
             torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_optimizer_steps_do_the_same(recorded, monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+    case = bench_ops.step_case(torch.device(KERNEL_DEVICE), "small", [(3, 5), (70,)], recorded)
+    case.check()
+    for _ in range(2):  # as one is timed, again and again
+        torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-5, atol=1e-5)
+    assert (case.bytes, case.plain_bytes) == (12 * 85 * 4, (20 if recorded else 15) * 85 * 4)
+
+
 def test_an_operation_whose_check_fails_is_not_timed():
     case = next(bench_ops.method_cases(torch.device("cpu"), (2, 4, 4), 3, torch.float32, True))
     wrong = case.ours

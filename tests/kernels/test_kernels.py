@@ -14,9 +14,9 @@ from devices import KERNEL_DEVICE
 from random123 import KNOWN_ANSWERS
 
 from bench.shapes import network_norms
+from hsivi_fast.kernels import adam_step, memory, noise_scale, philox, score_losses
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
-from hsivi_fast.kernels import memory, noise_scale, philox, score_losses
 from hsivi_fast.nets import NETWORKS
 from hsivi_fast.ops import philox as plain_philox
 from hsivi_fast.ops import reference
@@ -340,6 +340,27 @@ def test_the_integers_are_random123_s(key, counter, expected):
     assert out.tolist() == list(expected)
 
 
+ADDRESSES = [(0, 0, 0), (7, 1, 3), (2**31, 4, 2**31), (-5, 2, 1), (2**63 - 1, 3, 2**40 + 5), (-(2**63), 15, 2**32 - 1)]
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=str)
+def test_integers_are_the_plain_version_s_to_the_bit(address):
+    """Run seed, purpose and counter of every kind, for one block with a rest and for less than one."""
+    for n in (1, 300):
+        plain = plain_philox.integers(*address, n, KERNEL_DEVICE)
+        assert torch.equal(philox.integers(*address, n, KERNEL_DEVICE), plain)
+        for limit in (1, 10, 2**31 - 1):
+            plain = plain_philox.integers_below(limit, *address, n, KERNEL_DEVICE)
+            assert torch.equal(philox.integers(*address, n, KERNEL_DEVICE, limit), plain)
+
+
+def test_integers_of_seeds_are_the_plain_version_s_to_the_bit():
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345] * 50, device=KERNEL_DEVICE)
+    for limit in (1, 10, 2**31 - 1):
+        ours = philox.integers_of_seeds(seeds, plain_philox.LAST_STREAM, limit)
+        assert torch.equal(ours, plain_philox.integers_of_seeds(seeds, limit))
+
+
 # ---- group normalisation ---------------------------------------------------------------------------------------------
 
 NORMS = network_norms(NETWORKS)
@@ -553,3 +574,78 @@ def test_group_norm_gives_the_same_bits_in_every_run():
 def test_group_norm_layouts_that_no_kernel_has_are_named(x, message):
     with pytest.raises(ValueError, match=message):
         norm.group_norm_silu(x, 2, None, None, 1e-5, True, None, None, None)
+
+
+# ---- the optimizer step ----------------------------------------------------------------------------------------------
+
+STEP = (0.5, 0.9, 0.999, 1e-8)  # clip, betas, eps
+
+
+def _step_inputs(aligned=True):
+    """Six lists of tensors: of several blocks with a rest, of one whole block, small, channels_last, and a scalar."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300,), (128,), (3, 5), (4, 3, 3, 3), ()]
+
+    def tensor(shape):
+        whole = torch.randn(torch.Size(shape).numel() + 4, generator=generator).to(KERNEL_DEVICE)
+        value = whole[0 if aligned else 1 :][: len(whole) - 4].reshape(shape)
+        return value.to(memory_format=torch.channels_last) if len(shape) == 4 else value
+
+    lists = [[tensor(shape) for shape in shapes] for _ in range(6)]
+    for tensors in lists[2:4]:  # both second moments
+        for value in tensors:
+            value.abs_()
+    return lists
+
+
+def _step_in_float64(gradients, lists, norm, numbers, factors):
+    """What a step makes of the five lists, by the formulas at the top of the kernel's file."""
+    clip, beta1, beta2, eps = STEP
+    rate, correction, weight = numbers.double()
+    made = []
+    for g, p, m, v, h, a, factor in zip(gradients, *lists, factors):
+        g, p, m, v, h, a = (t.double() for t in (g, p, m, v, h, a))
+        g = g * min(1.0, clip / (float(norm) + 1e-6))
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        h = torch.maximum(h, v)
+        p = p - factor * rate * m / (h.sqrt() / correction + eps)
+        made.append((p, m, v, h, a + weight * (p - a)))
+    return list(zip(*made))
+
+
+@pytest.mark.parametrize("norm", [30.0, 0.1], ids=["clipped", "whole"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_an_optimizer_step_is_the_formula(aligned, norm):
+    m, p, v, h, a, gradients = _step_inputs(aligned)
+    lists, factors = (p, m, v, h, a), [1.0, 1.0, 20.0, 1.0, 0.5]
+    table, found = adam_step.adam_table(*lists, factors, block=128)
+    assert found == aligned and len(table[0]) == 3 + 1 + 1 + 1 + 1
+    norm, numbers = (torch.tensor(value, device=KERNEL_DEVICE) for value in (norm, [1e-2, 0.3, 0.2]))
+    exact = _step_in_float64(gradients, lists, norm, numbers, factors)
+    adam_step.adam_step(p, gradients, norm, numbers, table, found, *STEP, block=128)
+    for values, truths in zip(lists, exact):
+        for value, truth in zip(values, truths):
+            torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_seen_in_the_parameters(norm):
+    """NaN in all of them. An infinite norm leaves infinite gradients, which become NaN, and makes the others zero."""
+    m, p, v, h, a, gradients = _step_inputs()
+    gradients[1][3] = norm
+    table, aligned = adam_step.adam_table(p, m, v, h, a, [1.0] * 5)
+    norm, numbers = (torch.tensor(value, device=KERNEL_DEVICE) for value in (norm, [1e-2, 0.3, 0.2]))
+    adam_step.adam_step(p, gradients, norm, numbers, table, aligned, *STEP)
+    assert torch.isnan(p[1][3]) and torch.isnan(a[1][3])
+    assert all(torch.isnan(value).all() == torch.isnan(norm) for value in (p[0], p[4]))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(4, dtype=torch.float64), torch.zeros(4, 2)[:, 0], torch.zeros(2, 2).t()],
+    ids=["float64", "holes", "another layout"],
+)
+def test_tensors_that_no_step_takes_are_named(tensor):
+    parameter = torch.zeros(tensor.shape)
+    with pytest.raises(ValueError, match="an optimizer step takes dense float32 tensors"):
+        adam_step.adam_table([parameter], [tensor], [parameter], [parameter], [parameter], [1.0])

@@ -91,6 +91,29 @@ def test_group_normalisation_in_both_forms(rows):
     assert max(row["registers"] * row["warps"] * 32 for row in one_pass) <= 65536
 
 
+def test_the_optimizer_step_moves_whole_blocks_in_wide_accesses(rows):
+    """22 of 16 bytes: two a thread for each of the eleven transfers. The last block of a parameter has narrow ones."""
+    steps = [row for row in rows if row["kernel"] == "adam_step_update"]
+    assert {(row["sm"], row["due"]) for row in steps} >= {(80, True), (80, False), (90, True), (90, False), (100, True)}
+    assert all(row["wide_accesses"] == (22 if row["due"] else 0) and row["registers"] <= 80 for row in steps)
+    assert {row["sm"] for row in rows if row["kernel"] == "adam_step_write_addresses"} == {80, 90}
+
+
+def test_integers_by_address_are_in_the_gate(rows):
+    """Static instructions are bounded a little above bench/results, and all accesses are wide."""
+    found = {(row["kernel"], row["log_gamma"], row["sm"]): row for row in rows if "integers" in row["kernel"]}
+    assert found.keys() == {
+        (f"philox_{kernel}", variant, architecture)
+        for kernel, variant in (
+            ("integers", "64 bits"),
+            ("integers", "below a limit"),
+            ("integers_of_seeds", "of seeds"),
+        )
+        for architecture in (80, 90, 100)
+    }
+    assert all(row["due"] and row["instructions_per_element"] <= 90 for row in found.values())
+
+
 WAVE = """
 import bench.aot as aot, torch, triton, triton.language as tl
 

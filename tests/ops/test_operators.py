@@ -74,6 +74,24 @@ def test_opcheck_without_noise_and_of_the_draw(backend, device):
     torch.library.opcheck(library.draw_noise, (i["seeds"], i["k"], i["draw"], [3, 5], backend))
 
 
+def test_integers_are_the_same_from_each_backend(monkeypatch):
+    """On the CPU they are torch's, whatever the process's choice: the host draws beside a run on a GPU."""
+    seeds = torch.tensor([3, -1, 2**62], device=KERNEL_DEVICE)
+    torch.library.opcheck(library.integers_of_seeds, (seeds, 10))
+    draws = [
+        (
+            ops.integers(7, 1, 3, 9, KERNEL_DEVICE, backend=backend),
+            ops.integers_below(10, 7, 1, 3, 9, KERNEL_DEVICE, backend=backend),
+            ops.integers_of_seeds(seeds, 10, backend=backend),
+        )
+        for backend in ("torch", "triton")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*draws))
+    ops.choose_backend("triton", KERNEL_DEVICE)
+    monkeypatch.setattr(library, "integers", None)
+    assert torch.equal(ops.integers(7, 1, 3, 9), draws[0][0].cpu())
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("modulated", [False, True])
 def test_opcheck_of_group_normalisation(modulated, layout):
