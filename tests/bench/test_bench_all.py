@@ -58,7 +58,9 @@ def test_the_plan_of_a_gpu_runs(like_a_gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_all, "run", _in_this_process)
     # Each kind of technique once: without, and on top of another one.
     ablation = importlib.import_module("bench.ablation")
-    for study, names in (("TrainingStudy", ("pooled", "graphs")), ("SamplingStudy", ("eager fp32", "graphs"))):
+    in_call = ("bf16 by autocast", "upsampling folded, bf16")
+    kinds = {"CallStudy": in_call, "TrainingStudy": ("pooled", "graphs"), "SamplingStudy": ("eager fp32", "graphs")}
+    for study, names in kinds.items():
         techniques = getattr(ablation, study).techniques
         monkeypatch.setattr(getattr(ablation, study), "techniques", {name: techniques[name] for name in names})
     monkeypatch.setattr(ablation, "runnable", lambda techniques, device: techniques)
@@ -71,6 +73,7 @@ def test_the_plan_of_a_gpu_runs(like_a_gpu, tmp_path, monkeypatch, capsys):
     assert cases["train_step_gpu_4"] == cases["train_step_gpu_2"] == ["train_cycle_bf16_graphs", "train_cycle_tf32"]
     assert len(cases["ops_gpu"]) == 21 and cases["fid_gpu"] == ["fid_64"]
     assert cases["ablation_gpu"] == [
+        *(f"call: {name}" for name in ("published", *in_call)),
         *(f"sampling: {name}" for name in ("published", "eager fp32", "graphs")),
         *(f"training: {name}" for name in ("published", "pooled", "graphs")),
     ]
