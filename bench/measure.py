@@ -243,27 +243,40 @@ def joules_per_image(function, device, images):
     return meter.joules() / (calls * images)
 
 
-class _Traffic(TorchDispatchMode):
-    """Adds up the bytes that every operator reads and writes; views move nothing."""
+VIEWS = (
+    "view",
+    "expand",
+    "reshape",
+    "permute",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "slice",
+    "detach",
+    "alias",
+    "as_strided",
+    "t",
+    "split",
+    "unbind",
+)
+ALLOCATIONS = ("empty", "empty_like", "new_empty")
 
-    VIEWS = (
-        "view",
-        "expand",
-        "reshape",
-        "permute",
-        "transpose",
-        "unsqueeze",
-        "squeeze",
-        "select",
-        "slice",
-        "detach",
-        "alias",
-        "as_strided",
-        "t",
-        "split",
-        "unbind",
-    )
-    ALLOCATIONS = ("empty", "empty_like", "new_empty")
+
+def moves_memory(operator):
+    """Whether an operator of torch reads or writes tensors: views and allocations do not."""
+    name = operator._schema.name.partition("::")[2]
+    is_view = name.rstrip("_") in VIEWS or name.startswith("_unsafe_view")
+    return not is_view and name not in ALLOCATIONS
+
+
+def tensor_bytes(*values):
+    """Bytes of all tensors in some values, nested as torch's pytrees are."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes that every operator reads and writes."""
 
     def __init__(self):
         super().__init__()
@@ -271,14 +284,9 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        if self._moves(function._schema.name.partition("::")[2]):
-            tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if moves_memory(function):
+            self.bytes += tensor_bytes(arguments, keywords, result)
         return result
-
-    def _moves(self, name):
-        is_view = name.rstrip("_") in self.VIEWS or name.startswith("_unsafe_view")
-        return not is_view and name not in self.ALLOCATIONS
 
 
 def counted_bytes(function):
