@@ -33,16 +33,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.breakdown import kind_of
-from bench.cluster import F_LEARNING_TIMES, NFE, update_bytes
+from bench.cluster import F_LEARNING_TIMES, NFE
 from bench.measure import moves_memory, tensor_bytes
 from bench.options import command_line
 from bench.tables import filled, markdown, table_names
 from hsivi_fast import ops
+from hsivi_fast.kernels import adam_step
 from hsivi_fast.nets import build_unet
+from hsivi_fast.nets.prepared import CAST_BY_AUTOCAST, Prepared
 
 REPORT = Path(__file__).resolve().parent / "roofline.md"
 BATCHES = (16, 128, 512)
-OPTIMIZER = "optimizer, average, clipping"
+OPTIMIZER, CASTS = "optimizer, average, clipping", "casts, copies, padding"  # kinds of bench.breakdown
+STEP_TRANSFERS = 11  # of an element of the parameters, beside the norm's one: see kernels/adam_step.py
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,17 @@ def as_on_a_gpu():
 
 @dataclass(frozen=True)
 class Counted:
-    """Operations of a network's call with one batch: forward, forward with backward, and with that to the input."""
+    """Operations of a network's call with one batch, and its size.
+
+    forward, with_input_backward: of frozen calls, see nets/prepared.py; with_backward: of a training call.
+    parameters: elements; tensors: how many they are in; event: numbers of an image.
+    """
 
     forward: list
     with_backward: list
     with_input_backward: list
     parameters: int
+    tensors: int
     event: int
 
 
@@ -157,16 +165,28 @@ def counted(network_name, batch):
 
     def pulled_back():
         leaf = x.detach().requires_grad_(True)
-        prediction = network(leaf, t)
+        prediction = frozen(leaf, t)
         torch.autograd.grad(prediction, leaf, torch.empty_like(prediction))
 
-    with torch.no_grad():
-        forward = operations(lambda: network(x, t))
     with_backward = operations(lambda: torch.autograd.backward(network(x, t), torch.empty_like(x)))
-    network.requires_grad_(False)
+    with_backward += cast_operations(network)
+    parameters = [parameter.numel() for parameter in network.parameters()]
+    frozen = Prepared(network)
+    with torch.no_grad():
+        forward = operations(lambda: frozen(x, t))
     with_input_backward = operations(pulled_back)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Counted(forward, with_backward, with_input_backward, parameters, x[0].numel())
+    return Counted(forward, with_backward, with_input_backward, sum(parameters), len(parameters), x[0].numel())
+
+
+def cast_operations(network):
+    """A training call's casts of weights to bfloat16, and of their gradients back."""
+    cast = [
+        parameter.numel()
+        for module in network.modules()
+        if isinstance(module, CAST_BY_AUTOCAST)
+        for parameter in module.parameters(recurse=False)
+    ]
+    return [Operation(CASTS, 0, (4 + 2) * size) for size in cast] * 2
 
 
 def step_operations(batch, event):
@@ -174,10 +194,11 @@ def step_operations(batch, event):
     return [Operation("the method's own", 0, 3 * 4 * batch * event)]
 
 
-def optimizer_operations(parameters, updates=1):
-    """Clipping, Adam and average of some updates: a multi-tensor kernel for each of four passes."""
-    moved = update_bytes(parameters, 1, 0)
-    return [Operation(OPTIMIZER, 0, moved // 4)] * (4 * updates)
+def optimizer_operations(network):
+    """A step: the norm, the addresses of the gradients, and the kernel."""
+    size, tables = 4 * network.parameters, -(-network.tensors // adam_step.WRITTEN)
+    addresses = [Operation(OPTIMIZER, 0, 8 * network.tensors // tables)] * tables
+    return [Operation(OPTIMIZER, 0, size), *addresses, Operation(OPTIMIZER, 0, STEP_TRANSFERS * size)]
 
 
 def call_operations(network, batch):
@@ -191,7 +212,7 @@ def cycle_operations(network, batch):
     rolled = call_operations(network, batch) * F_LEARNING_TIMES
     student = network.with_backward + 2 * network.with_input_backward
     score_net = network.with_backward * F_LEARNING_TIMES
-    return [*rolled, *student, *score_net, *optimizer_operations(network.parameters, 1 + F_LEARNING_TIMES)]
+    return [*rolled, *student, *score_net, *optimizer_operations(network) * (1 + F_LEARNING_TIMES)]
 
 
 def terms(operations, card=H100):
@@ -257,7 +278,7 @@ def tables(network_name):
     found = {"summary": markdown(SUMMARY, summary_lines(networks))}
     for batch, network in networks.items():
         found[f"call_{batch}"] = markdown(TERMS, term_lines(call_operations(network, batch)))
-        update = network.with_backward + optimizer_operations(network.parameters)
+        update = network.with_backward + optimizer_operations(network)
         found[f"update_{batch}"] = markdown(TERMS, term_lines(update))
     return found
 
