@@ -464,10 +464,13 @@ def _effective_weight(weight, scale):
     return factor if weight is None else factor * weight.to(torch.float32)
 
 
-def _group_mean(channel_sums, factor, groups, elements):
-    """mean_group(w' S / pixels) of channel sums S [B, C]: [B, groups]. factor: w' or None; elements: of a group."""
-    weighted = channel_sums if factor is None else factor * channel_sums
-    return weighted.reshape(len(channel_sums), groups, -1).sum(2) / elements
+def _group_means(sums, factor, groups, elements):
+    """mean_group(w' S / pixels) of both channel sums S [2, B, C]: [2, B, groups].
+
+    factor: w' or None; elements: of a group.
+    """
+    weighted = sums if factor is None else factor * sums
+    return weighted.reshape(*sums.shape[:2], groups, -1).sum(3) / elements
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -531,43 +534,41 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
 
 
 def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
-    """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file.
+    """(dx like x, P and Q [2, B, C], dadd [B, C] or None without add), all but dx float32; see the top of the file.
 
     dy is laid out like x. mean and rstd are what the forward returned; the other arguments and errors are as there.
     """
     chunks, tile, grid = _arrange(x, groups, BACKWARD)
     batch, channels = x.shape[:2]
     dx = torch.empty_like(x)
-    p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
-    q = torch.empty_like(p)
-    dadd = None if add is None else torch.empty_like(p)
+    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)  # in one, for one reduction
+    dadd = None if add is None else torch.empty_like(sums[0])
     inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     if chunks == 1:
         _backward_kernel[grid](
             *inputs,
             dx,
-            p, q,
+            *sums,
             dadd,
             *strides,
             **tile,
             SILU=silu,
         )  # fmt: skip
-        return dx, p[:, 0], q[:, 0], None if add is None else dadd[:, 0]
+        return dx, sums[:, :, 0], None if add is None else dadd[:, 0]
     _split_backward_kernel[grid](
         *inputs,
         None, None,  # along, across
         None,  # dx
-        p, q,
+        *sums,
         None,  # dadd
         *strides,
         chunks,
         **tile,
         SILU=silu,
     )  # fmt: skip
-    p, q = p.sum(1), q.sum(1)
-    factor, elements = _effective_weight(weight, scale), x[0].numel() // groups
-    along, across = _group_mean(p, factor, groups, elements), _group_mean(q, factor, groups, elements)
+    sums = sums.sum(2)
+    along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
     _split_backward_kernel[grid](
         *inputs,
         along, across,
@@ -579,17 +580,17 @@ def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, ad
         **tile,
         SILU=silu,
     )  # fmt: skip
-    return dx, p, q, None if add is None else dadd.sum(1)
+    return dx, sums, None if add is None else dadd.sum(1)
 
 
-def parameter_grads(p, q, weight, bias, scale):
-    """(dweight, dbias, dscale, dshift) from P and Q [B, C], None where there is no such input."""
+def parameter_grads(sums, weight, bias, scale):
+    """(dweight, dbias, dscale, dshift) from P and Q [2, B, C], None where there is no such input."""
     dweight = dbias = dscale = dshift = None
     if weight is not None:
-        factor = None if scale is None else 1.0 + scale.to(torch.float32)
-        dweight = (p if factor is None else p * factor).sum(0).to(weight.dtype)
-        dbias = (q if factor is None else q * factor).sum(0).to(weight.dtype)
+        weighted = sums if scale is None else sums * (1.0 + scale.to(torch.float32))
+        dweight, dbias = weighted.sum(1).to(weight.dtype)
     if scale is not None:
+        p, q = sums
         dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
         dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
     return dweight, dbias, dscale, dshift

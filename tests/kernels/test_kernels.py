@@ -397,8 +397,8 @@ def _check_norm(
         return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], cast(dy).detach())]
 
     y, mean, rstd = norm.group_norm_silu(x, groups, weight, bias, 1e-5, silu, scale, shift, add)
-    dx, p, q, dadd = norm.group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
-    rest = (*norm.parameter_grads(p, q, weight, bias, scale), None if add is None else dadd.to(dtype))
+    dx, sums, dadd = norm.group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
+    rest = (*norm.parameter_grads(sums, weight, bias, scale), None if add is None else dadd.to(dtype))
     values = [y, dx, *(grad for grad in rest if grad is not None)]
     assert y.stride() == dx.stride() == x.stride()
     exact = plain(lambda t: t.detach().to(torch.float64))
@@ -555,8 +555,8 @@ def test_group_norm_gives_the_same_bits_in_every_run():
     runs = []
     for _ in range(2):
         y, mean, rstd = norm.group_norm_silu(x, 8, weight, bias, 1e-5, True, scale, shift, None)
-        sums = norm.group_norm_silu_backward(dy, x, 8, weight, bias, True, scale, shift, None, mean, rstd)
-        runs.append((y, *sums[:3], *norm.parameter_grads(*sums[1:3], weight, bias, scale)))
+        dx, sums, _ = norm.group_norm_silu_backward(dy, x, 8, weight, bias, True, scale, shift, None, mean, rstd)
+        runs.append((y, dx, sums, *norm.parameter_grads(sums, weight, bias, scale)))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
