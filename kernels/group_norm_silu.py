@@ -14,9 +14,9 @@ mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument
                 dadd = sum over pixels of dx
 
 Two forms. Where a group fits into the registers of one program, it is read once: forward 2 tensor passes, backward 3.
-Larger groups are split over programs of a few pixels each. One kernel makes partial sums, a second finishes and
-applies them. That reads the input twice: 3 and 5 passes, some of them from the cache. Sums have a fixed order and no
-atomics.
+Larger groups are split over programs of a few pixels each, and so are those that are narrow in memory (see `plan`). One
+kernel makes partial sums, a second finishes and applies them. That reads the input twice: 3 and 5 passes, some of them
+from the cache. Sums have a fixed order and no atomics.
 """
 
 import torch
@@ -36,6 +36,9 @@ FORWARD, BACKWARD = (16, 16384, 8), (16, 8192, 16)
 REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 1024
 SECTOR_BYTES = 32
+# Memory moves whole sectors. One pass over 8 bytes of each moves 4 times its bytes: 8 transfers forward and 12
+# backward, where the split form has 3 and 5. From 16 bytes on it is 4 and 6, and the split form has more launches.
+LEAST_SEGMENT = 16
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -391,30 +394,39 @@ def _split_backward_kernel(
 # ---- for the launchers -----------------------------------------------------------------------------------------------
 
 
+def _joined_groups(groups, column, limit, least, segment, wanted):
+    """How many groups a program takes: a divisor of them, doubled until the tile and its segments are large enough.
+
+    column: elements that one more group adds to the tile; limit, least: of the tile.
+    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: of these.
+    """
+    here = 1
+    while (
+        groups % (2 * here) == 0
+        and 2 * here * column <= limit
+        and (here * column < least or 0 < here * segment < wanted)
+    ):
+        here *= 2
+    return here
+
+
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
     group are a few bytes in each pixel's row. There a program takes groups until it uses whole sectors of 32 bytes,
-    as far as its registers go.
+    as far as its registers go. Where they end below LEAST_SEGMENT bytes, the group is split although it would fit.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
-    split = pixel_tile * channel_tile > ONE_PASS_ELEMENTS
+    segment = group_channels * element_size if channels_last else 0  # bytes of a group in a pixel's row; 0: no matter
     elements_a_thread, joined, most_warps = direction
-    limit = max(SPLIT_ELEMENTS, channel_tile) if split else joined
-    wanted = (4 * SECTOR_BYTES if split else SECTOR_BYTES) if channels_last else 0
-    column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
-    least = 0 if split else LEAST_ELEMENTS
-    groups_here = 1
-    while (
-        groups % (2 * groups_here) == 0
-        and 2 * groups_here * column <= limit
-        and (groups_here * column < least or groups_here * group_channels * element_size < wanted)
-    ):
-        groups_here *= 2
-    if split:
+    groups_here = _joined_groups(groups, pixel_tile * channel_tile, joined, LEAST_ELEMENTS, segment, SECTOR_BYTES)
+    narrow = channels_last and groups_here < groups and groups_here * segment < LEAST_SEGMENT
+    if pixel_tile * channel_tile > ONE_PASS_ELEMENTS or narrow:
+        limit = max(SPLIT_ELEMENTS, channel_tile)
+        groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, 4 * SECTOR_BYTES)
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
     warps = min(most_warps, max(1, elements // (32 * elements_a_thread)))
