@@ -14,9 +14,9 @@ mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument
                 dadd = sum over pixels of dx
 
 Two forms. Where a group fits into the registers of one program, it is read once: forward 2 tensor passes, backward 3.
-Larger groups are split over programs of a few pixels each. One kernel makes partial sums, a second finishes and
-applies them. That reads the input twice: 3 and 5 passes, some of them from the cache. Sums have a fixed order and no
-atomics.
+Larger groups are split over programs of a few pixels each, and so are those that are narrow in memory (see `plan`). One
+kernel makes partial sums, a second finishes and applies them. That reads the input twice: 3 and 5 passes, some of them
+from the cache. Sums have a fixed order and no atomics.
 """
 
 import torch
@@ -36,6 +36,9 @@ FORWARD, BACKWARD = (16, 16384, 8), (16, 8192, 16)
 REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 1024
 SECTOR_BYTES = 32
+# Memory moves whole sectors. One pass over 8 bytes of each moves 4 times its bytes: 8 transfers forward and 12
+# backward, where the split form has 3 and 5. From 16 bytes on it is 4 and 6, and the split form has more launches.
+LEAST_SEGMENT = 16
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -391,30 +394,39 @@ def _split_backward_kernel(
 # ---- for the launchers -----------------------------------------------------------------------------------------------
 
 
+def _joined_groups(groups, column, limit, least, segment, wanted):
+    """How many groups a program takes: a divisor of them, doubled until the tile and its segments are large enough.
+
+    column: elements that one more group adds to the tile; limit, least: of the tile.
+    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: of these.
+    """
+    here = 1
+    while (
+        groups % (2 * here) == 0
+        and 2 * here * column <= limit
+        and (here * column < least or 0 < here * segment < wanted)
+    ):
+        here *= 2
+    return here
+
+
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
     group are a few bytes in each pixel's row. There a program takes groups until it uses whole sectors of 32 bytes,
-    as far as its registers go.
+    as far as its registers go. Where they end below LEAST_SEGMENT bytes, the group is split although it would fit.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
-    split = pixel_tile * channel_tile > ONE_PASS_ELEMENTS
+    segment = group_channels * element_size if channels_last else 0  # bytes of a group in a pixel's row; 0: no matter
     elements_a_thread, joined, most_warps = direction
-    limit = max(SPLIT_ELEMENTS, channel_tile) if split else joined
-    wanted = (4 * SECTOR_BYTES if split else SECTOR_BYTES) if channels_last else 0
-    column = channel_tile * (1 if split else pixel_tile)  # elements that one more group adds to the tile
-    least = 0 if split else LEAST_ELEMENTS
-    groups_here = 1
-    while (
-        groups % (2 * groups_here) == 0
-        and 2 * groups_here * column <= limit
-        and (groups_here * column < least or groups_here * group_channels * element_size < wanted)
-    ):
-        groups_here *= 2
-    if split:
+    groups_here = _joined_groups(groups, pixel_tile * channel_tile, joined, LEAST_ELEMENTS, segment, SECTOR_BYTES)
+    narrow = channels_last and groups_here < groups and groups_here * segment < LEAST_SEGMENT
+    if pixel_tile * channel_tile > ONE_PASS_ELEMENTS or narrow:
+        limit = max(SPLIT_ELEMENTS, channel_tile)
+        groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, 4 * SECTOR_BYTES)
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
     warps = min(most_warps, max(1, elements // (32 * elements_a_thread)))
@@ -464,10 +476,13 @@ def _effective_weight(weight, scale):
     return factor if weight is None else factor * weight.to(torch.float32)
 
 
-def _group_mean(channel_sums, factor, groups, elements):
-    """mean_group(w' S / pixels) of channel sums S [B, C]: [B, groups]. factor: w' or None; elements: of a group."""
-    weighted = channel_sums if factor is None else factor * channel_sums
-    return weighted.reshape(len(channel_sums), groups, -1).sum(2) / elements
+def _group_means(sums, factor, groups, elements):
+    """mean_group(w' S / pixels) of both channel sums S [2, B, C]: [2, B, groups].
+
+    factor: w' or None; elements: of a group.
+    """
+    weighted = sums if factor is None else factor * sums
+    return weighted.reshape(*sums.shape[:2], groups, -1).sum(3) / elements
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -531,43 +546,41 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
 
 
 def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
-    """(dx like x, P, Q, dadd), all but dx [B, C] float32, dadd None without add; see the top of the file.
+    """(dx like x, P and Q [2, B, C], dadd [B, C] or None without add), all but dx float32; see the top of the file.
 
     dy is laid out like x. mean and rstd are what the forward returned; the other arguments and errors are as there.
     """
     chunks, tile, grid = _arrange(x, groups, BACKWARD)
     batch, channels = x.shape[:2]
     dx = torch.empty_like(x)
-    p = torch.empty(batch, chunks, channels, dtype=torch.float32, device=x.device)
-    q = torch.empty_like(p)
-    dadd = None if add is None else torch.empty_like(p)
+    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)  # in one, for one reduction
+    dadd = None if add is None else torch.empty_like(sums[0])
     inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     if chunks == 1:
         _backward_kernel[grid](
             *inputs,
             dx,
-            p, q,
+            *sums,
             dadd,
             *strides,
             **tile,
             SILU=silu,
         )  # fmt: skip
-        return dx, p[:, 0], q[:, 0], None if add is None else dadd[:, 0]
+        return dx, sums[:, :, 0], None if add is None else dadd[:, 0]
     _split_backward_kernel[grid](
         *inputs,
         None, None,  # along, across
         None,  # dx
-        p, q,
+        *sums,
         None,  # dadd
         *strides,
         chunks,
         **tile,
         SILU=silu,
     )  # fmt: skip
-    p, q = p.sum(1), q.sum(1)
-    factor, elements = _effective_weight(weight, scale), x[0].numel() // groups
-    along, across = _group_mean(p, factor, groups, elements), _group_mean(q, factor, groups, elements)
+    sums = sums.sum(2)
+    along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
     _split_backward_kernel[grid](
         *inputs,
         along, across,
@@ -579,17 +592,17 @@ def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, ad
         **tile,
         SILU=silu,
     )  # fmt: skip
-    return dx, p, q, None if add is None else dadd.sum(1)
+    return dx, sums, None if add is None else dadd.sum(1)
 
 
-def parameter_grads(p, q, weight, bias, scale):
-    """(dweight, dbias, dscale, dshift) from P and Q [B, C], None where there is no such input."""
+def parameter_grads(sums, weight, bias, scale):
+    """(dweight, dbias, dscale, dshift) from P and Q [2, B, C], None where there is no such input."""
     dweight = dbias = dscale = dshift = None
     if weight is not None:
-        factor = None if scale is None else 1.0 + scale.to(torch.float32)
-        dweight = (p if factor is None else p * factor).sum(0).to(weight.dtype)
-        dbias = (q if factor is None else q * factor).sum(0).to(weight.dtype)
+        weighted = sums if scale is None else sums * (1.0 + scale.to(torch.float32))
+        dweight, dbias = weighted.sum(1).to(weight.dtype)
     if scale is not None:
+        p, q = sums
         dscale = p if weight is None else weight.to(torch.float32) * p + bias.to(torch.float32) * q
         dscale, dshift = dscale.to(scale.dtype), q.to(scale.dtype)
     return dweight, dbias, dscale, dshift

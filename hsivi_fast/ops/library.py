@@ -254,18 +254,18 @@ def group_norm_silu_backward(
     add: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     with _device_of(x):
-        dx, p, q, dadd = kernels("group_norm_silu").group_norm_silu_backward(
+        dx, sums, dadd = kernels("group_norm_silu").group_norm_silu_backward(
             dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd
         )
-    return dx, p, q, q.new_empty(0) if dadd is None else dadd
+    return dx, sums, sums.new_empty(0) if dadd is None else dadd
 
 
 @group_norm_silu_backward.register_fake
 def _(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
-    p = x.new_empty(*x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(x), p, torch.empty_like(p), p.new_empty(0) if add is None else torch.empty_like(p)
+    sums = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    return torch.empty_like(x), sums, sums.new_empty(0) if add is None else torch.empty_like(sums[0])
 
 
 def _save_norm(ctx, inputs, output):
@@ -278,12 +278,12 @@ def _save_norm(ctx, inputs, output):
 
 def _norm_gradients(ctx, dy, _mean, _rstd):
     x, weight, bias, scale, shift, add, mean, rstd = ctx.saved_tensors
-    dx, p, q, dadd = group_norm_silu_backward(
+    dx, sums, dadd = group_norm_silu_backward(
         _laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd
     )
     others = (None,) * 4
     if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7)):  # not in a pull-back to the input alone
-        others = kernels("group_norm_silu").parameter_grads(p, q, weight, bias, scale)
+        others = kernels("group_norm_silu").parameter_grads(sums, weight, bias, scale)
     dweight, dbias, dscale, dshift = others
     return dx, None, dweight, dbias, None, None, dscale, dshift, None if add is None else dadd.to(add.dtype)
 

@@ -401,8 +401,8 @@ def _check_norm(
         return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], cast(dy).detach())]
 
     y, mean, rstd = norm.group_norm_silu(x, groups, weight, bias, 1e-5, silu, scale, shift, add)
-    dx, p, q, dadd = norm.group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
-    rest = (*norm.parameter_grads(p, q, weight, bias, scale), None if add is None else dadd.to(dtype))
+    dx, sums, dadd = norm.group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd)
+    rest = (*norm.parameter_grads(sums, weight, bias, scale), None if add is None else dadd.to(dtype))
     values = [y, dx, *(grad for grad in rest if grad is not None)]
     assert y.stride() == dx.stride() == x.stride()
     exact = plain(lambda t: t.detach().to(torch.float64))
@@ -542,6 +542,34 @@ def test_group_norm_in_the_split_form(dtype, layout, monkeypatch):
         _check_norm(24, (9, 5), 3, dtype, layout, True, modulated, added, batch=2)
 
 
+def test_narrow_segments_are_split():
+    """Bytes beside each other that a program reads of a pixel's row in channels_last memory, and chunks of pixels."""
+
+    def segment_and_chunks(size, channels, dtype, direction, channels_last=True):
+        chosen = norm.plan(channels, 32, size * size, dtype.itemsize, channels_last, direction)
+        return chosen["GROUPS_HERE"] * chosen["GROUP_CHANNELS"] * dtype.itemsize, chosen["chunks"]
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    for direction in (norm.FORWARD, norm.BACKWARD):
+        assert segment_and_chunks(64, 128, bf16, direction) == (128, 64)  # one pass would have 8 bytes
+        assert segment_and_chunks(64, 128, f32, direction) == (16, 1)
+        assert segment_and_chunks(64, 128, bf16, direction, channels_last=False)[1] == 1
+        assert segment_and_chunks(32, 384, bf16, direction) == (24, 1)
+    assert segment_and_chunks(32, 128, bf16, norm.FORWARD) == (32, 1)
+    assert segment_and_chunks(32, 128, bf16, norm.BACKWARD) == (16, 1)
+    assert norm.plan(4, 1, 64, 2, True)["chunks"] == 1  # the row has no more
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_group_norm_of_narrow_segments(modulated, monkeypatch):
+    """Split although a group fits into one program."""
+    for direction in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(norm, direction, (16, 128, 8))
+        monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 256)
+        assert norm.plan(16, 4, 48, 2, True, getattr(norm, direction))["chunks"] == 3
+    _check_norm(16, (8, 6), 4, torch.bfloat16, torch.channels_last, True, modulated, not modulated, batch=2)
+
+
 def test_group_norm_of_large_means_keeps_its_variance():
     """The variance is of centred values, also when joined from chunks: a mean of 1000 costs what it costs torch."""
     for limit in (norm.ONE_PASS_ELEMENTS, 64):
@@ -559,8 +587,8 @@ def test_group_norm_gives_the_same_bits_in_every_run():
     runs = []
     for _ in range(2):
         y, mean, rstd = norm.group_norm_silu(x, 8, weight, bias, 1e-5, True, scale, shift, None)
-        sums = norm.group_norm_silu_backward(dy, x, 8, weight, bias, True, scale, shift, None, mean, rstd)
-        runs.append((y, *sums[:3], *norm.parameter_grads(*sums[1:3], weight, bias, scale)))
+        dx, sums, _ = norm.group_norm_silu_backward(dy, x, 8, weight, bias, True, scale, shift, None, mean, rstd)
+        runs.append((y, dx, sums, *norm.parameter_grads(sums, weight, bias, scale)))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
