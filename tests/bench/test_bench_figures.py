@@ -256,4 +256,4 @@ def test_the_page_of_the_kernels_shows_the_committed_figures():
     rows = read_records(ROOT / "bench" / "results" / "aot.jsonl")
     assert {row["sm"] for row in rows} == {80, 90, 100}
     assert all(row["stack"] == 0 and row["local"] == 0 and row["problems"] == [] for row in rows)
-    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16"}
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16", "fp16", "int64"}
