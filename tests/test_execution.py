@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from operator_recording import OperatorRecording
+from operator_recording import OperatorRecording, RunAgain
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -239,20 +239,6 @@ def test_a_recorded_call_keeps_to_its_arguments():
     for wrong in ((torch.zeros(4), None), (torch.zeros(3), torch.ones(3)), (torch.zeros(3, dtype=torch.float64), None)):
         with pytest.raises(ValueError, match="cuda_graphs: recorded for"):
             call(*wrong)
-
-
-class RunAgain:
-    """The methods of `CudaRecording`, for functions of one result: a replay runs the function again."""
-
-    def warm_up(self, function):
-        return function()
-
-    def record(self, function):
-        self.function, self.result = function, function()
-        return self.result
-
-    def replay(self):
-        self.result.copy_(self.function())
 
 
 def test_a_call_works_on_the_same_memory_from_the_first_time_on():

@@ -143,9 +143,8 @@ class Sampler:
 
         labels: of a network with classes, one int for all samples or one for each; by default each seed has its own.
         A sample depends on its own seed and label alone, not on the batch that it is drawn in; on a GPU another batch
-        may round otherwise. `on_batch(n)` is called
-        after every batch with the number of samples in it. Raises ValueError for no seeds, a batch of none, and labels
-        that do not fit.
+        may round otherwise. `on_batch(n)` is called after every batch with the number of samples in it. Raises
+        ValueError for no seeds, a batch of none, and labels that do not fit.
         """
         self._prepared.refresh()
         return self._batches(self._draw, seeds, self.layers.tau.device, batch_size, on_batch, labels)

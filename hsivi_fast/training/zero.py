@@ -68,10 +68,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, world.size, kept_whole=largest_outside),
         )
         self.network = self.engine.module
-        if (
-            self.stage == 0 and network.channels_last
-        ):  # the other stages keep views of flat pieces, which stay row-major
-            self.network.in_channels_last()
+        if self.stage == 0 and network.channels_last:
+            self.network.in_channels_last()  # the other stages keep views of flat pieces, which stay row-major
         self.parameters = list(self.network.parameters())
         if self.stage < 3:
             # DeepSpeed's timers. They start at every call of the module, of a rollout too, and torch.compile cannot

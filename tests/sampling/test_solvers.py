@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from contexts import context_with_teacher
+from operator_recording import RunAgain
 
 from hsivi_fast import load_config, ops, train
 from hsivi_fast.build import load_teacher
@@ -154,24 +155,9 @@ def test_ddpm_is_ddim_with_eta_one(context):
 
 def test_a_batch_is_filled_up_where_shapes_are_fixed(context):
     """With a recording in the place of a CUDA graph: one shape, and the samples of eager calls."""
-
-    class Recording:
-        def __init__(self, device):
-            self.device = device
-
-        def warm_up(self, function):
-            return function()
-
-        def record(self, function):
-            self.function, self.result = function, function()
-            return self.result
-
-        def replay(self):
-            self.result.copy_(self.function())
-
     shapes, counting = [], _counting(context)
     counting.teacher.register_forward_pre_hook(lambda module, arguments: shapes.append(len(arguments[0])))
-    execution = Execution("cpu", cuda_graphs=True, recording=Recording)
+    execution = Execution("cpu", cuda_graphs=True, recording=RunAgain)
     sampler = baseline_sampler(dataclasses.replace(counting, execution=execution), "unipc", 6)
     samples = sampler(range(70), 30)
     assert set(shapes) == {30} and execution.recorded == 1

@@ -71,3 +71,23 @@ class OperatorRecording(TorchDispatchMode):
 def _detached(values):
     """Detached aliases of tensors: what is recorded must not keep, or grow, a graph of gradients."""
     return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+class RunAgain:
+    """The methods of `CudaRecording`, for functions of one result: a replay runs the function's Python again.
+
+    For what `OperatorRecording` is too strict for, as a function that looks at where its tensors lie.
+    """
+
+    def __init__(self, device="cpu"):
+        self.device = device
+
+    def warm_up(self, function):
+        return function()
+
+    def record(self, function):
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self):
+        self.result.copy_(self.function())
