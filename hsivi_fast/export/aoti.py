@@ -84,13 +84,25 @@ class _Standalone(nn.Module):
     def forward(self, seeds, labels=None):
         layers = self.layers
         rows = layers.rows(self.network.log_scaled_gamma)
-        x = reference.draw_noise(seeds, 0, self.network.event_shape)
+        x, noise = self._noise(seeds)
         for current in range(layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
             eps_hat = self.network(x, layers.tau[k], *if_given(labels))
             c1 = None if current == 1 else layers.c1  # the last layer gives its mean
-            x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k)
+            given = None if current == 1 else noise[current]
+            x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k, noise=given)
         return as_samples(x, self.config)
+
+    def _noise(self, seeds):
+        """(x_K [B, *event], {k: the noise of layer k = K .. 2}), all drawn at once.
+
+        The arithmetic of counter-based noise is most of what a compiler would read: once, and not once a layer.
+        """
+        streams = [0, *range(self.layers.nfe, 1, -1)]
+        each = torch.tensor(streams, device=seeds.device)[:, None].expand(len(streams), len(seeds)).flatten()
+        noise = reference.draw_noise(seeds.repeat(len(streams)), each, self.network.event_shape)
+        x, *others = noise.unflatten(0, (len(streams), len(seeds)))
+        return x, dict(zip(streams[1:], others))
 
 
 def refuse_aoti(config):
