@@ -17,7 +17,9 @@ from .checkpoints.autoencoder import Decoder, load_decoder
 from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config, ObjectiveConfig
+from .density.teacher import BridgeTeacher, ToTarget, target_of
 from .execution import Execution
+from .method.bridge import BridgeSchedule
 from .method.class_labels import ClassLabels, GuidedTeacher
 from .method.layers import Layers, attach_log_gamma
 from .method.parametrisation import noise_coefficients
@@ -29,14 +31,17 @@ from .nets.prepared import Prepared
 from .parallel.world import World
 
 
+SPAN_OF_KNOTS = 100.0  # the last knot of a bridge, as its networks are shown it: embeddings tell few small numbers apart
+
+
 @dataclass(frozen=True)
 class Context:
     """What a command computes with; made by `build_context`, and handed on as it is.
 
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
     "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
-    asked for it; class_labels: the class of each seed; decoder: of the latents that a run with `teacher.vae` makes, or
-    None.
+    asked for it; class_labels: the class of each seed; decoder: of the latents that a run with `teacher.vae` makes, or of
+    the coordinates in which one with a `target` draws, or None.
     """
 
     config: Config
@@ -47,7 +52,7 @@ class Context:
     layers: Layers
     teacher: nn.Module | None = None
     class_labels: ClassLabels = field(default_factory=ClassLabels)
-    decoder: Decoder | None = None
+    decoder: Decoder | ToTarget | None = None
 
     @property
     def objective(self):
@@ -81,6 +86,17 @@ class Context:
     def with_teacher(self, teacher=None):
         """The same with a teacher: the one given, or the one that the configuration names."""
         return replace(self, teacher=teacher or load_teacher(self.config, self.device))
+
+    def with_bridge(self, bridge, target=None):
+        """The same for a run with a `target`, whose `Bridge` has been found: its draws are of the target's parameters.
+
+        target: the `Target`, where there will be training or measuring: the teacher is made of it.
+        """
+        decoder = ToTarget(bridge, self.config.target.constraints).to(self.device)
+        if target is None:
+            return replace(self, decoder=decoder)
+        self.layers.weigh(bridge.scales**2)
+        return replace(self, decoder=decoder, teacher=BridgeTeacher(target, bridge).to(self.device))
 
 
 def build_context(config, world, teacher=False):
@@ -130,6 +146,8 @@ def device_of(network):
 
 def build_layers(config, device):
     """The semi-implicit layers of a run."""
+    if config.target is not None:
+        return Layers(BridgeSchedule(config.nfe), 1.0, config.gamma.per_step, config.gamma.per_pixel).to(device)
     teacher = config.teacher
     schedule = make_schedule(teacher.betas, teacher.steps, config.spacing, config.nfe)
     return Layers(schedule, config.eta, config.gamma.per_step, config.gamma.per_pixel).to(device)
@@ -156,6 +174,8 @@ def load_teacher(config, device):
     Its checkpoint is a file or folder of any kind that `read_checkpoint` knows, a known name or an address. Raises
     ValueError where it cannot be had or read, or is of another network or another noise than the configuration says.
     """
+    if config.target is not None:
+        raise ValueError("target: its bridge has to be found before there is a teacher")
     if config.teacher.target is not None:
         teacher = _mixture_teacher(config)
     else:
@@ -192,6 +212,8 @@ def in_form_of(config, network):
     teacher = config.teacher
     check_classes(config, network)
     network.precision, network.timestep_scale = config.precision, teacher.timestep_scale
+    if config.target is not None:
+        network.timestep_scale = SPAN_OF_KNOTS / config.nfe
     if network.takes_sigma != (teacher.prediction == "denoiser"):
         problem = f"{teacher.prediction!r} is not what the network predicts"
         kind, wanted = ("one of EDM's", "denoiser") if network.takes_sigma else ("shown timesteps", "epsilon, x_0 or v")
@@ -253,8 +275,14 @@ def build_student(context, from_init=True):
 
 
 def build_score_net(context, from_init=True):
-    """The score network f, which starts as the teacher; `from_init` as of `build_student`."""
+    """The score network f, which starts as the teacher; `from_init` as of `build_student`.
+
+    With a `target` it is the auxiliary score plus a correction, which vanishes where a student is right. The student
+    has no such part: it is called where nobody has the target.
+    """
     score_net = _copy_of_teacher(context)
+    if context.config.target is not None:
+        score_net = CorrectedTeacher(context.teacher, score_net)
     return _initialised(score_net, context.config, "score_net") if from_init else score_net
 
 
@@ -266,7 +294,7 @@ def build_untrained_student(context):
 
 def _copy_of_teacher(context):
     network = build_network(context.config, context.device)
-    if context.config.teacher.target is None:
+    if context.config.teacher.checkpoint is not None:
         teacher = context.teacher.network if isinstance(context.teacher, GuidedTeacher) else context.teacher
         network.load_state_dict(teacher.state_dict())
     return network

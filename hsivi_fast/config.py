@@ -150,6 +150,7 @@ class NetworkConfig:
     noise_multiplier: _count(64) | None = None  # song: of the width of the embedding of noise
     resample_filter: Annotated[tuple[Number, ...], Field(min_length=2, max_length=16)] | None = None  # song
     layers: _count(256) | None = None  # mlp
+    dim: _count(10_000) | None = None  # mlp: coordinates
     time_channels: Channels | None = None  # ddpm and mlp
 
 
@@ -181,6 +182,36 @@ class TeacherConfig:
     guidance: Annotated[Number, Field(ge=0, le=100)] | None = None
     # All networks of the run are shown t * timestep_scale: for teachers that were trained with rescaled timesteps.
     timestep_scale: Positive = 1.0
+
+
+@settings
+class TargetConfig:
+    """A density of one's own in the place of a teacher: see `density.target.load_target`."""
+
+    # A shipped name, or "path/to/file.py:function". The file is Python code, and it is run.
+    log_density: StrictStr
+    dim: _count(10_000)  # unconstrained coordinates
+    score: StrictStr | None = None  # a function of such a file: the gradient, in the place of autograd's
+    # A constraint of torch.distributions for each coordinate, or one for all: real, positive, unit_interval, ...
+    constraints: tuple[StrictStr, ...] | StrictStr | None = None
+
+
+@settings
+class BridgeConfig:
+    """The densities between a Gaussian base and the target, and how the base and the paths are found."""
+
+    # Where the layers' densities are: by equal steps of the particles' effective size, or of lambda or an angle.
+    schedule: Literal["adaptive", "linear", "cosine"] = "adaptive"
+    # The base, where it is not fitted: a number for each coordinate.
+    mean: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
+    scale: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    chains: _count(1_000_000, least=2) = 512  # of the fit
+    moves: _count(1_000_000, least=2) = 400  # of each chain
+    spread: Positive = 2.0  # the deviation that the chains start with: wider than the target, to find all its modes
+    # The noise of a path's last step from one knot to the next, its variance in squared scales of the density there.
+    noise: Annotated[Number, Field(gt=0, le=2)] = 0.5
+    # How states at two knots are paired: by the cheapest transport, or by the particles' own descent.
+    coupling: Literal["transport", "descent"] | None = None  # transport in up to three dimensions, unless it is said
 
 
 @settings
@@ -320,6 +351,9 @@ class Config:
     network: NetworkConfig
     teacher: TeacherConfig
     nfe: Evaluations
+    # A density of one's own in the place of a teacher, and the bridge to it.
+    target: TargetConfig | None = None
+    bridge: BridgeConfig = dataclasses.field(default_factory=BridgeConfig)
     # Reference images for the metric, and the teacher's training data.
     data: Literal["digits", "mnist", "cifar10", "celeba64", "images"] | None = None
     # mnist: a folder of idx files; images: a folder of pictures or an npz file; others: see `load_data` in data.py.
@@ -584,6 +618,8 @@ FILES = (
     ("teacher", "vae"),
     ("eval", "reference"),
     ("distributed", "deepspeed"),
+    ("target", "log_density"),  # FILE.py:NAME, as the next
+    ("target", "score"),
 )
 
 
@@ -615,12 +651,21 @@ def _with_files(values, change):
         return values  # which has a message of its own
     for name, key in FILES:
         section = values.get(name) if name else values
-        file = section.get(key) if isinstance(section, dict) else None
-        changed = change(key, file) if isinstance(file, str) else file
-        if changed != file:
+        text = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(text, str):
+            continue
+        file, part = code_file(text) if name == "target" else (text, "")
+        changed = text if file is None else change(key, file) + part
+        if changed != text:
             section = {**section, key: changed}
             values = {**values, name: section} if name else section
     return values
+
+
+def code_file(text):
+    """("FILE.py", ":NAME") of a text FILE.py:NAME, which names something in a file of code; (None, "") of a name."""
+    file, colon, name = text.rpartition(":")
+    return (file, colon + name) if file.endswith(".py") else (None, "")
 
 
 def _shipped_name(key, file):
@@ -642,10 +687,14 @@ def _shipped_file(key, file):
 
 
 def _validated(values):
+    if isinstance(values.get("target"), dict):
+        values = {"network": {"name": "density"}, "teacher": {}, **values}
     try:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise ValueError(_first_problem(error)) from None
+    if config.target is not None:
+        return _validated_density(config)
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
         raise ValueError("teacher: give either a checkpoint or a 2-D target")
     if config.teacher.target is not None and config.teacher.prediction != "epsilon":
@@ -665,6 +714,40 @@ def _validated(values):
             problem = f"{value} {what}, and start.kind is ddim"
             raise ValueError(f"{key}: {problem}; choose start.kind=trajectory, or leave it out")
     return config
+
+
+def _validated_density(config):
+    """The configuration of a run on a density of one's own; its network has the target's dimensions."""
+    network, dim, defaults = config.network, config.target.dim, TeacherConfig()
+    for key in ("checkpoint", "target", "vae", "null_class", "guidance"):
+        if getattr(config.teacher, key) is not None:
+            raise ValueError(f"teacher.{key}: {getattr(config.teacher, key)!r}, and the run has a target; leave one out")
+    if config.teacher != defaults:
+        raise ValueError("teacher: a run with a target has none; leave it out")
+    for key in ("data", "data_path", "init", "classes"):
+        if getattr(config, key) is not None:
+            problem = f"{_shortened(getattr(config, key))} is of runs with a teacher"
+            raise ValueError(f"{key}: {problem}, and this one has a target; leave it out")
+    if network.family not in (None, "mlp") or network.name not in (None, "density"):
+        raise ValueError(f"network: {network.name or network.family!r} makes images; a target needs the family mlp")
+    if network.dim not in (None, dim):
+        raise ValueError(f"network.dim: {network.dim} for a target of {dim} dimensions; leave it out")
+    if config.objective.match != "knots":
+        raise ValueError("objective.match: windows are times of a diffusion, and a target has none; choose knots")
+    if config.start.top is not None:
+        raise ValueError(f"start.top: {config.start.top} is a time of a diffusion, and a target has none; leave it out")
+    if config.objective.anchor and config.start.kind == "ddim":
+        raise ValueError(f"objective.anchor: {config.objective.anchor} keeps the regression of a start; choose one")
+    if (config.bridge.mean is None) != (config.bridge.scale is None):
+        raise ValueError("bridge.mean: give bridge.mean and bridge.scale together, or neither")
+    for key in ("mean", "scale"):
+        values = getattr(config.bridge, key)
+        if values is not None and len(values) not in (1, dim):
+            raise ValueError(f"bridge.{key}: {len(values)} numbers for {dim} dimensions; give one for each, or one")
+    constraints = config.target.constraints
+    if isinstance(constraints, tuple) and len(constraints) != dim:
+        raise ValueError(f"target.constraints: {len(constraints)} of them for {dim} dimensions; give one for each")
+    return dataclasses.replace(config, network=dataclasses.replace(network, name="density", family=None, dim=dim))
 
 
 def _check_knots(config):

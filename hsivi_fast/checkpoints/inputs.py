@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ..config import FILES, resolved_dict
+from ..config import FILES, code_file, resolved_dict
 from .files import file_sha256
 
 # What may change when a run goes on is not compared.
@@ -43,7 +43,9 @@ def with_same_content(before, now, sums):
 
 
 def _named(config, section, key):
-    return getattr(getattr(config, section) if section else config, key)
+    """The file or folder that a key names, None for none; of code, FILE.py:NAME, the file."""
+    text = getattr(getattr(config, section) if section else config, key, None)
+    return code_file(text)[0] if text is not None and section == "target" else text
 
 
 def _dotted(section, key):

@@ -6,6 +6,7 @@ metrics.jsonl          one record per log step
 saves.jsonl            what each checkpoint took: seconds, bytes
 inputs.json            sums of the files that the configuration names, as they were when the run began
 wandb.json             the run's id at Weights & Biases, where log.wandb is set
+bridge.safetensors     of a run with a target: its base, its knots and the paths between them
 checkpoints/step_N/    state.json and safetensors files; two, the best and that of the start are kept
 """
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..config import config_difference, config_from_dict, read_resolved, resolved_dict, resolved_yaml
+from ..density.annealing import Bridge
 from . import records
 from .files import (
     WriteError,
@@ -38,6 +40,7 @@ from .inputs import input_sums, with_same_content
 
 CHECKPOINTS_KEPT = 2  # besides the best
 LOCK = ".lock"
+BRIDGE = "bridge.safetensors"
 
 
 class RunFolder(os.PathLike):
@@ -271,13 +274,32 @@ class RunFolder(os.PathLike):
         """
 
         def read(file):
-            records.check_regular(file)
-            with open(file, "rb"):  # safetensors calls a file that may not be read a missing one
-                pass
             check_sum(file)
-            return load_file(file)
+            return _read_tensors(file)
 
         return self._readable(self.checkpoint_path(step) / f"{stem}.safetensors", read)
+
+    def save_bridge(self, bridge):
+        """Write the `Bridge` of a run with a target. Raises OSError that names the file it cannot write."""
+        write_tensors(self.path / BRIDGE, bridge.tensors())
+
+    def bridge(self):
+        """The `Bridge` of a run with a target, None where none was found yet.
+
+        Raises ValueError in one line where it is damaged, or not of the run's target.
+        """
+        file = self.path / BRIDGE
+        if not file.exists():
+            return None
+        config, advice = self.config(), "train the run again in another folder"
+
+        def read(file):
+            bridge = Bridge.of_tensors(_read_tensors(file))
+            if (len(bridge.mean), len(bridge.levels)) != (config.target.dim, config.nfe + 1):
+                raise ValueError("it is of another target or of other layers")
+            return bridge
+
+        return _readable(f"run file {file}", file, read, advice)
 
     def best_checkpoint(self):
         """(step, metric) of the checkpoint with the lowest metric, or None where none was measured."""
@@ -300,19 +322,7 @@ class RunFolder(os.PathLike):
             return {}
 
     def _readable(self, file, read):
-        advice = f"delete {file.parent} to go on from an older one"
-        try:
-            return read(file)
-        except FileNotFoundError:
-            raise ValueError(f"checkpoint {file}: missing; {advice}") from None
-        except records.Damaged as damage:
-            raise ValueError(f"checkpoint {file}: {damage.told(advice)}") from None
-        except OSError as error:
-            told = records.Unreadable(error.strerror or error).told(advice)
-            raise ValueError(f"checkpoint {file}: {told}") from None
-        except (ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"checkpoint {file}: damaged ({reason}); {advice}") from None
+        return _readable(f"checkpoint {file}", file, read, f"delete {file.parent} to go on from an older one")
 
     def drop_old_checkpoints(self):
         """Delete all but the last two checkpoints, the best, and that of the end of the start.
@@ -329,6 +339,29 @@ class RunFolder(os.PathLike):
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+
+
+def _read_tensors(file):
+    records.check_regular(file)
+    with open(file, "rb"):  # safetensors calls a file that may not be read a missing one
+        pass
+    return load_file(file)
+
+
+def _readable(what, file, read, advice):
+    """read(file), with one line for whatever may be wrong with the file."""
+    try:
+        return read(file)
+    except FileNotFoundError:
+        raise ValueError(f"{what}: missing; {advice}") from None
+    except records.Damaged as damage:
+        raise ValueError(f"{what}: {damage.told(advice)}") from None
+    except OSError as error:
+        told = records.Unreadable(error.strerror or error).told(advice)
+        raise ValueError(f"{what}: {told}") from None
+    except (ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what}: damaged ({reason}); {advice}") from None
 
 
 def _write_config(path, config, sums):

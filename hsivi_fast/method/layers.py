@@ -20,7 +20,7 @@ class Layers(nn.Module):
     layer, t: k itself and tau_{k-1}, the timestep of what layer k makes: with `choose` and `pull_back_rows` they are
     what `Windows` has too, so that training does not ask where it compares.
 
-    schedule: `Schedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0).
+    schedule: `Schedule` or `BridgeSchedule`; eta: DDIM's eta, 0 <= eta <= 1 (training needs more than 0).
     per_step, per_pixel: the shape of log_gamma.
     `Layers` have no parameters: log_gamma belongs to the student (see `attach_log_gamma`) and is passed in.
     """
@@ -30,30 +30,31 @@ class Layers(nn.Module):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: {eta} is outside 0 .. 1")
         self.nfe, self.eta, self.per_step, self.per_pixel = schedule.nfe, eta, per_step, per_pixel
-        variance = 1 - schedule.alpha_bar  # sigma^2, float64 [K + 1]
-        low, high = variance[:-1], variance[1:]  # of x_{k-1} and x_k
-        c1 = eta * np.sqrt((1 - (1 - high) / (1 - low)) * low / high)  # DDIM's sigma
-        a = np.sqrt((1 - low) / (1 - high))
-        b = np.sqrt(np.maximum(low - c1**2, 0)) - a * np.sqrt(high)
+        self.ends_with_noise = schedule.ends_with_noise
+        of = schedule.coefficients(eta)
 
         def table(values):  # indexed by k = 1 .. K; entry 0 belongs to no layer
             return torch.from_numpy(np.concatenate([[0.0], values])).to(torch.float32)
 
         tables = {
-            "a": table(a),
-            "b": table(b),
-            "c1": table(c1),
-            "weight": table(low),
+            "a": table(of["a"]),
+            "b": table(of["b"]),
+            "c1": table(of["c1"]),
+            "weight": table(of["variance"]),
             "scale": torch.zeros(schedule.nfe + 1),
         }
         if eta > 0:
-            tables["scale"] = table(np.sqrt(low) / c1)  # z / gamma = z scale exp(-log_gamma)
+            tables["scale"] = table(np.sqrt(of["variance"]) / of["c1"])  # z / gamma = z scale exp(-log_gamma)
         for name, values in tables.items():
             self.register_buffer(name, values, persistent=False)
         self.register_buffer("one", torch.ones(schedule.nfe + 1), persistent=False)
         self.register_buffer("tau", torch.from_numpy(schedule.timesteps), persistent=False)
         self.register_buffer("layer", torch.arange(schedule.nfe + 1), persistent=False)
         self.register_buffer("t", torch.cat([self.tau[:1], self.tau[:-1]]), persistent=False)
+
+    def weigh(self, variances):
+        """Take other weights for the losses: variances [K + 1], of which layer k has that of knot k - 1."""
+        self.weight[1:] = torch.as_tensor(variances[:-1], dtype=torch.float32)
 
     def log_gamma_shape(self, event_shape):
         """The shape of log_gamma: [1], [K], [*event] or [K, *event]."""

@@ -15,6 +15,8 @@ score network is exact, f = E[z/gamma | x_{k-1}], its mean is 2 (1 - alpha) time
 gradient, which holds the networks fixed, is the divergence's own at alpha = 1/2 alone.
 """
 
+import torch
+
 from .. import ops
 
 
@@ -42,3 +44,25 @@ def student_loss_and_grads(f, e, layers, log_gamma, noise, alpha=0.5):
         f, e, layers.weight, layers.scale, layers.rows(log_gamma), noise, alpha
     )
     return losses, grad_f, grad_e, layers.pull_back_rows(log_gamma, grad_rows)
+
+
+def path_likelihood_and_grads(eps_hat, target, layers, log_gamma, k):
+    """How likely the layers are to take the steps of paths: the mean of -log N(x_{k-1}; mean of layer k, its noise).
+
+    eps_hat, target: [B, dim], the student's prediction and the one that would give x_{k-1} as the mean; k: [B].
+    Returns (losses [B] without their constant, the gradient of their mean at eps_hat, that at log_gamma).
+    """
+    rows = layers.rows(log_gamma)  # [1 or K, 1 or dim]
+    of_sample = rows[k - 1] if layers.per_step else rows.expand(len(k), -1)
+    deviation = of_sample + layers.c1[k].log()[:, None]  # log of the noise's, [B, 1 or dim]
+    factor = (layers.b[k][:, None] / deviation.exp()).square()
+    difference = eps_hat - target
+    squares = factor * difference.square()  # [B, dim], 1 each in the mean where log_gamma fits
+    losses = (squares / 2 + deviation).sum(1)
+    of_rows = (1 - squares) / len(k)
+    of_rows = of_rows if rows.shape[1] > 1 else of_rows.sum(1, keepdim=True)
+    if layers.per_step:
+        of_rows = torch.zeros_like(rows).index_add_(0, k - 1, of_rows)
+    else:
+        of_rows = of_rows.sum(0, keepdim=True)
+    return losses, factor * difference / len(k), of_rows.reshape(log_gamma.shape)

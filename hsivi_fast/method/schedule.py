@@ -111,10 +111,21 @@ class Schedule:
     timesteps: np.ndarray
     alpha_bar: np.ndarray
 
+    ends_with_noise = False  # whether the last layer adds its noise: in images it would only be seen as noise
+
     @property
     def nfe(self):
         """K, the number of layers."""
         return len(self.timesteps) - 1
+
+    def coefficients(self, eta):
+        """{"a", "b", "c1", "variance"}: A_k, B_k, DDIM's noise with that eta, sigma_{k-1}^2; float64 [K], k = 1 .. K."""
+        variance = 1 - self.alpha_bar  # sigma^2, float64 [K + 1]
+        low, high = variance[:-1], variance[1:]  # of x_{k-1} and x_k
+        c1 = eta * np.sqrt((1 - (1 - high) / (1 - low)) * low / high)  # DDIM's sigma
+        a = np.sqrt((1 - low) / (1 - high))
+        b = np.sqrt(np.maximum(low - c1**2, 0)) - a * np.sqrt(high)
+        return {"a": a, "b": b, "c1": c1, "variance": low}
 
 
 def make_schedule(betas, steps, spacing, nfe, drop_doubles=False):

@@ -32,7 +32,7 @@ def fetch_needed(config, teacher, measured):
 def _needs(config, teacher, measured):
     """Functions without arguments, each of which fetches a file or raises ValueError."""
     settings, named, progress = config.eval, config.eval.reference, sys.stderr.isatty()
-    if config.teacher.target is not None:
+    if config.teacher.target is not None or config.target is not None:
         return
     if config.teacher.vae is not None:
         yield lambda: check_vae(config.teacher.vae, all_arguments(config.network).get("image_channels"))

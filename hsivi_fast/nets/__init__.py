@@ -100,6 +100,7 @@ NETWORKS = {
         "norm_groups": 4,
     },
     "toy2d": {"family": "mlp", "channels": 64, "layers": 3},
+    "density": {"family": "mlp", "channels": 128, "layers": 3},
 }
 
 

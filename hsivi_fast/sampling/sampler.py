@@ -161,7 +161,8 @@ class Sampler:
             k = torch.full_like(seeds, current)
             eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
             # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
-            if current == 1 or self.layers.eta == 0:
+            is_last = current == 1 and not self.layers.ends_with_noise
+            if is_last or self.layers.eta == 0:
                 x = self.layers.mean(x, eps_hat, k)
             else:
                 x = self.layers.step(x, eps_hat, self.log_gamma, ops.Noise(seeds, k))
@@ -202,6 +203,8 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
         raise ValueError(f"run {str(folder.path)!r}: has no checkpoint yet; let `hsivi train` get further")
     step = steps[-1] if step is None else step
     context = build_context(change_config(config, changes or {}), world)
+    if config.target is not None:
+        context = context.with_bridge(world.from_main(lambda: _bridge_of(folder)))
     student = build_untrained_student(context)
     stem = "student_ema" if weights == "ema" else "student"
     tensors = world.tensors_from_main(lambda: folder.load_tensors(step, stem))
@@ -214,6 +217,13 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
                 "for an older one, or train again with smaller learning rates"
             )
     return student_sampler(context, student), context, step
+
+
+def _bridge_of(folder):
+    bridge = folder.bridge()
+    if bridge is None:
+        raise ValueError(f"run {str(folder.path)!r}: has no bridge.safetensors; its copy is not whole")
+    return bridge
 
 
 def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, labels=None, **changes):
@@ -281,7 +291,7 @@ def sample_in_batches(
             chunk = seeds[start : start + batch_size * world.size]
             of_chunk = None if labels is None else world.share(labels[start : start + batch_size * world.size])
             x = sampler(world.share(chunk), batch_size, told, of_chunk)
-            images = world.gather_shares(to_uint8(context.images(x)) if is_image else x, len(chunk))
+            images = world.gather_shares(to_uint8(context.images(x)) if is_image else context.images(x), len(chunk))
             if world.is_main or on_all_ranks:
                 take(chunk, images.cpu())
 

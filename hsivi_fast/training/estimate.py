@@ -86,6 +86,8 @@ def _path_bytes(config, event_size, world_size):
     """Of the teacher's paths that are held at once."""
     if phases_of(config).start == 0:
         return 0
+    if config.target is not None:
+        return 2 * config.nfe * config.start.trajectories * event_size * 4
     path_knots(config)  # refuses a top that cannot be
     held = parts_of(config, event_size)[1] * (config.nfe + 1) * event_size * 4
     return held if world_size == 1 else held + held // world_size  # and what a process rolls of it
@@ -106,9 +108,10 @@ def _start_evaluations(config, event_size, updates, head):
     """Of so many updates of the start, with their paths, and of the score network's head start after it."""
     settings, evaluations = config.start, 0
     if updates:
-        parts, count = parts_of(config, event_size)
-        rolled = -(-updates * parts // settings.updates)
-        evaluations = rolled * count * config.nfe * settings.substeps * _calls_of_teacher(config)
+        if config.target is None:  # a bridge is found by calls of its target, and of no network
+            parts, count = parts_of(config, event_size)
+            rolled = -(-updates * parts // settings.updates)
+            evaluations = rolled * count * config.nfe * settings.substeps * _calls_of_teacher(config)
         evaluations += 3 * updates * (settings.batch_size or config.train.batch_size)
     # Of the head start: as a cycle, without the student's update and with one call of the teacher.
     cycle, _ = _cycle(config, event_size)

@@ -182,6 +182,48 @@ def _column(values, x):
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
+class BridgePaths:
+    """The paths of a bridge, in the place of `Paths`: they have been found with it, and all are held.
+
+    A layer's target is the eps that makes its mean the path's next state: eps = x_k - x_{k-1}.
+    """
+
+    def __init__(self, context, bridge):
+        config, self.world, self.device = context.config, context.world, context.device
+        self.run_seed, self.nfe, self.count = config.seed, config.nfe, bridge.above.shape[1]
+        self.batch_size = config.start.batch_size or config.train.batch_size
+        self.anchor_batch_size = config.objective.anchor_batch or config.train.batch_size
+        self.above, self.below = bridge.above.to(self.device), bridge.below.to(self.device)
+        self.evaluations = 0
+
+    def prepare(self, update):
+        """Nothing: the paths are there."""
+
+    def let_go(self):
+        """Give the memory of the states back."""
+        self.above = self.below = None
+
+    def batch(self, update):
+        """This rank's share of the states of an update of the start."""
+        return self._batch(update, START_LAYERS, START_ROWS, self.batch_size)
+
+    def anchor_batch(self, step):
+        """This rank's share of the states that the student's update at a step is anchored to."""
+        return self._batch(step, ANCHOR_LAYERS, ANCHOR_ROWS, self.anchor_batch_size)
+
+    def _batch(self, step, layers_purpose, rows_purpose, batch_size):
+        shard = self.world.shard(batch_size)
+        k = draw_layers(self.run_seed, layers_purpose, step, batch_size, self.nfe, self.device)[shard]
+        row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
+        x, below = self.above[k - 1, row], self.below[k - 1, row]
+        return PathBatch(x, x - below, k)
+
+
+def build_paths(context, bridge=None):
+    """The paths of a start: those of the teacher, or of a `Bridge` for a run with a target."""
+    return Paths(context) if bridge is None else BridgePaths(context, bridge)
+
+
 class Anchor:
     """How much of the start's regression is kept beside the student's loss.
 

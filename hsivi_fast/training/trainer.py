@@ -9,11 +9,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..build import build_context, build_score_net, build_student, choose_device
 from ..checkpoints.files import as_written
 from ..checkpoints.run_folder import RunFolder
 from ..config import phases_of
 from ..data import check_image_size
+from ..density.annealing import find_bridge
+from ..density.target import check_target
+from ..density.teacher import target_of
 from ..metrics.evaluation import build_metric, final_table
 from ..metrics.needed_files import fetch_needed
 from ..parallel.agreement import refuse_strangers
@@ -27,7 +32,7 @@ from .estimate import check_disk, check_memory
 from .journal import Journal, check_journal, pictures_due
 from .optim import learning_rate
 from .rollout import build_rollout
-from .start import Paths, start_learning_rate
+from .start import build_paths, start_learning_rate
 from .telemetry import describe_environment
 from .updates import FiniteGuard, Updates
 from .zero import build_engine, check_distribution
@@ -100,7 +105,7 @@ class Training:
         has_run = world.from_main(lambda: RunFolder.check(outdir, config, fresh) is not None)
         world.mark("fetching files")
         fetch_needed(config, teacher=True, measured=config.eval.num_samples > 0)
-        self.context = context = build_context(config, world, teacher=True)
+        self.context = context = self._with_teacher(build_context(config, world))
         check_image_size(config, context.image_shape(context.teacher.event_shape))
         # A machine may have another file under that name.
         read = [context.teacher] if context.decoder is None else [context.teacher, context.decoder]
@@ -115,11 +120,43 @@ class Training:
         world.mark("preparing the score network")
         self.score_net = build_engine(context, build_score_net(context, from_init=is_new))
         self.rollout = build_rollout(context, self.student.network, self.student.frozen())
-        self.paths = Paths(context) if config.start.kind == "trajectory" else None
+        self.paths = build_paths(context, self.bridge) if config.start.kind == "trajectory" else None
         self.updates = Updates(context, self.student, self.score_net)
         self.guard = FiniteGuard(context)
         self.metric = build_metric(context) if config.eval.num_samples else None
         self.averaged = AveragedStudent(context, self.student)
+
+    def _with_teacher(self, context):
+        """The context with its teacher: what the configuration names, or the bridge to the run's target."""
+        self.bridge = None
+        if self.config.target is None:
+            return context.with_teacher()
+        target = target_of(self.config.target, context.device)
+        self.world.from_main(lambda: check_target(target))
+        known = self.world.from_main(lambda: self._known_bridge())
+        if known is None:
+            self.world.mark("finding the bridge")
+            known = self.world.from_main(lambda: self._find_bridge(target, context.device))
+        self.bridge = known
+        return context.with_bridge(known, target)
+
+    def _known_bridge(self):
+        """That of a run that goes on."""
+        there = RunFolder.check(self.outdir, self.config, self.fresh) is not None
+        return RunFolder(self.outdir).bridge() if there else None
+
+    def _find_bridge(self, target, device):
+        """On the main rank alone: others wait for what it finds."""
+        start = self.config.start
+        shown = {"desc": "bridge", "unit": "evaluation", "unit_scale": True, "dynamic_ncols": True, "leave": False}
+        with tqdm(disable=not self.progress, delay=5, **shown) as bar:
+
+            def told(evaluations):
+                bar.update(evaluations)
+                self.world.mark_detail("finding the bridge")
+
+            settings = (self.config.bridge, start.trajectories, start.substeps, self.config.seed, device, told)
+            return find_bridge(target, self.config.nfe, *settings)
 
     @contextlib.contextmanager
     def in_its_folder(self):
@@ -127,6 +164,8 @@ class Training:
         with contextlib.ExitStack() as held:
             self.folder = self.world.from_main(lambda: held.enter_context(self._taken()))
             self.journal = Journal(self.context, self.folder, self.progress)
+            if self.bridge is not None and self.world.is_main:
+                self.folder.save_bridge(self.bridge)
             yield
 
     def _taken(self):

@@ -3,7 +3,7 @@
 import torch
 
 from ..method.class_labels import if_given
-from ..method.losses import score_net_loss_and_grads, student_loss_and_grads
+from ..method.losses import path_likelihood_and_grads, score_net_loss_and_grads, student_loss_and_grads
 from .start import Anchor
 
 
@@ -57,7 +57,7 @@ class Updates:
             losses, grad_x, grad_log_gamma = self._pull_back(x.detach(), micro_batch.noise, micro_batch.labels)
             outputs, gradients = [x, log_gamma], [grad_x, grad_log_gamma]
             if kept is not None:
-                grad_kept = _regression(eps_kept, kept.target)[1]
+                grad_kept = self._path_loss(eps_kept, kept)[1]
                 b = self._matching.b[micro_batch.noise.stream].reshape(-1, *[1] * (x.ndim - 1))
                 self.anchor.see(b * grad_x, grad_kept)
                 outputs.append(eps_kept), gradients.append(self.anchor.scale() * grad_kept)
@@ -89,12 +89,22 @@ class Updates:
         for micro_batch in batch.split(self._student.accumulation):
             times = self._layers.tau[micro_batch.k]
             eps_hat = self._student.predict(micro_batch.x, times, *if_given(micro_batch.labels))
-            losses, gradient = _regression(eps_hat, micro_batch.target)
-            # DeepSpeed wants a gradient of every parameter. A start leaves log_gamma where it is: this one is zero.
-            self._student.backward([eps_hat, log_gamma], [gradient, torch.zeros_like(log_gamma)])
+            losses, *gradients = self._path_loss(eps_hat, micro_batch)
+            self._student.backward([eps_hat, log_gamma], gradients)
             all_losses.append(losses)
         self._student.apply_step()
         return torch.cat(all_losses)
+
+    def _path_loss(self, eps_hat, batch):
+        """(losses [B], the gradients of their mean at eps_hat and log_gamma) of a `PathBatch`.
+
+        A teacher's path is one of DDIM without noise. A start on it leaves log_gamma where it is, with a gradient of
+        zero, since DeepSpeed wants one of every parameter. A bridge's paths have the noise that layers shall have.
+        """
+        log_gamma = self._student.network.log_scaled_gamma.detach()
+        if self._layers.ends_with_noise:
+            return path_likelihood_and_grads(eps_hat.detach(), batch.target, self._layers, log_gamma, batch.k)
+        return *_regression(eps_hat, batch.target), torch.zeros_like(log_gamma)
 
     def _pull_back_student_loss(self, x, noise, labels):
         """Pull the student's loss back to x [B, *event], which layers made, by input-only backward passes of both
