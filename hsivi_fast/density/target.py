@@ -262,9 +262,7 @@ def _shipped(name, dim, score, transform, device):
             raise ValueError(f"target.{key}: {name} is shipped and takes none")
     if dim is not None and dim != example.dim:
         raise ValueError(f"target.dim: {_brief(dim)}, but {name} has {example.dim} dimensions")
-    return Target(
-        example.log_density, example.dim, name, parameters=example.parameters, example=example, device=device
-    )
+    return Target(example.log_density, example.dim, name, parameters=example.parameters, example=example, device=device)
 
 
 def _from_file(key, text, modules):
@@ -301,9 +299,7 @@ def _checked_transform(transform, dim, device):
     if isinstance(transform, Constraint):
         transform = _asked(key, lambda: biject_to(transform))
     if not isinstance(transform, Transform):
-        raise ValueError(
-            f"{key}: {_brief(transform)} is neither a transform nor a constraint of torch.distributions"
-        )
+        raise ValueError(f"{key}: {_brief(transform)} is neither a transform nor a constraint of torch.distributions")
     x = torch.zeros(2, dim, device=device)
     parameters = _asked(key, lambda: transform(x))
     change = _asked(key, lambda: transform.log_abs_det_jacobian(x, parameters))
