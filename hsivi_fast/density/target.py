@@ -16,7 +16,7 @@ from torch.distributions.transforms import Transform
 
 from .examples import EXAMPLES
 
-SCALES, POINTS_A_SCALE, CHECK_SEED = (0.1, 1.0, 3.0), 8, 0  # of the points that a target is checked at
+SCALES, POINTS_A_SCALE, CHECK_SEED = (0.1, 1.0, 3.0), 16, 0  # of the points that a target is checked at
 REPEATS = 3  # how many times a log density is asked again for the same points
 # Allowed differences relative to 1 + |value|, and for rows and scores to the largest value of the batch: float32
 # rounds sums over some hundred data by 1e-5 of their terms, and a batch may be summed in another order than a row.
