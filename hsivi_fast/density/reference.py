@@ -7,6 +7,7 @@ made by
 """
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -50,7 +51,7 @@ def nuts_draws(target, draws, chains=4, warmup=500, seed=0, thin=1):
         raise ValueError(f"target: {draws} draws of {chains} chains are too few for NUTS; use at least 4 a chain")
     dtype, before = _working_dtype(target), target.evaluations
     kept, divergences = [], 0
-    with _own_randomness(pyro, seed):
+    with _own_randomness(pyro, target, seed):
         starts = torch.randn(chains, target.dim, dtype=dtype).to(target.device)
         for start in starts:
             kernel = NUTS(potential_fn=lambda parameters: -_counted_log_density(target, parameters["x"][None])[0])
@@ -136,7 +137,7 @@ def gaussian_fit(target, kind, evaluations, seed=0):
         rows = x.reshape(-1, target.dim)
         pyro.factor("log_density", _counted_log_density(target, rows).reshape(x.shape[:-1]))
 
-    with pyro.get_param_store().scope(), _own_randomness(pyro, seed):
+    with pyro.get_param_store().scope(), _own_randomness(pyro, target, seed):
         pyro.clear_param_store()
         guide = guides[kind](model, init_loc_fn=init_to_value(values={"x": origin}), init_scale=0.1)
         decay = (LAST_RATE / FIRST_RATE) ** (1 / steps)
@@ -241,21 +242,13 @@ def _working_dtype(target):
     return torch.float64
 
 
-class _own_randomness:
-    """Within it, torch's random numbers begin at a seed, Pyro validates nothing; afterwards all is as it was."""
-
-    def __init__(self, pyro, seed):
-        self.contexts = [torch.random.fork_rng(), pyro.validation_enabled(False)]
-        self.seed = seed
-
-    def __enter__(self):
-        for context in self.contexts:
-            context.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+@contextlib.contextmanager
+def _own_randomness(pyro, target, seed):
+    """Within it torch's random numbers begin at a seed and Pyro validates nothing; afterwards all is as it was."""
+    devices = [] if target.device.type == "cpu" else [target.device]
+    with torch.random.fork_rng(devices), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        yield
 
 
 def _pyro():

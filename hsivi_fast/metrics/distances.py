@@ -13,7 +13,7 @@ from ..checkpoints.files import make_folder, write_arrays
 from ..data import brief, npz_arrays, read_npz_array
 
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
-SPACE_PROJECTIONS, PROJECTION_SEED = 256, 0  # of the sliced Wasserstein distance, but in the plane
+SPACE_PROJECTIONS, PROJECTION_SEED = 128, 0  # of the sliced Wasserstein distance, but in the plane
 FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
 LARGEST_FEATURES = 2**13  # of a reference
 LARGEST_STATISTIC = 1e12  # in a reference: squares and sums of it are finite
@@ -149,7 +149,7 @@ def js_divergence(points, masses):
 def sliced_wasserstein(points, exact):
     """Sliced Wasserstein-2 distance of points [N, D] to exact samples [M, D].
 
-    The root of the mean square over directions: in the plane `PLANE_PROJECTIONS` at even angles, else
+    The root of the mean square over directions: in the plane `PLANE_PROJECTIONS` at even angles, in more dimensions
     `SPACE_PROJECTIONS` random ones, always the same. Along each it is exact, whether N and M are equal or not.
     """
     directions = _directions(exact.shape[1])  # [D, P]
@@ -169,6 +169,8 @@ def _directions(dim):
     if dim == 2:
         angles = torch.arange(PLANE_PROJECTIONS, dtype=torch.float64) * (torch.pi / PLANE_PROJECTIONS)
         return torch.stack([angles.cos(), angles.sin()])
+    if dim == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
     random = torch.Generator().manual_seed(PROJECTION_SEED)
     directions = torch.randn(dim, SPACE_PROJECTIONS, generator=random, dtype=torch.float64)
     return directions / directions.norm(dim=0)

@@ -35,8 +35,8 @@ def test_nuts_recovers_a_gaussian():
     pytest.importorskip("pyro")
     target = load_target(gaussian, 2)
     before = torch.get_rng_state()
-    draws, diagnostics = nuts_draws(target, 600, chains=2, warmup=100, seed=1)
-    assert draws.shape == (600, 2) and draws.dtype == torch.float64
+    draws, diagnostics = nuts_draws(target, 400, chains=2, warmup=60, seed=1)
+    assert draws.shape == (400, 2) and draws.dtype == torch.float64
     assert torch.equal(torch.get_rng_state(), before)
     # Standard errors from the effective sample size; four of them.
     error = 4 / math.sqrt(diagnostics["effective_sample_size"])
@@ -45,7 +45,7 @@ def test_nuts_recovers_a_gaussian():
     assert errors["mean_error_max"] < error and errors["std_error_max"] < error
     assert errors["correlation_error_max"] < error
     assert diagnostics["r_hat"] < 1.05 and diagnostics["divergences"] == 0
-    assert diagnostics["evaluations"] == target.evaluations > 700
+    assert diagnostics["evaluations"] == target.evaluations > 520
 
 
 def test_nuts_keeps_every_thin_th_draw_and_its_seed():
@@ -65,13 +65,14 @@ def test_nuts_in_float32_where_the_log_density_fails_in_float64():
     assert draws.dtype == torch.float64 and torch.equal(draws.float().double(), draws)
 
 
-def test_the_full_rank_fit_is_exact_on_a_gaussian_and_the_mean_field_one_has_the_inverse_precisions():
+def test_the_gaussian_fits_of_a_gaussian_are_those_of_the_formula(monkeypatch):
     pytest.importorskip("pyro")
+    monkeypatch.setattr("hsivi_fast.density.reference.FIT_STEPS", 400)  # of 80 draws each
     target = load_target(gaussian, 2)
-    full = gaussian_fit(target, "full_rank", 16_000, seed=0)
-    assert target.evaluations == full.evaluations <= 16_000
+    full = gaussian_fit(target, "full_rank", 32_000, seed=0)
+    assert target.evaluations == full.evaluations <= 32_000
     assert torch.allclose(full.mean, MEAN, atol=0.03) and torch.allclose(full.covariance, COVARIANCE, rtol=0, atol=0.04)
-    field = gaussian_fit(target, "mean_field", 16_000, seed=0)
+    field = gaussian_fit(target, "mean_field", 32_000, seed=0)
     assert torch.allclose(field.mean, MEAN, atol=0.03)
     assert torch.allclose(field.covariance, torch.diag(1 / PRECISION.diagonal()), atol=0.03)
     draws = full.sample(20_000, seed=3)
@@ -108,11 +109,11 @@ def test_without_pyro_it_is_a_line_that_says_what_to_install(monkeypatch):
 
 def test_langevin_recovers_a_gaussian_within_its_budget():
     target = load_target(gaussian, 2)
-    draws = langevin_draws(target, 4000, 100_000, seed=0)
-    assert draws.shape == (4000, 2) and target.evaluations == 100_000
+    draws = langevin_draws(target, 4000, 80_000, seed=0)
+    assert draws.shape == (4000, 2) and target.evaluations == 80_000
     errors = moment_errors(draws, (MEAN, COVARIANCE))
     assert max(errors.values()) < 0.08
-    assert torch.equal(draws, langevin_draws(target, 4000, 100_000, seed=0))
+    assert torch.equal(draws, langevin_draws(target, 4000, 80_000, seed=0))
 
 
 def test_langevin_with_few_evaluations():

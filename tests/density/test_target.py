@@ -1,5 +1,6 @@
 """What a user's log density becomes: scores, transforms, counts; and that each bad one is a line with its key."""
 
+import itertools
 import math
 import sys
 
@@ -156,14 +157,18 @@ def test_a_file_is_run_once_under_a_name_of_its_own(tmp_path):
     assert load_target(f"{file}:log_density", 3)._log_density is not target._log_density  # run again: another module
 
 
-def _minibatch(x, data=torch.linspace(-1, 1, 100)):
-    rows = torch.randint(100, (10,))
-    return -(x[:, :1] - data[rows]).square().sum(1) * 10
+DATA = torch.linspace(-1, 1, 100)
 
 
-def _rotating(x, calls=[0]):  # noqa: B006
-    calls[0] += 1
-    return gaussian(x) + calls[0] % 7
+def _minibatch(x):
+    return -(x[:, :1] - DATA[torch.randint(100, (10,))]).square().sum(1) * 10
+
+
+TURNS = itertools.cycle([0, 1])
+
+
+def _in_turns(x):
+    return gaussian(x) + next(TURNS)
 
 
 def _raises(x):
@@ -194,7 +199,7 @@ BAD = {  # name: (log density, score, the words of the line)
         "; a bounded support needs a transform",
     ),
     "minibatch": (_minibatch, None, "a random or minibatch log density has a noisy score"),
-    "rotating": (_rotating, None, "a random or minibatch log density has a noisy score"),
+    "in_turns": (_in_turns, None, "a random or minibatch log density has a noisy score"),
     "centred": (lambda x: gaussian(x - x.mean(0)), None, "each row must be worked out by itself"),
     "mean_of_the_batch": (lambda x: gaussian(x).mean().expand(len(x)), None, "each row must be worked out by itself"),
     "numpy": (lambda x: gaussian(torch.from_numpy(x.numpy())), None, "target.log_density: it raises RuntimeError"),

@@ -65,9 +65,10 @@ def test_sliced_wasserstein_of_two_gaussians(dim):
     assert torch.allclose(directions.norm(dim=0), torch.ones(directions.shape[1], dtype=torch.float64))
     along = (mean @ directions) ** 2 + ((deviations**2 @ directions**2).sqrt() - 1) ** 2
     exact = float(along.mean().sqrt())
-    draws = mean + deviations * _normal(20_000, dim, 4)
-    assert sliced_wasserstein(draws, _normal(20_000, dim, 5)) == pytest.approx(exact, rel=0.02)
-    assert sliced_wasserstein(draws, _normal(15_000, dim, 5)) == pytest.approx(exact, rel=0.02)
+    normal = _normal(5000, dim, 4)
+    draws = mean + deviations * normal
+    assert sliced_wasserstein(draws, normal) == pytest.approx(exact, rel=0.03)
+    assert sliced_wasserstein(draws, _normal(4000, dim, 5)) == pytest.approx(exact, rel=0.1)  # two standard errors
 
 
 def test_sliced_wasserstein_of_unequal_numbers_is_that_of_repeated_draws():
@@ -115,7 +116,7 @@ def _stein_kernel_by_autograd(x, y, target, scale):
     (in_y,) = torch.autograd.grad(kernel, y, create_graph=True)
     trace = sum(torch.autograd.grad(in_y[i], x, retain_graph=True)[0][i] for i in range(len(x)))
     scores = target.score(torch.stack([x, y]).detach())
-    return float(scores[0] @ scores[1] * kernel + scores[0] @ in_y + scores[1] @ in_x + trace)
+    return (scores[0] @ scores[1] * kernel + scores[0] @ in_y + scores[1] @ in_x + trace).item()
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -134,12 +135,12 @@ def test_kernel_stein_discrepancy_is_that_of_a_direct_double_loop(monkeypatch, s
 @pytest.mark.parametrize("name", ["banana", "mixture_10"])
 def test_kernel_stein_discrepancy_is_small_for_exact_draws_alone(name):
     target = load_target(name)
-    exact = target.example.samples(2000, seed=1)
+    exact = target.example.samples(1000, seed=1)
     scale = median_distance(exact)
     small = kernel_stein_discrepancy(exact, target.score, scale)
     moved = [kernel_stein_discrepancy(exact + shift, target.score, scale) for shift in (0.2, 0.5)]
     assert 0 < 3 * small < moved[0] < moved[1]
-    assert kernel_stein_discrepancy(exact[:500], target.score, scale) > small
+    assert kernel_stein_discrepancy(exact[:250], target.score, scale) > small
 
 
 def test_the_discrepancy_asks_for_as_many_scores_as_it_compares(monkeypatch):
