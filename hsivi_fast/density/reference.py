@@ -162,10 +162,11 @@ def gaussian_fit(target, kind, evaluations, seed=0):
 def langevin_draws(target, n, evaluations, seed=0):
     """n draws of Langevin chains with Metropolis's correction (MALA): [n, dim], float32 on the CPU.
 
-    `LANGEVIN_CHAINS` chains from N(0, I), or n where that is less, move together, and a step of each takes one gradient
-    evaluation; in all they take `evaluations` or a little less. In the first half of the steps the common step size
-    goes where `WANTED_ACCEPTANCE` of the proposals are taken. The draws are states at even distances in the second
-    half, or in all but the first step where there are few. Raises ValueError where a chain would have too few steps.
+    `LANGEVIN_CHAINS` chains from N(0, I), or n where that is less, take a step for one gradient evaluation each; in all
+    they take `evaluations` or a little less. In the first half of the steps the step size of each chain goes where it
+    takes `WANTED_ACCEPTANCE` of its proposals: a common one would leave chains behind where the slopes are steeper. The
+    draws are states at even distances in the second half, or in all but the first step where there are few. Raises
+    ValueError where a chain would have too few steps.
     """
     chains = min(n, LANGEVIN_CHAINS)
     steps, kept = evaluations // chains - 1, -(-n // chains)  # one evaluation at the start
@@ -178,22 +179,21 @@ def langevin_draws(target, n, evaluations, seed=0):
     def normal():
         return torch.randn(chains, target.dim, generator=random).to(target.device)
 
-    x, log_step, draws = normal(), np.log(0.1 / target.dim ** (1 / 3)), []
+    x, draws = normal(), []
+    size = torch.full((chains, 1), 0.1 / target.dim ** (1 / 3), device=target.device)
     value, score = target.value_and_score(x)
     for step in range(1, steps + 1):
-        size = float(np.exp(log_step))  # the proposal: N(x + size score, 2 size I)
-        proposal = x + size * score + (2 * size) ** 0.5 * normal()
+        proposal = x + size * score + (2 * size).sqrt() * normal()
         new_value, new_score = target.value_and_score(proposal)
         forward = (proposal - x - size * score).square().sum(1)
         backward = (x - proposal - size * new_score).square().sum(1)
-        log_ratio = new_value - value + (forward - backward) / (4 * size)
+        log_ratio = new_value - value + (forward - backward) / (4 * size[:, 0])
         log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)  # beyond where floats reach
         taken = torch.rand(chains, generator=random).to(target.device).log() < log_ratio
         x = torch.where(taken[:, None], proposal, x)
         score, value = torch.where(taken[:, None], new_score, score), torch.where(taken, new_value, value)
         if step <= steps // 2:  # Robbins and Monro
-            acceptance = float(log_ratio.clamp(max=0).exp().mean())
-            log_step += (acceptance - WANTED_ACCEPTANCE) / step**0.6
+            size = size * torch.exp((log_ratio.clamp(max=0).exp()[:, None] - WANTED_ACCEPTANCE) / step**0.6)
         if step in wanted:
             draws.append(x.cpu())
     return torch.cat(draws)[:n].float()

@@ -75,15 +75,18 @@ def median_distance(draws):
 
 
 def kernel_stein_discrepancy(draws, score, scale=None):
-    """Kernel Stein discrepancy of draws [N, D] to a target, of which the score alone is known (Gorham & Mackey 2017).
+    """Kernel Stein discrepancy of draws [N, D] to a target, of which the score alone is known (Liu et al. 2016).
 
     score: the target's, a function [B, D] -> [B, D] that is asked with draws of the type and on the device that they
-    are given in, or its values [N, D]. The kernel is the inverse multiquadric (1 + |x - y|^2 / scale^2)^(-1/2). scale:
-    the median distance of the draws by default; what is compared should have one scale (`median_distance` of a
-    reference).
-    The root of the V-statistic, that is of the mean over all pairs, a draw with itself included: never negative, and
-    above 0 for finitely many exact draws too. Of the draws `PAIRED_DRAWS` at most are used. Raises ValueError where the
-    draws all are one point and no scale is given.
+    are given in, or its values [N, D]. The kernel is the inverse multiquadric (1 + |x - y|^2 / scale^2)^(-1/2) (Gorham
+    & Mackey 2017). scale: the median distance of the draws by default; what is compared should have one scale, say
+    `median_distance` of a reference. Of the draws `PAIRED_DRAWS` at most are used.
+
+    Returns `stein_discrepancy`, the U-statistic of the squared discrepancy: the mean over pairs of two draws, which is
+    0 on average for exact and independent draws, and may be below 0. The V-statistic has each draw with itself too,
+    whose part is the mean squared score: it makes draws look good that are too narrow. `stein_noise` is the standard
+    deviation of the U-statistic where the draws are exact and independent.
+    Raises ValueError where more than half of the draws are one point and no scale is given.
     """
     given = torch.as_tensor(draws)
     draws = _as_draws(given, "draws")
@@ -99,10 +102,15 @@ def kernel_stein_discrepancy(draws, score, scale=None):
     draws, scores = _thinned(draws, PAIRED_DRAWS), scores.detach().double().cpu()
     if scores.shape != draws.shape or not bool(torch.isfinite(scores).all()):
         raise ValueError(f"draws: their scores are {list(scores.shape)} for {list(draws.shape)}, or are not finite")
-    total = 0.0
-    for some, their_scores in zip(draws.split(PAIR_ROWS), scores.split(PAIR_ROWS)):
-        total += float(_stein_kernel(some, their_scores, draws, scores, scale).sum())
-    return max(total, 0.0) ** 0.5 / len(draws)
+    total = squares = 0.0
+    for start in range(0, len(draws), PAIR_ROWS):
+        rows = slice(start, start + PAIR_ROWS)
+        kernel = _stein_kernel(draws[rows], scores[rows], draws, scores, scale)
+        kernel.diagonal(start).zero_()  # a draw with itself
+        total += float(kernel.sum())
+        squares += float(kernel.square().sum())
+    pairs = len(draws) * (len(draws) - 1)
+    return {"stein_discrepancy": total / pairs, "stein_noise": (2 * squares) ** 0.5 / pairs}
 
 
 def _stein_kernel(x, x_scores, y, y_scores, scale):

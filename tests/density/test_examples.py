@@ -9,6 +9,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from hsivi_fast.density.examples import EXAMPLES
 from hsivi_fast.density.target import check_target, load_target
+from hsivi_fast.metrics.distances import sliced_wasserstein
 
 EXACT = [name for name in EXAMPLES if name not in ("logistic", "bayesian_network")]
 
@@ -133,3 +134,11 @@ def test_the_network_is_one_hidden_layer_and_its_units_may_be_permuted():
     assert torch.allclose(target.log_density(permuted), target.log_density(x))
     assert target.summary(x).shape == (4, 90) and len(target.summary_names) == 90
     assert torch.allclose(target.summary(permuted), target.summary(x))
+
+
+def test_the_funnel_is_compared_where_exact_draws_agree_with_each_other():
+    target = load_target("funnel")
+    first, second = (target.example.samples(10_000, seed).double() for seed in (0, 1))
+    assert sliced_wasserstein(first, second) > 2
+    assert sliced_wasserstein(target.summary(first), target.summary(second)) < 0.1
+    assert target.summary_names[:2] == ["v", "asinh_x1"]

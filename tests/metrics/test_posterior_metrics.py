@@ -124,23 +124,27 @@ def test_kernel_stein_discrepancy_is_that_of_a_direct_double_loop(monkeypatch, s
     target = load_target("banana")
     draws = _normal(7, 2, 14)
     used = float(torch.pdist(draws).median()) if scale is None else scale
-    total = sum(_stein_kernel_by_autograd(x, y, target, used) for x in draws for y in draws)
+    pairs = [(x, y) for i, x in enumerate(draws) for j, y in enumerate(draws) if i != j]
+    values = [_stein_kernel_by_autograd(x, y, target, used) for x, y in pairs]
+    exact = {"stein_discrepancy": np.mean(values), "stein_noise": math.sqrt(2 * np.sum(np.square(values))) / 42}
     monkeypatch.setattr(posterior, "PAIR_ROWS", 3)
-    assert kernel_stein_discrepancy(draws, target.score, scale) == pytest.approx(math.sqrt(total / 49), rel=1e-9)
-    assert kernel_stein_discrepancy(draws.numpy(), target.score(draws), used) == pytest.approx(
-        math.sqrt(total / 49), rel=1e-9
-    )
+    assert kernel_stein_discrepancy(draws, target.score, scale) == pytest.approx(exact, rel=1e-9)
+    assert kernel_stein_discrepancy(draws.numpy(), target.score(draws), used) == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["banana", "mixture_10"])
-def test_kernel_stein_discrepancy_is_small_for_exact_draws_alone(name):
+def test_kernel_stein_discrepancy_is_noise_for_exact_draws_alone(name):
     target = load_target(name)
     exact = target.example.samples(1000, seed=1)
     scale = median_distance(exact)
     small = kernel_stein_discrepancy(exact, target.score, scale)
     moved = [kernel_stein_discrepancy(exact + shift, target.score, scale) for shift in (0.2, 0.5)]
-    assert 0 < 3 * small < moved[0] < moved[1]
-    assert kernel_stein_discrepancy(exact[:250], target.score, scale) > small
+    assert abs(small["stein_discrepancy"]) < 3 * small["stein_noise"]
+    assert 5 * small["stein_noise"] < moved[0]["stein_discrepancy"] < moved[1]["stein_discrepancy"]
+    many = [kernel_stein_discrepancy(target.example.samples(200, seed), target.score, scale) for seed in range(20)]
+    values = np.array([found["stein_discrepancy"] for found in many])
+    noise = np.mean([found["stein_noise"] for found in many])
+    assert abs(values.mean()) < 3 * noise / math.sqrt(20) and 0.5 < values.std() / noise < 2
 
 
 def test_the_discrepancy_asks_for_as_many_scores_as_it_compares(monkeypatch):
