@@ -274,9 +274,12 @@ def _main():
     arguments = parser.parse_args()
     draws, diagnostics = nuts_draws(load_target(arguments.name), **SHIPPED[arguments.name])
     unfinished = arguments.out.with_name(f".{arguments.out.name}.unfinished")
-    with open(unfinished, "wb") as file:  # whole or not there
-        np.savez_compressed(file, draws=_rounded(draws.numpy()))
-    os.replace(unfinished, arguments.out)
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez_compressed(file, draws=_rounded(draws.numpy()))
+        os.replace(unfinished, arguments.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
     print(json.dumps({key: round(value, 4) for key, value in diagnostics.items()}))
 
 

@@ -110,10 +110,10 @@ class Target:
         if not self.own_score:
             (score,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph)
         elif self.transform is None:
-            score = self._score(x)
+            score = self._score(x).to(x.dtype)
         else:
             # Chain rule: the user's score pulled back through T, and the gradient of log|det J|.
-            outputs, weights = [parameters], [self._score(parameters)]
+            outputs, weights = [parameters], [self._score(parameters).to(parameters.dtype)]
             if correction.requires_grad:  # a linear T has a constant one
                 outputs, weights = [*outputs, correction], [*weights, torch.ones_like(correction)]
             (score,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph)

@@ -1,12 +1,14 @@
 """Reference draws: NUTS, the Gaussian fits and Langevin on a Gaussian, whose moments are known; what ships."""
 
 import builtins
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from hsivi_fast.density import reference
 from hsivi_fast.density.examples import EXAMPLES
 from hsivi_fast.density.reference import (
     ASSETS,
@@ -127,11 +129,11 @@ def test_langevin_with_few_evaluations():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_shipped_target_has_a_reference(name):
     target = load_target(name)
-    reference = reference_for(target, n=500)
-    assert reference.dtype == torch.float64 and reference.shape[1] == target.dim
+    draws = reference_for(target, n=500)
+    assert draws.dtype == torch.float64 and draws.shape[1] == target.dim
     assert reference_kind(target) == ("nuts" if name in SHIPPED else "exact")
-    assert len(reference) == (SHIPPED[name]["draws"] if name in SHIPPED else 500)
-    assert bool(torch.isfinite(target.log_density(reference)).all())
+    assert len(draws) == (SHIPPED[name]["draws"] if name in SHIPPED else 500)
+    assert bool(torch.isfinite(target.log_density(draws)).all())
 
 
 def test_a_user_s_target_has_no_reference():
@@ -160,3 +162,14 @@ def test_what_is_kept_of_the_shipped_draws():
     rounded = _rounded(values)
     assert rounded.dtype == np.float32 and np.abs(rounded / values - 1).max() <= 2.0**-13
     assert not np.any(rounded.view(np.uint32) & 0x7FF)
+
+
+def test_the_command_that_makes_the_shipped_draws(tmp_path, monkeypatch, capsys):
+    draws = torch.randn(5, 31, dtype=torch.float64)
+    monkeypatch.setattr(reference, "nuts_draws", lambda target, **options: (draws, {"r_hat": 1.00012, **options}))
+    monkeypatch.setattr("sys.argv", ["reference", "logistic", "--out", str(tmp_path / "a.npz")])
+    reference._main()
+    assert json.loads(capsys.readouterr().out) == {"r_hat": 1.0001, **SHIPPED["logistic"]}
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["draws"].dtype == np.float32 and np.array_equal(file["draws"], _rounded(draws.numpy()))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

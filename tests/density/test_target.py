@@ -47,6 +47,15 @@ def test_scores_with_and_without_gradients_and_how_many_were_taken(score):
     assert torch.allclose(pulled, x @ precision @ precision, atol=1e-6)
 
 
+@pytest.mark.parametrize("transform", [None, transforms.AffineTransform(0.0, 2.0)])
+def test_values_and_scores_in_float64_become_the_type_of_the_points(transform):
+    target = load_target(
+        lambda x: gaussian(x).double(), 2, score=lambda x: gaussian_score(x).double(), transform=transform
+    )
+    check_target(target)
+    assert target.log_density(_points()).dtype == target.score(_points()).dtype == torch.float32
+
+
 def test_a_score_that_is_constant_has_the_derivative_0():
     target = Target(lambda x: x.sum(1), 2)
     x = _points().requires_grad_()
