@@ -17,6 +17,7 @@ setup(
         "hsivi_fast",
         "hsivi_fast.checkpoints",
         "hsivi_fast.configs",
+        "hsivi_fast.density",
         "hsivi_fast.export",
         "hsivi_fast.kernels",
         "hsivi_fast.method",
@@ -57,7 +58,8 @@ setup(
         "diffusers",
     ],
     extras_require={
-        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "scipy"],
+        "dev": ["ruff", "pytest", "hypothesis", "pytest-benchmark", "pytest-xdist", "scipy", "pyro-ppl", "arviz"],
+        "vi": ["pyro-ppl", "arviz"],
         "wandb": ["wandb"],
     },
 )

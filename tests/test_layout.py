@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hsivi_fast"
 # Lowest first. A room imports from floors below its own alone: rooms that share a floor do not know each other.
 FLOORS = [
     {"kernels"},
-    {"ops"},
+    {"ops", "density"},
     {"method", "nets"},
     {"config", "data", "execution"},
     {"checkpoints", "parallel"},

@@ -22,6 +22,7 @@ ALLOWED = {
     "checkpoints/run_folder.py:open": "the lock, which stays empty",
     "checkpoints/convert.py:torch.save": "into the file that written_beside gives",
     "checkpoints/convert.py:open": "into the file that written_beside gives",
+    "density/reference.py": "the command that makes what the package ships; written beside and renamed",
     "data.py:open": "the lock of a file in the cache, which stays empty",
     "metrics/features.py:torch.save": "a copy for torch-fidelity, in a folder of our own that is gone afterwards",
     "metrics/image_files.py:open": "into the file that written_beside gives",

@@ -1,7 +1,7 @@
 """Distances between sets of samples, and what they are computed from: moments and features that arrive in batches.
 
-Frechet distance, kernel distance, precision and recall are torch-fidelity's functions, on features of images. The two
-distances of 2-D samples are our own.
+Frechet distance, kernel distance, precision and recall are torch-fidelity's functions, on features of images. The
+distances of samples themselves, Jensen-Shannon in the plane and sliced Wasserstein in any dimension, are our own.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..checkpoints.files import make_folder, write_arrays
 from ..data import brief, npz_arrays, read_npz_array
 
 PLANE_BINS, PLANE_PROJECTIONS = 48, 32
+SPACE_PROJECTIONS, PROJECTION_SEED = 128, 0  # of the sliced Wasserstein distance, but in the plane
 FEATURES_KEPT = 10_000  # per side, for the metrics that need features and not their moments alone
 LARGEST_FEATURES = 2**13  # of a reference
 LARGEST_STATISTIC = 1e12  # in a reference: squares and sums of it are finite
@@ -146,11 +147,33 @@ def js_divergence(points, masses):
 
 
 def sliced_wasserstein(points, exact):
-    """Sliced Wasserstein-2 distance of points [N, 2] to as many exact samples [N, 2]."""
-    angles = torch.arange(PLANE_PROJECTIONS, dtype=torch.float64) * (torch.pi / PLANE_PROJECTIONS)
-    directions = torch.stack([angles.cos(), angles.sin()])  # [2, P]
-    difference = (points @ directions).sort(dim=0).values - (exact @ directions).sort(dim=0).values
-    return float(difference.square().mean().sqrt())
+    """Sliced Wasserstein-2 distance of points [N, D] to exact samples [M, D].
+
+    The root of the mean square over directions: in the plane `PLANE_PROJECTIONS` at even angles, in more dimensions
+    `SPACE_PROJECTIONS` random ones, always the same. Along each it is exact, whether N and M are equal or not.
+    """
+    directions = _directions(exact.shape[1])  # [D, P]
+    first, second = ((side @ directions).sort(dim=0).values for side in (points, exact))
+    if len(first) == len(second):
+        return float((first - second).square().mean().sqrt())
+    # Quantiles are constant between the multiples of 1/N and 1/M: these levels, times N M, as integers.
+    n, m = len(first), len(second)
+    levels = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+    widths = levels.diff(prepend=levels.new_zeros(1)).to(first.dtype) / (n * m)
+    difference = first[(levels - 1) // m] - second[(levels - 1) // n]
+    return float((widths @ difference.square()).mean().sqrt())
+
+
+def _directions(dim):
+    """Unit vectors [dim, P], float64."""
+    if dim == 2:
+        angles = torch.arange(PLANE_PROJECTIONS, dtype=torch.float64) * (torch.pi / PLANE_PROJECTIONS)
+        return torch.stack([angles.cos(), angles.sin()])
+    if dim == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    random = torch.Generator().manual_seed(PROJECTION_SEED)
+    directions = torch.randn(dim, SPACE_PROJECTIONS, generator=random, dtype=torch.float64)
+    return directions / directions.norm(dim=0)
 
 
 def load_statistics(path):
