@@ -31,7 +31,9 @@ from .nets.prepared import Prepared
 from .parallel.world import World
 
 
-SPAN_OF_KNOTS = 100.0  # the last knot of a bridge, as its networks are shown it: embeddings tell few small numbers apart
+SPAN_OF_KNOTS = (
+    100.0  # the last knot of a bridge, as its networks are shown it: embeddings tell few small numbers apart
+)
 
 
 @dataclass(frozen=True)

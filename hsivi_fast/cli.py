@@ -197,6 +197,13 @@ def sample(run, seeds, outdir, labels, batch, weights, **changes):
     if not _is_main():
         return
     samples = torch.cat(kept).numpy()
+    if folder.config().target is not None:
+        from .report.draws import write_draws
+
+        click.echo(
+            f"{len(samples)} draws: {', '.join(map(str, write_draws(target, samples, numbers, folder.config())))}"
+        )
+        return
     if samples.ndim == 2:
         write_arrays(target / "points.npz", points=samples, seeds=np.array(numbers))
         click.echo(f"{len(samples)} points: {target / 'points.npz'}")

@@ -99,6 +99,7 @@ def _count(most, least=1):
 # The upper bounds are far above every real run. They keep numbers within what can be multiplied, counted and estimated;
 # what a machine can hold is asked at the start (training/estimate.py).
 MOST_IMAGES = 10_000_000  # of one measurement
+DENSITY_BASELINES = ("base", "mean_field", "full_rank", "langevin", "particles")  # of a run with a target
 
 Number = Annotated[StrictInt | StrictFloat, AfterValidator(_finite)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -194,6 +195,7 @@ class TargetConfig:
     score: StrictStr | None = None  # a function of such a file: the gradient, in the place of autograd's
     # A constraint of torch.distributions for each coordinate, or one for all: real, positive, unit_interval, ...
     constraints: tuple[StrictStr, ...] | StrictStr | None = None
+    parameters: tuple[StrictStr, ...] | None = None  # their names
 
 
 @settings
@@ -300,8 +302,11 @@ class EvalConfig:
     prc: StrictBool = False
     # Other samplers of the teacher in the table, and the evaluations that each is given. All but ddim and ddpm are
     # diffusers' solvers; best is the one of them, with its spacing, that is the best on the first set of images.
+    # Those of the second list are for a run with a target.
     baselines: tuple[
-        Literal["ddim", "ddpm", "dpmpp", "dpmpp3", "unipc", "unipc3", "deis", "deis3", "ipndm", "best"], ...
+        Literal["ddim", "ddpm", "dpmpp", "dpmpp3", "unipc", "unipc3", "deis", "deis3", "ipndm", "best"]
+        | Literal["base", "mean_field", "full_rank", "langevin", "particles"],
+        ...,
     ] = ("ddim",)
     # Where the solvers' timesteps are, see `timesteps_of` in sampling/solvers.py.
     solver_spacing: Literal["linspace", "karras", "logsnr", "run"] = "linspace"
@@ -689,10 +694,19 @@ def _shipped_file(key, file):
 def _validated(values):
     if isinstance(values.get("target"), dict):
         values = {"network": {"name": "density"}, "teacher": {}, **values}
+        if isinstance(values.get("eval", {}), dict):
+            values["eval"] = {"baselines": list(DENSITY_BASELINES), **values.get("eval", {})}
     try:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise ValueError(_first_problem(error)) from None
+    for name in config.eval.baselines:
+        if (name in DENSITY_BASELINES) != (config.target is not None):
+            problem = (
+                "is for a run with a target" if config.target is None else "samples a teacher, and there is a target"
+            )
+            others = "" if config.target is None else f"; choose of {', '.join(DENSITY_BASELINES)}"
+            raise ValueError(f"eval.baselines: {name} {problem}{others}")
     if config.target is not None:
         return _validated_density(config)
     if (config.teacher.checkpoint is None) == (config.teacher.target is None):
@@ -721,7 +735,9 @@ def _validated_density(config):
     network, dim, defaults = config.network, config.target.dim, TeacherConfig()
     for key in ("checkpoint", "target", "vae", "null_class", "guidance"):
         if getattr(config.teacher, key) is not None:
-            raise ValueError(f"teacher.{key}: {getattr(config.teacher, key)!r}, and the run has a target; leave one out")
+            raise ValueError(
+                f"teacher.{key}: {getattr(config.teacher, key)!r}, and the run has a target; leave one out"
+            )
     if config.teacher != defaults:
         raise ValueError("teacher: a run with a target has none; leave it out")
     for key in ("data", "data_path", "init", "classes"):

@@ -47,7 +47,7 @@ class Row:
     """One row of results.json."""
 
     sampler: StrictStr
-    nfe: Annotated[StrictInt, Field(ge=1, lt=2**63)]
+    nfe: Natural  # 0 for draws that no network makes
     num_samples: Natural
     images_per_second: Number
     evaluations: Natural | None = None
@@ -65,6 +65,14 @@ class Row:
     precision: Number | None = None
     recall: Number | None = None
     f_score: Number | None = None
+    # Of a run with a target.
+    gradient_evaluations: Natural | None = None
+    mean_error: Number | None = None
+    std_error: Number | None = None
+    correlation_error: Number | None = None
+    energy_distance: Number | None = None
+    energy_std: Number | None = None
+    stein_discrepancy: Number | None = None
 
 
 @shape
@@ -123,6 +131,7 @@ COLUMNS = ("frechet_distance", "js_divergence", "sliced_wasserstein", "kernel_in
     "precision",
     "recall",
     "f_score",
+    *("mean_error", "std_error", "correlation_error", "energy_distance", "stein_discrepancy"),
 )
 
 Inputs = dict[StrictStr, list[StrictStr]]  # inputs.json: {key: sums of what it named when the run began}
@@ -134,6 +143,7 @@ SHAPES = {
     "wandb.json": (WandbName, "project and id"),
     "environment.json": (Environment, "names and values"),
     "inputs.json": (Inputs, "keys and sums"),
+    "fisher.json": (list[Number], "a number for each layer"),
     "metrics.jsonl": (Record, "numbers of a step"),
     "saves.jsonl": (Save, "step, seconds and bytes of a checkpoint"),
 }
@@ -205,8 +215,8 @@ def _checked(name, value):
 def _check_columns(rows):
     """A table has the same columns in all rows, a distance among them."""
     columns = [column for column in COLUMNS if rows and rows[0].get(column) is not None]
-    if rows and not {"frechet_distance", "js_divergence"} & {*columns}:
-        raise Damaged("0 has no distance; expected frechet_distance or js_divergence")
+    if rows and not {"frechet_distance", "js_divergence", "stein_discrepancy"} & {*columns}:
+        raise Damaged("0 has no distance; expected frechet_distance, js_divergence or stein_discrepancy")
     for number, row in enumerate(rows):
         missing = [column for column in columns if row.get(column) is None]
         if missing:

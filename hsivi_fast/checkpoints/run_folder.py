@@ -7,6 +7,7 @@ saves.jsonl            what each checkpoint took: seconds, bytes
 inputs.json            sums of the files that the configuration names, as they were when the run began
 wandb.json             the run's id at Weights & Biases, where log.wandb is set
 bridge.safetensors     of a run with a target: its base, its knots and the paths between them
+fisher.json            of one with a target: the Fisher divergence of each layer
 checkpoints/step_N/    state.json and safetensors files; two, the best and that of the start are kept
 """
 

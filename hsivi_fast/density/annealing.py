@@ -58,9 +58,17 @@ class Bridge:
         shapes = {"mean": (dim,), "factor": (dim, dim), "levels": (knots,), "scales": (knots,)}
         for name, shape in {**shapes, "above": paths, "below": paths, "evaluations": ()}.items():
             if tuple(tensors[name].shape) != shape or not torch.isfinite(tensors[name]).all():
-                raise ValueError(f"{name} is of shape {list(tensors[name].shape)} or not finite; expected {list(shape)}")
+                raise ValueError(
+                    f"{name} is of shape {list(tensors[name].shape)} or not finite; expected {list(shape)}"
+                )
         own = {name: tensors[name].numpy() for name in ("levels", "scales")}
-        return cls(**{**{name: tensors[name] for name in cls.__dataclass_fields__}, **own, "evaluations": int(tensors["evaluations"])})
+        return cls(
+            **{
+                **{name: tensors[name] for name in cls.__dataclass_fields__},
+                **own,
+                "evaluations": int(tensors["evaluations"]),
+            }
+        )
 
     def to_target(self, u):
         """x = mean + factor u, of coordinates u [B, d]."""
@@ -112,7 +120,9 @@ class _Finder:
         """(mean [d], lower triangular factor [d, d]) of the Gaussian that the bridge begins with."""
         given, dim = self.settings, self.target.dim
         if given.mean is not None:
-            mean, scale = (torch.tensor(values, dtype=torch.float32).expand(dim) for values in (given.mean, given.scale))
+            mean, scale = (
+                torch.tensor(values, dtype=torch.float32).expand(dim) for values in (given.mean, given.scale)
+            )
             return mean.clone().to(self.device), torch.diag(scale).to(self.device)
         mean, factor = self._gaussian()
         points = self._chains(mean, factor)

@@ -53,6 +53,12 @@ class Target:
             self._names = [f"x{number}" for number in range(1, columns + 1)]
         return self._names
 
+    def name_parameters(self, names):
+        """Give the parameters other names. Raises ValueError where they are not as many."""
+        if len(names) != len(self.parameters):
+            raise ValueError(f"target.parameters: {len(names)} names for {len(self.parameters)} parameters")
+        self._names = list(names)
+
     def log_density(self, x):
         """Log density of unconstrained x [B, dim], up to a constant: [B], of the type of x."""
         parameters, correction = self._transformed(x)
@@ -62,15 +68,22 @@ class Target:
     def score(self, x):
         """Gradient of the log density at x [B, dim]: [B, dim].
 
-        It can be differentiated again where x requires a gradient and gradients are on. It works under
+        Where a compiler reads it, the gradient is that of `torch.func`, which becomes a part of what is compiled. It can be differentiated again where x requires a gradient and gradients are on. It works under
         `torch.no_grad` and `torch.inference_mode` too.
         """
+        if torch.compiler.is_compiling():
+            return self._compiled_score(x)
         if x.requires_grad and torch.is_grad_enabled():
             return self._gradient(x, create_graph=True)[1]
         with torch.inference_mode(False), torch.enable_grad():
             # A tensor of the inference mode takes part in no graph, but its copy does.
             x = x.clone() if x.is_inference() else x.detach()
             return self._gradient(x.requires_grad_(), create_graph=False)[1].detach()
+
+    def _compiled_score(self, x):
+        if self.own_score and self.transform is None:
+            return self._score(x)
+        return torch.func.grad(lambda points: self.log_density(points).sum())(x)
 
     def value_and_score(self, x):
         """(log density [B], score [B, dim]) at x [B, dim] for one gradient evaluation a row, without a graph."""

@@ -78,4 +78,7 @@ def _constraint(name):
 def target_of(settings, device):
     """The `Target` of a run's `target`, see `load_target`."""
     transform = transform_of(settings.constraints)
-    return load_target(settings.log_density, settings.dim, settings.score, transform, device)
+    target = load_target(settings.log_density, settings.dim, settings.score, transform, device)
+    if settings.parameters is not None:
+        target.name_parameters(settings.parameters)
+    return target

@@ -16,11 +16,13 @@ from tqdm import tqdm
 from ..checkpoints.run_folder import RunFolder
 from ..config import MOST_IMAGES, change_config
 from ..data import cache_folder, has_data, load_data, to_uint8
+from ..density.teacher import target_of
 from ..parallel.machine import picture_size, refuse_beyond_disk, refuse_beyond_memory
 from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 from ..sampling.sampler import ddim_sampler, load_sampler
 from ..sampling.solvers import COMBINATIONS, NAMES, SchedulerSampler, baseline_sampler, solver_sampler
+from .density import PosteriorMetric, baselines
 from .distances import (
     FEATURES_KEPT,
     KeptFeatures,
@@ -231,6 +233,8 @@ def build_metric(context, network=None):
     Raises ValueError where the configuration names nothing to compare with.
     """
     config = context.config
+    if config.target is not None:
+        return PosteriorMetric(context)
     if config.teacher.target is not None:
         return PlaneMetric(context.teacher, context.world)
     if config.data is None and config.eval.reference is None:
@@ -348,6 +352,26 @@ def final_table(context, run, metric, progress=False):
     return rows
 
 
+def density_table(context, run, metric, bridge, evaluations, progress=False):
+    """The table of a run with a target, a list of rows as of `measure_row`: `eval.baselines`, the start, the student.
+
+    evaluations: of the target's gradient by the run, which its rivals have too. Rows say theirs.
+    """
+    settings, rows = context.config.eval, []
+    samplers = baselines(context, bridge, evaluations)
+    start = context.world.from_main(run.start_checkpoint)
+    if start is not None:
+        samplers["start"] = load_sampler(run, context.world, "raw", start)[0], bridge.evaluations
+    for weights in ("ema", "raw"):
+        samplers[f"hsivi_{weights}"] = load_sampler(run, context.world, weights)[0], evaluations
+    with tqdm(total=len(samplers), desc="final table", disable=not progress, dynamic_ncols=True) as bar:
+        for name, (sampler, of_gradient) in samplers.items():
+            row = measure_row(name, sampler, metric, settings.num_samples, settings.seeds, context.world)
+            rows.append({**row, "gradient_evaluations": of_gradient})
+            bar.update()
+    return rows
+
+
 def best_row(context, metric, nfe, on_batch=None):
     """The row of the best solver with up to `nfe` evaluations, see `measure_row`.
 
@@ -406,8 +430,14 @@ def evaluate(
         if config.teacher.target is not None:
             _refuse_in_the_plane(ref=ref, metric=metric, inception=inception, save_images=save_images)
             context = context.with_teacher()
+        if config.target is not None:
+            _refuse_for_a_target(metric=metric, inception=inception, save_images=save_images)
+            context = context.with_bridge(folder.bridge(), target_of(config.target, context.device))
         config = context.config
-        if metric not in (None, network_of(config)):  # the run's own statistics are not of this network
+        if config.target is None and metric not in (
+            None,
+            network_of(config),
+        ):  # the run's own statistics are not of this network
             config = replace(config, eval=replace(config.eval, metric=metric, reference=None))
         given = {"eval.inception": inception, "eval.reference": ref}
         config = change_config(config, {key: value and str(value) for key, value in given.items()})
@@ -441,6 +471,13 @@ def _check_room(num_samples, image_shape, path):
         refuse_beyond_disk(what, num_samples * size, path, advice)
     else:
         refuse_beyond_disk(what, num_samples * picture_size(image_shape), path, advice, files=num_samples)
+
+
+def _refuse_for_a_target(**options):
+    """ValueError for the first option that a run with a target has no use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name.replace('_', '-')}: a run with a target draws parameters, and no images")
 
 
 def _refuse_in_the_plane(**options):

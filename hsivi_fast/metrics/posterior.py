@@ -8,7 +8,7 @@ import torch
 
 from .distances import sliced_wasserstein
 
-PAIRED_DRAWS = 4000  # at most, at even distances among the draws, where all pairs are compared
+PAIRED_DRAWS = 2000  # at most, at even distances among the draws, where all pairs are compared
 SCALE_DRAWS = 1000  # the same for the median of distances
 PAIR_ROWS = 500  # of the matrix of pairs at a time: 16 MB a matrix of 4,000 columns
 

@@ -8,6 +8,11 @@ TITLES = {
     "f_score": "F-score",
     "js_divergence": "JS divergence",
     "sliced_wasserstein": "sliced Wasserstein",
+    "mean_error": "means",
+    "std_error": "deviations",
+    "correlation_error": "correlations",
+    "energy_distance": "energy distance",
+    "stein_discrepancy": "Stein discrepancy",
 }
 SAMPLERS = {
     "ddim": "DDIM",
@@ -22,6 +27,11 @@ SAMPLERS = {
     "deis_3": "DEIS-3",
     "ipndm": "iPNDM",
     "best": "best solver",
+    "base": "Gaussian base",
+    "mean_field": "mean-field Gaussian",
+    "full_rank": "full-rank Gaussian",
+    "langevin": "Langevin chains",
+    "particles": "particles (SMC)",
     "hsivi_ema": "HSIVI (EMA)",
     "hsivi_raw": "HSIVI (raw)",
 }
@@ -50,13 +60,20 @@ def table_lines(rows):
     columns = [column for column in TITLES if rows[0].get(column) is not None]
     counts = sorted({row["num_samples"] for row in rows})
     counts = " and ".join(f"{count:,}" for count in counts)
-    heading = f"sampler, on {counts} {'points' if 'js_divergence' in columns else 'images'}"
-    lines = [[heading, "NFE", *[TITLES[column] for column in columns], "images/s"]]
+    drawn = "points" if "js_divergence" in columns else "draws" if "stein_discrepancy" in columns else "images"
+    of_target = ["gradients"] if any("gradient_evaluations" in row for row in rows) else []
+    rate = "draws/s" if drawn == "draws" else "images/s"
+    lines = [[f"sampler, on {counts} {drawn}", "NFE", *of_target, *[TITLES[column] for column in columns], rate]]
     for row in rows:
+        gradients = [_thousands(row.get("gradient_evaluations"))] if of_target else []
         nfe = f"{row['nfe']} ({row['evaluations']} distinct)" if row.get("evaluations") is not None else str(row["nfe"])
         cells = [_cell(row, column) for column in columns]
-        lines.append([row_title(row), nfe, *cells, f"{row['images_per_second']:.0f}"])
+        lines.append([row_title(row), nfe, *gradients, *cells, f"{row['images_per_second']:.0f}"])
     return lines
+
+
+def _thousands(count):
+    return "" if count is None else f"{count / 1000:,.0f} k"
 
 
 def _cell(row, column):

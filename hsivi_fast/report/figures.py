@@ -39,6 +39,11 @@ STYLES = {
     "deis": Style("<"),
     "deis_3": Style(">"),
     "ipndm": Style("p"),
+    "base": Style("o"),
+    "mean_field": Style("v"),
+    "full_rank": Style("^"),
+    "langevin": Style("s"),
+    "particles": Style("P"),
     "best": Style("*"),
     "hsivi_ema": Style("D", of_student=True),
     "hsivi_raw": Style("d", filled=False, of_student=True),
@@ -91,6 +96,68 @@ def densities(points):
         axis.imshow(np.sqrt(counts.T), origin="lower", cmap="magma", extent=[*PLANE[0], *PLANE[1]])
         axis.set_title(title, fontsize=9)
     return _png(figure)
+
+
+def marginals(draws, names):
+    """Densities of single parameters; draws: {title: array [N, D]}; names: of the first columns, which are shown."""
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure, axes = _figure(rows, columns, width=2.6 * columns + 0.8, height=2.1 * rows + 0.4)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for column, (axis, name) in enumerate(zip(axes.flat, names)):
+        low, high = _range_of([values[:, column] for values in draws.values()])
+        for number, (title, values) in enumerate(draws.items()):
+            style = {"histtype": "stepfilled", "color": "0.8"} if title == "reference" else {"histtype": "step"}
+            axis.hist(values[:, column], bins=60, range=(low, high), density=True, label=title, zorder=number, **style)
+        axis.set_title(name, fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=8)
+    if len(draws) > 1:
+        axes.flat[0].legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def pair_densities(draws, names):
+    """Densities of all pairs of parameters, a row a sampler; arguments as of `marginals`."""
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    if not pairs:  # a single parameter has none
+        return marginals(draws, names)
+    figure, axes = _figure(len(draws), len(pairs), width=2.3 * len(pairs) + 0.5, height=2.4 * len(draws) + 0.2)
+    for column, (i, j) in enumerate(pairs):
+        ranges = [_range_of([values[:, index] for values in draws.values()]) for index in (j, i)]
+        for row, (title, values) in enumerate(draws.items()):
+            axis = axes[row, column] if axes.ndim == 2 else axes.flat[row * len(pairs) + column]
+            _show_density(axis, values[:, [j, i]], ranges, f"{title}: {names[j]}, {names[i]}")
+    return _png(figure)
+
+
+def bridge_layers(states):
+    """The states of a sampler in the plane, x_K first; states: [x_0, ..., x_K], each an array [N, 2]."""
+    if states[0].shape[1] < 2:
+        named = {f"x_{k}": points for k, points in reversed([*enumerate(states)])}
+        return marginals(named, ["x"])
+    figure, axes = _figure(1, len(states), width=2.1 * len(states), height=2.4)
+    ranges = [_range_of([points[:, index] for points in states]) for index in (0, 1)]
+    for axis, (k, points) in zip(axes.flat, reversed([*enumerate(states)])):
+        _show_density(axis, points, ranges, f"x_{k}")
+    return _png(figure)
+
+
+def _show_density(axis, points, ranges, title):
+    counts, _, _ = np.histogram2d(*points.T, bins=80, range=ranges)
+    extent = [value for limits in ranges for value in limits]
+    axis.imshow(np.sqrt(counts.T), origin="lower", cmap="magma", extent=extent, aspect="auto")
+    axis.set_title(title, fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _range_of(columns):
+    """Where nearly all values of some arrays [N] are, with a little room."""
+    low, high = np.quantile(np.concatenate(columns), [0.002, 0.998])
+    room = 0.1 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def _tiled(images, columns):

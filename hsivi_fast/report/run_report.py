@@ -9,6 +9,7 @@ from ..metrics.features import network_of
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
 from . import figures, page
+from .density_report import write_density_report
 from .sections import (
     NOISE_SCALE,
     PLANE_POINTS,
@@ -34,6 +35,8 @@ def write_report(folder, teacher=None, backend=None, beside_teacher=True, progre
     The table and its picture are left out where the run was not measured. Raises ValueError as `load_sampler`.
     """
     config = folder.config()
+    if config.target is not None:
+        return write_density_report(folder, backend)
     student, context, step = load_sampler_to_draw(folder, backend)
     context = context.with_teacher(teacher)
     results, metrics = folder.read_json("results.json", []), folder.metrics()

@@ -156,17 +156,29 @@ class Sampler:
 
     @torch.no_grad()
     def from_layer(self, x, top, seeds, labels):
-        """x_0 [B, *event] from x = x_top, through the layers top .. 1; seeds [B] int64, labels [B] or None."""
+        """x_0 [B, *event], from x = x_top, through the layers top .. 1; seeds [B] int64, labels [B] or None."""
         for current in range(top, 0, -1):
-            k = torch.full_like(seeds, current)
-            eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
-            # The last layer gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none anywhere.
-            is_last = current == 1 and not self.layers.ends_with_noise
-            if is_last or self.layers.eta == 0:
-                x = self.layers.mean(x, eps_hat, k)
-            else:
-                x = self.layers.step(x, eps_hat, self.log_gamma, ops.Noise(seeds, k))
+            x = self._through(x, current, seeds, labels)
         return x
+
+    @torch.no_grad()
+    def states(self, seeds):
+        """[x_0, ..., x_K] of the samples of seeds [B] int64, in one batch; for networks without classes."""
+        states = [ops.draw_noise(seeds, 0, self.network.event_shape)]
+        for current in range(self.layers.nfe, 0, -1):
+            states.append(self._through(states[-1], current, seeds, None))
+        return states[::-1]
+
+    def _through(self, x, current, seeds, labels):
+        """x_{k-1} of x = x_k, k = `current`."""
+        k = torch.full_like(seeds, current)
+        eps_hat = self.predict(x, self.layers.tau[k], *if_given(labels))
+        # The last layer of an image gives its mean: noise there would only be seen as noise. DDIM with eta 0 has none
+        # anywhere.
+        is_last = current == 1 and not self.layers.ends_with_noise
+        if is_last or self.layers.eta == 0:
+            return self.layers.mean(x, eps_hat, k)
+        return self.layers.step(x, eps_hat, self.log_gamma, ops.Noise(seeds, k))
 
     @property
     def nfe(self):

@@ -29,13 +29,18 @@ class AveragedStudent:
         row = measure_row("hsivi_ema", self.sampler, metric, num_samples, 1, world=self.context.world)
         return row[metric.columns[0]]
 
+    def states(self, count):
+        """[x_0, ..., x_K] of the seeds 0 .. count - 1, each [count, *event], the same on every rank."""
+        sampler = student_sampler(self.context, self._with_present_weights(), EAGER)
+        return sampler.states(torch.arange(count, device=self.context.device))
+
     def pictures(self):
         """(images of the seeds 0 .. 63 in -1 .. 1, log_gamma).
 
-        Of a 2-D run no samples are shown, and few are drawn.
+        Of a run without images no samples are shown, and few are drawn.
         """
         network, world = self._with_present_weights(), self.context.world
-        count = PICTURED if self.context.config.teacher.target is None else 1
+        count = PICTURED if len(self.context.teacher.event_shape) == 3 else 1
         world.mark("drawing pictures")
         # Called eagerly: a sampler that is compiled or recorded keeps the batch of its first call, and measurements
         # have a larger one.

@@ -104,6 +104,18 @@ def evaluations_until(config, step):
     return round(_start_evaluations(config, event_size, updates, head) + cycle * cycles)
 
 
+def gradient_evaluations(config, bridge):
+    """Of the target's gradient, in a whole run: of its bridge, and of the score network's and the student's updates.
+
+    The score network has the auxiliary score in it. In an update of the student that and the teacher's are called, and
+    each is pulled back, which counts as another evaluation.
+    """
+    phases, settings = phases_of(config), config.train
+    of_student = (phases.head + phases.train) // settings.f_learning_times - phases.head // settings.f_learning_times
+    rows = 2 * phases.head + phases.train + 4 * of_student
+    return bridge.evaluations + rows * settings.batch_size
+
+
 def _start_evaluations(config, event_size, updates, head):
     """Of so many updates of the start, with their paths, and of the score network's head start after it."""
     settings, evaluations = config.start, 0

@@ -19,7 +19,7 @@ from ..data import check_image_size
 from ..density.annealing import find_bridge
 from ..density.target import check_target
 from ..density.teacher import target_of
-from ..metrics.evaluation import build_metric, final_table
+from ..metrics.evaluation import build_metric, density_table, final_table
 from ..metrics.needed_files import fetch_needed
 from ..parallel.agreement import refuse_strangers
 from ..parallel.interrupt import Interrupted, StopRequest
@@ -28,7 +28,7 @@ from ..parallel.world import connect, processes
 from ..report.run_report import write_report
 from ..sampling.solvers import check_baselines
 from .averaged import AveragedStudent
-from .estimate import check_disk, check_memory
+from .estimate import check_disk, check_memory, gradient_evaluations
 from .journal import Journal, check_journal, pictures_due
 from .optim import learning_rate
 from .rollout import build_rollout
@@ -36,6 +36,9 @@ from .start import build_paths, start_learning_rate
 from .telemetry import describe_environment
 from .updates import FiniteGuard, Updates
 from .zero import build_engine, check_distribution
+
+
+FISHER_DRAWS = 2000  # of each layer, on which the Fisher divergence is measured at the end
 
 
 def train(config, outdir=None, fresh=False, progress=False):
@@ -270,13 +273,23 @@ class Training:
     def finish(self):
         """The final table, if the run is measured and has none yet, and the report."""
         if self.metric is not None and self.world.from_main(lambda: self.folder.read_json("results.json")) is None:
-            table = final_table(self.context, self.folder, self.metric, self.progress)
+            table = self._table()
             if self.world.is_main:
                 self.folder.write_json("results.json", table)
+        if self.bridge is not None:
+            divergences = self.updates.fisher_divergences(self.averaged.states(FISHER_DRAWS), self.bridge.scales)
+            if self.world.is_main:
+                self.folder.write_json("fisher.json", divergences)
         if self.world.is_main:
             # Where nothing is measured, the teacher's samples were not asked for; `hsivi report` draws them.
             beside = self.config.eval.num_samples > 0
             write_report(self.folder, self.context.teacher, beside_teacher=beside, progress=self.progress)
+
+    def _table(self):
+        if self.bridge is None:
+            return final_table(self.context, self.folder, self.metric, self.progress)
+        of_run = gradient_evaluations(self.config, self.bridge)
+        return density_table(self.context, self.folder, self.metric, self.bridge, of_run, self.progress)
 
     def _due(self, stop):
         """What this step ends with. Ranks that are to do something together have to agree on it."""

@@ -22,7 +22,8 @@ class Updates:
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
         self._prepared_score_net = score_net.frozen()
         self._frozen_score_net = context.execution.compiled(self._prepared_score_net)
-        self._teacher = context.execution.compiled(context.prepared_teacher)
+        self._prepared_teacher = context.prepared_teacher
+        self._teacher = context.execution.compiled(self._prepared_teacher)
         self._pull_back = context.execution.graphed(self._pull_back_student_loss)
         self._descend = score_net.graphed(self._update_score_net)
         self._regress = student.graphed(self._update_student_on_paths)
@@ -76,6 +77,22 @@ class Updates:
     def teacher(self, batch):
         """The losses [B] that the teacher has in the place of the score network, and k [B]; nothing is updated."""
         return self._teacher_losses(batch), self._matching.layer[batch.noise.stream]
+
+    @torch.no_grad()
+    def fisher_divergences(self, states, scales):
+        """What the score network measures of each layer k = 1 .. K: a list of floats.
+
+        It is the mean of |f - e|^2 over coordinates and samples x_{k-1} of the layer, in squared scales of the density
+        there: an estimate of the Fisher divergence from the student's density to the auxiliary one, and of the score
+        network's own error. states: [x_0, ..., x_K], each [N, *event]; scales: [K + 1].
+        """
+        self._prepared_score_net.refresh()
+        divergences = []
+        for k, x in enumerate(states[:-1], start=1):
+            t = torch.full((len(x),), k - 1, dtype=torch.int64, device=x.device)
+            difference = self._prepared_score_net(x, t) - self._prepared_teacher(x, t)
+            divergences.append(float(difference.square().mean()) * float(scales[k - 1]) ** 2)
+        return divergences
 
     def _losses_of_teacher(self, batch):
         log_gamma = self._student.network.log_scaled_gamma.detach()
