@@ -17,7 +17,7 @@ from .checkpoints.autoencoder import Decoder, load_decoder
 from .checkpoints.run_folder import RunFolder, check_sum
 from .checkpoints.weights import load_weights, read_teacher, read_weights
 from .config import Config, ObjectiveConfig
-from .density.teacher import BridgeTeacher, ToTarget, target_of
+from .density.teacher import BridgeTeacher, ToTarget
 from .execution import Execution
 from .method.bridge import BridgeSchedule
 from .method.class_labels import ClassLabels, GuidedTeacher
@@ -30,7 +30,6 @@ from .nets.mixture import CorrectedTeacher, MixtureTeacher
 from .nets.prepared import Prepared
 from .parallel.world import World
 
-
 SPAN_OF_KNOTS = (
     100.0  # the last knot of a bridge, as its networks are shown it: embeddings tell few small numbers apart
 )
@@ -42,8 +41,8 @@ class Context:
 
     config: the run's; world: the processes of it; device: of this process; backend: the one that runs, "torch" or
     "triton"; execution: how networks are called; layers: the run's K layers; teacher: a module, or None where nobody
-    asked for it; class_labels: the class of each seed; decoder: of the latents that a run with `teacher.vae` makes, or of
-    the coordinates in which one with a `target` draws, or None.
+    asked for it; class_labels: the class of each seed; decoder: of the latents that a run with `teacher.vae` makes, or
+    of the coordinates in which one with a `target` draws, or None.
     """
 
     config: Config

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "hsivi_fast"
 # Lowest first. A room imports from floors below its own alone: rooms that share a floor do not know each other.
 FLOORS = [
     {"kernels"},
-    {"ops", "density"},
+    {"ops"},
     {"method", "nets"},
     {"config", "data", "execution"},
-    {"checkpoints", "parallel"},
+    {"density", "parallel"},
+    {"checkpoints"},
     {"build"},
     {"sampling"},
     {"metrics"},

@@ -1,4 +1,5 @@
-"""Target densities, given by a log density of any user or shipped here, and reference draws of them.
+"""Densities of one's own in the place of a teacher: targets, the bridges to them, and reference draws.
 
-May import torch and numpy; nothing of ours. scikit-learn and Pyro are imported where data or draws are asked for.
+May import `method` and `ops`; scikit-learn, scipy and Pyro are imported where data or draws are asked for. A new shipped
+target touches `examples.py` alone.
 """

@@ -68,8 +68,9 @@ class Target:
     def score(self, x):
         """Gradient of the log density at x [B, dim]: [B, dim].
 
-        Where a compiler reads it, the gradient is that of `torch.func`, which becomes a part of what is compiled. It can be differentiated again where x requires a gradient and gradients are on. It works under
-        `torch.no_grad` and `torch.inference_mode` too.
+        It can be differentiated again where x requires a gradient and gradients are on. It works under
+        `torch.no_grad` and `torch.inference_mode` too. Where a compiler reads it, the gradient is that of `torch.func`,
+        which becomes a part of what is compiled.
         """
         if torch.compiler.is_compiling():
             return self._compiled_score(x)

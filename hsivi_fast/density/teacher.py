@@ -31,7 +31,7 @@ class BridgeTeacher(nn.Module):
 
 
 class ToTarget(nn.Module):
-    """Draws of the target's parameters, of coordinates u [B, d]: x = mean + factor u, through the constraints' transform.
+    """The target's parameters at coordinates u [B, d]: x = mean + factor u, through the constraints' transform.
 
     bridge: `Bridge`; constraints: as of a run's `target`. It needs no code of the target's.
     """

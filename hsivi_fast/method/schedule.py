@@ -119,7 +119,10 @@ class Schedule:
         return len(self.timesteps) - 1
 
     def coefficients(self, eta):
-        """{"a", "b", "c1", "variance"}: A_k, B_k, DDIM's noise with that eta, sigma_{k-1}^2; float64 [K], k = 1 .. K."""
+        """{"a", "b", "c1", "variance"}, float64 [K] each, of the layers k = 1 .. K.
+
+        They are A_k, B_k, DDIM's noise with that eta, and sigma_{k-1}^2.
+        """
         variance = 1 - self.alpha_bar  # sigma^2, float64 [K + 1]
         low, high = variance[:-1], variance[1:]  # of x_{k-1} and x_k
         c1 = eta * np.sqrt((1 - (1 - high) / (1 - low)) * low / high)  # DDIM's sigma

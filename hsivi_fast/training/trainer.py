@@ -37,7 +37,6 @@ from .telemetry import describe_environment
 from .updates import FiniteGuard, Updates
 from .zero import build_engine, check_distribution
 
-
 FISHER_DRAWS = 2000  # of each layer, on which the Fisher divergence is measured at the end
 
 

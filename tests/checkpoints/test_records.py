@@ -43,7 +43,7 @@ DAMAGED = [
     ("results.json", "null", "holds null"),
     ("results.json", "3", "holds 3"),
     ("results.json", "[3]", "0 is 3"),
-    ("results.json", [{**ROW, "nfe": 0}], "0.nfe is 0"),
+    ("results.json", [{**ROW, "nfe": -1}], "0.nfe is -1"),
     ("results.json", [{**ROW, "images_per_second": None}], "0.images_per_second is null"),
     ("results.json", [{**ROW, "solver": 3}], "0.solver is 3"),
     ("results.json", [{**ROW, "frechet_distance": None}], "0 has no distance"),
