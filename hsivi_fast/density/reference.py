@@ -24,7 +24,7 @@ LANGEVIN_CHAINS = 100
 WANTED_ACCEPTANCE = 0.574  # of MALA, in high dimensions (Roberts & Rosenthal 1998)
 # Of a Gaussian fit: the fewest draws a step, the most steps, and Adam's first and last learning rate.
 FIT_PARTICLES, FIT_STEPS, FIRST_RATE, LAST_RATE = 16, 2000, 0.05, 0.0005
-MANTISSA_BITS = 12  # kept of the shipped draws: an error of 1 part in 8,000, far below that of having few draws
+MANTISSA_BITS = 10  # kept of the shipped draws: an error of 1 part in 2,000, far below that of having few draws
 # How the shipped draws were made, for the targets without exact ones.
 SHIPPED = {
     "logistic": {"draws": 4000, "chains": 4, "warmup": 500, "thin": 1, "seed": 0},
