@@ -37,10 +37,9 @@ def nuts_draws(target, draws, chains=4, warmup=500, seed=0, thin=1):
 
     chains: one after the other, each from a point of N(0, I), with `warmup` steps first and every `thin`-th draw kept;
     the draws of the first chain come first. In float64, or in float32 where the log density fails in float64.
-    Diagnostics: `r_hat` (the largest split R-hat) and `effective_sample_size` (the smallest, before thinning more) over
-    the columns of `target.summary`, both also of the coordinates as `r_hat_coordinates` and
-    `effective_sample_size_coordinates`; `divergences` over all chains after the warmup; and `evaluations`, the gradient
-    evaluations, the warmup's included.
+    Diagnostics: `r_hat` (the largest split R-hat) and `effective_sample_size` (the smallest) over the columns of
+    `target.summary`, both also of the coordinates as `r_hat_coordinates` and `effective_sample_size_coordinates`;
+    `divergences` over all chains after the warmup; and `evaluations`, the gradient evaluations, the warmup's included.
     Raises ValueError where Pyro is not installed, or the draws are fewer than 4 a chain.
     """
     pyro = _pyro()
