@@ -187,8 +187,8 @@ class BayesianNetwork(Example):
     the log of the noise's deviation, have independent priors N(0, 1); weights are divided by the root of the number of
     their layer's inputs.
 
-    Permuting the units, or changing the sign of one, leaves the density as it is. So no chain visits all modes of
-    the weights, and draws are compared by what they predict: see `summary`.
+    Permuting the units, or changing the sign of one, leaves the density as it is. So a weight by itself means little,
+    and draws are compared by what they predict: see `summary`.
     """
 
     name = "bayesian_network"
