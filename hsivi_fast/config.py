@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -812,8 +812,9 @@ def known_keys(cls=Config, prefix=""):
     keys = []
     for field in dataclasses.fields(cls):
         keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type):
-            keys += known_keys(field.type, f"{prefix}{field.name}.")
+        section = next((kind for kind in (*get_args(field.type), field.type) if dataclasses.is_dataclass(kind)), None)
+        if section is not None:
+            keys += known_keys(section, f"{prefix}{field.name}.")
     return keys
 
 
