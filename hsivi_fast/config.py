@@ -812,9 +812,11 @@ def known_keys(cls=Config, prefix=""):
     keys = []
     for field in dataclasses.fields(cls):
         keys.append(prefix + field.name)
-        section = next((kind for kind in (*get_args(field.type), field.type) if dataclasses.is_dataclass(kind)), None)
-        if section is not None:
-            keys += known_keys(section, f"{prefix}{field.name}.")
+        # A section, or one that may be left out.
+        kinds = get_args(field.type) if type(None) in get_args(field.type) else (field.type,)
+        for section in kinds:
+            if dataclasses.is_dataclass(section) and isinstance(section, type):
+                keys += known_keys(section, f"{prefix}{field.name}.")
     return keys
 
 
