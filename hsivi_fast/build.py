@@ -93,11 +93,15 @@ class Context:
 
         target: the `Target`, where there will be training or measuring: the teacher is made of it.
         """
-        decoder = ToTarget(bridge, self.config.target.constraints).to(self.device)
+        context = self.with_base(bridge.mean, bridge.factor)
         if target is None:
-            return replace(self, decoder=decoder)
+            return context
         self.layers.weigh(bridge.scales**2)
-        return replace(self, decoder=decoder, teacher=BridgeTeacher(target, bridge).to(self.device))
+        return replace(context, teacher=BridgeTeacher(target, bridge).to(self.device))
+
+    def with_base(self, mean, factor):
+        """The same for a run with a `target` of which only the base is known: enough for draws of its parameters."""
+        return replace(self, decoder=ToTarget(mean, factor, self.config.target.constraints).to(self.device))
 
 
 def build_context(config, world, teacher=False):

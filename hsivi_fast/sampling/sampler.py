@@ -186,6 +186,29 @@ class Sampler:
         return self.layers.nfe
 
 
+class ParameterSampler:
+    """The sampler of a run with a target: what it draws are the target's parameters, float32 [N, D].
+
+    sampler: `Sampler`, whose samples are coordinates of the base; to_target: what makes parameters of them.
+    """
+
+    def __init__(self, sampler, to_target):
+        self.sampler, self.to_target = sampler, to_target
+        self.nfe, self.log_gamma, self.layers, self.network = (
+            *(sampler.nfe, sampler.log_gamma, sampler.layers, sampler.network),
+        )
+
+    @torch.no_grad()
+    def __call__(self, seeds, batch_size=250, on_batch=None):
+        """One draw a seed; arguments as of `Sampler.__call__`."""
+        return self.to_target(self.sampler(seeds, batch_size, on_batch))
+
+
+def of_parameters(sampler, context):
+    """A run's sampler as others use it: with a target, of its parameters; otherwise as it is."""
+    return sampler if context.config.target is None else ParameterSampler(sampler, context.decoder)
+
+
 def ddim_sampler(context, nfe, eta, own_knots=False):
     """DDIM with `nfe` evaluations of the context's teacher; spacing and `own_knots` as of `build_ddim_layers`."""
     layers = build_ddim_layers(context.config, nfe, eta, context.device, own_knots)
