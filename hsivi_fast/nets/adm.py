@@ -12,6 +12,7 @@ from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    TimeBlock,
     UpsamplingConv,
     check_halvings,
     class_embedding,
@@ -20,7 +21,7 @@ from .blocks import (
 )
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding scales and shifts the second normalisation; without `scale_shift` it is added before that.
@@ -45,6 +46,14 @@ class ResidualBlock(nn.Module):
             }
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    @property
+    def of_embedding(self):
+        return self.emb_layers["1"]
+
+    @property
+    def added_to(self):
+        return None if self.scale_shift else self.in_layers["2"]
 
     def forward(self, x, embedding):
         h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)

@@ -102,6 +102,8 @@ class BeforeNorm:
     def forward(self, x, add=None):
         """(the convolution of x without its bias [B, D, H, W], add + bias [B, D]); add [B, D] or None for zeros."""
         h = self.convolved(x, None)
+        if self.bias is None:  # a frozen call has it in `add`, see prepared.py
+            return h, add
         bias = self.bias.to(h.dtype)
         return h, bias.expand(len(h), -1) if add is None else add + bias
 
@@ -111,6 +113,23 @@ class ConvBeforeNorm(BeforeNorm, nn.Conv2d):
 
     def convolved(self, x, bias):
         return self._conv_forward(x, self.weight, bias)
+
+
+class TimeBlock(nn.Module):
+    """A block that is given the embedding of time and class [B, E], of which one linear layer makes what it needs.
+
+    A subclass says what `prepared.py` has to know of it.
+    """
+
+    @property
+    def of_embedding(self):
+        """The linear layer."""
+        raise NotImplementedError
+
+    @property
+    def added_to(self):
+        """The `BeforeNorm` convolution whose result that layer's output is added to; None where it is not added."""
+        raise NotImplementedError
 
 
 def pixel_attention(qkv):

@@ -12,6 +12,7 @@ from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
     NoisePredictor,
+    TimeBlock,
     UpsamplingConv,
     check_halvings,
     class_embedding,
@@ -20,7 +21,7 @@ from .blocks import (
 )
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding is added in between. With `scale_shift` it scales and shifts the second normalisation instead.
@@ -35,6 +36,14 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    @property
+    def of_embedding(self):
+        return self.fc
+
+    @property
+    def added_to(self):
+        return None if self.scale_shift else self.conv1
 
     def forward(self, x, embedding):
         h, of_time = self.norm1(x, silu=True), self.fc(embedding)

@@ -7,6 +7,8 @@ is made once here:
   network's memory layout. Autocast would cast them anew in every call. The values are the same, bit for bit.
 * Repeated pixels and a 3x3 convolution are one transposed convolution with 4/9 of the multiplications. It rounds
   otherwise.
+* Where a block adds a linear layer of the time embedding to a convolution, the layer's bias has that of the convolution
+  in it. A block whose embedding scales and shifts a normalisation has its convolution's bias before that, and keeps it.
 
 All other parameters share the memory of the network.
 """
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import BeforeNorm, NoisePredictor, UpsamplingConv
+from .blocks import BeforeNorm, NoisePredictor, TimeBlock, UpsamplingConv
 from .edm_blocks import ResamplingConv
 
 CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Linear, ResamplingConv)
@@ -35,7 +37,7 @@ class Prepared(nn.Module):
     def __init__(self, network, whole=True):
         super().__init__()
         self.event_shape, self.classes = network.event_shape, getattr(network, "classes", None)
-        self._own = []  # (tensor of this copy, parameter of the network, what makes the one of the other)
+        self._own = []  # (tensor of this copy, parameters of the network, what makes the one of the others)
         predictors = [module for module in network.modules() if isinstance(module, NoisePredictor)]
         self.network = self._copied(network, predictors) if whole and predictors else network
 
@@ -46,7 +48,7 @@ class Prepared(nn.Module):
     def refresh(self):
         """Take over the weights that the network has now."""
         if self._own:
-            torch._foreach_copy_([own for own, _, _ in self._own], [make(source) for _, source, make in self._own])
+            torch._foreach_copy_([own for own, _, _ in self._own], [make(*sources) for _, sources, make in self._own])
 
     @property
     def own_bytes(self):
@@ -59,27 +61,35 @@ class Prepared(nn.Module):
         ready = {id(tensor): tensor for tensor in network.buffers()}
         ready |= {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network.parameters()}
         for predictor in predictors:
-            for module in predictor.modules():
-                folds = upsamples_by_3x3(module)
+            modules, folded = list(predictor.modules()), set()
+            for conv, linear in filter(None, map(biases_in_one, modules)):
+                ready[id(linear.bias)] = self._made(predictor, torch.add, linear.bias, conv.bias)
+                ready[id(conv.bias)] = None
+                folded |= {id(linear.bias), id(conv.bias)}
+            for module in modules:
+                upsamples = upsamples_by_3x3(module)
+                if upsamples:
+                    folded.add(id(module.weight))
                 if predictor.precision == "bf16" and isinstance(module, CAST_BY_AUTOCAST):
-                    for name, parameter in module.named_parameters(recurse=False):
-                        if not (folds and name == "weight"):
-                            ready[id(parameter)] = self._made(predictor, parameter, _itself)
-                if folds:
-                    folded = FoldedBeforeNorm if isinstance(module, BeforeNorm) else FoldedUpsampling
-                    weight = self._made(predictor, module.weight, folded_weight)
-                    ready[id(module)] = folded(weight, ready[id(module.bias)])
+                    for parameter in module.parameters(recurse=False):
+                        if id(parameter) not in folded:
+                            ready[id(parameter)] = self._made(predictor, _itself, parameter)
+                if upsamples:
+                    instead = FoldedBeforeNorm if isinstance(module, BeforeNorm) else FoldedUpsampling
+                    weight = self._made(predictor, folded_weight, module.weight)
+                    ready[id(module)] = instead(weight, ready[id(module.bias)])
         return copy.deepcopy(network, ready)
 
-    def _made(self, predictor, parameter, make):
-        """make(parameter) as a parameter of this copy's own, as the network computes with it."""
-        source = parameter.detach()
-        is_image = predictor.channels_last and source.ndim == 4
-        own = make(source).to(
-            torch.bfloat16 if predictor.precision == "bf16" else source.dtype,
+    def _made(self, predictor, make, *parameters):
+        """make(*parameters) as a parameter of this copy's own, as the network computes with it."""
+        sources = [parameter.detach() for parameter in parameters]
+        made = make(*sources)
+        is_image = predictor.channels_last and made.ndim == 4
+        own = made.to(
+            torch.bfloat16 if predictor.precision == "bf16" else made.dtype,
             memory_format=torch.channels_last if is_image else torch.preserve_format,
         )
-        self._own.append((own, source, make))
+        self._own.append((own, sources, make))
         return nn.Parameter(own, requires_grad=False)
 
 
@@ -126,6 +136,13 @@ def upsamples_by_3x3(module):
     if isinstance(module, ResamplingConv):
         return module.repeats and module.kernel == 3
     return isinstance(module, UpsamplingConv)
+
+
+def biases_in_one(module):
+    """(convolution, linear layer) of a block that adds the one's result and the other's; None for other modules."""
+    if not isinstance(module, TimeBlock) or module.added_to is None:
+        return None
+    return module.added_to, module.of_embedding
 
 
 def _itself(parameter):

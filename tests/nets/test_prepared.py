@@ -3,11 +3,12 @@
 import pytest
 import torch
 from small_networks import FAMILIES, small_network
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsivi_fast.build import build_context, build_score_net
 from hsivi_fast.config import load_config
 from hsivi_fast.nets import prepared
-from hsivi_fast.nets.blocks import GroupNorm, UpsamplingConv
+from hsivi_fast.nets.blocks import BeforeNorm, GroupNorm, TimeBlock, UpsamplingConv
 from hsivi_fast.nets.edm_blocks import ResamplingConv
 from hsivi_fast.nets.prepared import FoldedUpsampling, Prepared, as_prepared, folded_weight
 from hsivi_fast.parallel.world import ALONE
@@ -43,8 +44,9 @@ def test_in_float32_it_shares_memory_and_wants_no_gradient():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["row_major", "channels_last"])
 def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout, monkeypatch):
-    """But for the upsampling, whose folded weight rounds otherwise."""
+    """But for the upsampling, whose folded weight rounds otherwise, and for two biases that are added in float32."""
     monkeypatch.setattr(prepared, "upsamples_by_3x3", lambda module: False)
+    monkeypatch.setattr(prepared, "biases_in_one", lambda module: None)
     network = small_network(family)
     network.precision = "bf16"
     if layout == "channels_last":
@@ -74,6 +76,48 @@ def test_a_prepared_network_is_the_network_up_to_rounding(family, precision, tol
     ready.refresh()
     for found, expected in zip(_value_and_gradient(ready), _value_and_gradient(network)):
         assert (found - expected).norm() < tolerance * expected.norm()
+
+
+class _SmallSums(TorchDispatchMode):
+    """Counts the operators that add tensors [B, C]: a launch each, for a few numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.count += function._schema.name == "aten::add" and result.ndim == 2
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "family, settings, folds",
+    [("ddpm", {}, True), ("song", {}, True), ("adm", {"scale_shift": False}, True)]
+    + [("ddpm", {"scale_shift": True}, False), ("adm", {}, False), ("dhariwal", {}, False)],
+)
+def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, settings, folds, precision):
+    """Where the embedding is added there, so that no call adds two rows of a few numbers. Of an upsampling block too."""
+    network = small_network(family, **settings)
+    network.precision = precision
+    ready, counts = Prepared(network), []
+    for parameter in network.parameters():
+        parameter.mul_(1.1)
+    ready.refresh()
+    for module in (network, ready):
+        with _SmallSums() as sums:
+            module(torch.zeros(2, 3, 8, 8), torch.tensor([3, 0]))
+        counts.append(sums.count)
+    blocks = [module for module in network.modules() if isinstance(module, TimeBlock)]
+    assert counts == [len(blocks) if folds else 0, 0]
+    for block, own in zip(blocks, (module for module in ready.modules() if isinstance(module, TimeBlock)), strict=True):
+        if folds:
+            expected = (block.of_embedding.bias + block.added_to.bias).to(own.of_embedding.bias.dtype)
+            assert torch.equal(own.of_embedding.bias, expected) and own.added_to.bias is None
+        else:
+            assert own.added_to is None
+            assert all(module.bias is not None for module in own.modules() if isinstance(module, BeforeNorm))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
