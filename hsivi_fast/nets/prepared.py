@@ -11,15 +11,19 @@ is made once here:
   in it. A block whose embedding scales and shifts a normalisation has its convolution's bias before that, and keeps it.
 
 All other parameters share the memory of the network.
+
+A call that is known to be at some timesteps alone, as those of a sampler's K layers are, has no time embedding either:
+what the blocks make of it is a table (`Prepared.at`).
 """
 
 import copy
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import BeforeNorm, NoisePredictor, TimeBlock, UpsamplingConv
+from .blocks import BeforeNorm, NoisePredictor, TimeBlock, UNet, UpsamplingConv
 from .edm_blocks import ResamplingConv
 
 CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Linear, ResamplingConv)
@@ -39,7 +43,8 @@ class Prepared(nn.Module):
         self.event_shape, self.classes = network.event_shape, getattr(network, "classes", None)
         self._own = []  # (tensor of this copy, parameters of the network, what makes the one of the others)
         predictors = [module for module in network.modules() if isinstance(module, NoisePredictor)]
-        self.network = self._copied(network, predictors) if whole and predictors else network
+        self._copied_all = whole and bool(predictors)
+        self.network = self._copied(network, predictors) if self._copied_all else network
 
     def forward(self, *inputs):
         return self.network(*inputs)
@@ -49,6 +54,17 @@ class Prepared(nn.Module):
         """Take over the weights that the network has now."""
         if self._own:
             torch._foreach_copy_([own for own, _, _ in self._own], [make(*sources) for _, sources, make in self._own])
+
+    def at(self, times):
+        """The same weights for calls at some timesteps alone, int [n]; its `refresh` is that of both.
+
+        Calls share what the blocks make of a timestep, so it does not depend on the batch. Another timestep gives NaN,
+        one above all of them an IndexError. This copy itself is returned where there is no such table: for a network
+        without blocks, with classes, or with weights that do not lie here.
+        """
+        if not self._copied_all or not isinstance(self.network, UNet) or self.classes is not None:
+            return self
+        return PreparedAt(self, times)
 
     @property
     def own_bytes(self):
@@ -91,6 +107,90 @@ class Prepared(nn.Module):
         )
         self._own.append((own, sources, make))
         return nn.Parameter(own, requires_grad=False)
+
+
+class PreparedAt(Prepared):
+    """A `Prepared` network for calls at some timesteps; see there.
+
+    Its modules are copies of those of the other, around the same memory.
+    """
+
+    def __init__(self, prepared, times):
+        nn.Module.__init__(self)
+        self.event_shape, self.classes, self.prepared = prepared.event_shape, prepared.classes, prepared
+        table = TimeTable(prepared.network, times)
+        ready = {id(tensor): tensor for tensor in (*prepared.network.parameters(), *prepared.network.buffers())}
+        ready |= {id(layer): columns for layer, columns in table.columns()}
+        self.network = copy.deepcopy(prepared.network, ready)
+        self.network.time_table = table
+        self.refresh_table()
+
+    def refresh(self):
+        """Take over the weights that the network has now."""
+        self.prepared.refresh()
+        self.refresh_table()
+
+    def refresh_table(self):
+        """Make the table of the weights of the other copy."""
+        self.network.time_table.fill(self.prepared.network)
+
+    def at(self, times):
+        """As of `Prepared`."""
+        return self.prepared.at(times)
+
+    @property
+    def own_bytes(self):
+        """As of `Prepared`, without the table."""
+        return self.prepared.own_bytes
+
+
+class TimeTable(nn.Module):
+    """What all blocks of a network make of the embedding of n timesteps: t [B], each one of them, -> [B, S].
+
+    network: a `UNet` without classes; times: int [n]. Only `fill` writes numbers into it.
+    """
+
+    def __init__(self, network, times):
+        super().__init__()
+        self._layers = [block.of_embedding for block in network.modules() if isinstance(block, TimeBlock)]
+        times, weight = times.unique(), self._layers[0].weight
+        rows = torch.full((int(times.max()) + 1,), len(times), device=times.device)  # of a timestep; the last is NaN
+        rows[times] = torch.arange(len(times), device=times.device)
+        dtype = torch.bfloat16 if network.precision == "bf16" else weight.dtype
+        shape = len(times) + 1, sum(layer.out_features for layer in self._layers)
+        self.register_buffer("times", times.to(weight.device), persistent=False)
+        self.register_buffer("rows", rows.to(weight.device), persistent=False)
+        self.register_buffer("values", weight.new_full(shape, math.nan, dtype=dtype), persistent=False)
+
+    def columns(self):
+        """(layer of the network, what stands in its place) of each block."""
+        last = 0
+        for layer in self._layers:
+            first, last = last, last + layer.out_features
+            yield layer, Columns(first, last)
+
+    def forward(self, t):
+        return self.values[self.rows[t]]
+
+    @torch.no_grad()
+    def fill(self, network):
+        """Take over the weights of the network."""
+        in_bf16 = network.precision == "bf16"
+        dtype = torch.float32 if in_bf16 else self.values.dtype  # of a call's x
+        with torch.autocast("cuda" if self.times.is_cuda else "cpu", torch.bfloat16, enabled=in_bf16):
+            embedding = network.embedded(network.shown(self.times, dtype), None, dtype)
+            self.values[:-1] = torch.cat([layer(embedding) for layer in self._layers], dim=1)
+
+
+class Columns(nn.Module):
+    """Columns first .. last - 1 of the rows of a `TimeTable`, in the place of a block's layer."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, rows):
+        return rows[:, self.first : self.last]
 
 
 class FoldedUpsampling(nn.Module):

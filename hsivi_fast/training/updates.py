@@ -20,9 +20,9 @@ class Updates:
         self._layers, self._matching, self._alpha = context.layers, context.matching, context.objective.alpha
         self.anchor = Anchor(context) if context.objective.anchor else None
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
-        self._prepared_score_net = score_net.frozen()
+        self._prepared_score_net = score_net.frozen().at(self._matching.t)
         self._frozen_score_net = context.execution.compiled(self._prepared_score_net)
-        self._teacher = context.execution.compiled(context.prepared_teacher)
+        self._teacher = context.execution.compiled(context.prepared_teacher.at(self._matching.t))
         self._pull_back = context.execution.graphed(self._pull_back_student_loss)
         self._descend = score_net.graphed(self._update_score_net)
         self._regress = student.graphed(self._update_student_on_paths)

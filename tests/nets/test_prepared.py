@@ -78,17 +78,24 @@ def test_a_prepared_network_is_the_network_up_to_rounding(family, precision, tol
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
-class _SmallSums(TorchDispatchMode):
-    """Counts the operators that add tensors [B, C]: a launch each, for a few numbers."""
+class _Rows(TorchDispatchMode):
+    """Notes the operators that make tensors [B, C], which are a launch each for a few numbers."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.found = []
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        self.count += function._schema.name == "aten::add" and result.ndim == 2
+        if isinstance(result, torch.Tensor) and result.ndim == 2:
+            self.found.append(function._schema.name)
         return result
+
+
+def _operators_on_rows(network):
+    with _Rows() as rows, torch.no_grad():
+        network(torch.zeros(2, 3, 8, 8), torch.tensor([3, 0]))
+    return rows.found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -101,14 +108,11 @@ def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, setting
     """Where the embedding is added there, so that no call adds two rows of a few numbers. Of an upsampling block too."""
     network = small_network(family, **settings)
     network.precision = precision
-    ready, counts = Prepared(network), []
+    ready = Prepared(network)
     for parameter in network.parameters():
         parameter.mul_(1.1)
     ready.refresh()
-    for module in (network, ready):
-        with _SmallSums() as sums:
-            module(torch.zeros(2, 3, 8, 8), torch.tensor([3, 0]))
-        counts.append(sums.count)
+    counts = [_operators_on_rows(module).count("aten::add") for module in (network, ready)]
     blocks = [module for module in network.modules() if isinstance(module, TimeBlock)]
     assert counts == [len(blocks) if folds else 0, 0]
     for block, own in zip(blocks, (module for module in ready.modules() if isinstance(module, TimeBlock)), strict=True):
@@ -118,6 +122,55 @@ def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, setting
         else:
             assert own.added_to is None
             assert all(module.bias is not None for module in own.modules() if isinstance(module, BeforeNorm))
+
+
+TIMES = torch.tensor([7, 3, 0, 3])  # in any order, and one twice
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_calls_at_known_timesteps_read_what_the_blocks_make_of_them(family, precision, tolerance):
+    """From a table, which follows the weights; the other weights are those of the copy that it is made of."""
+    network = small_network(family)
+    network.precision = precision
+    ready = Prepared(network)
+    at_times = ready.at(TIMES)
+    places = _places(at_times)
+    assert {tensor.data_ptr() for tensor in at_times.network.parameters()} <= _places(ready)
+    assert (at_times.event_shape, at_times.classes, at_times.own_bytes) == ((3, 8, 8), None, ready.own_bytes)
+    for parameter in network.parameters():
+        parameter.mul_(1.1)
+    at_times.refresh()
+    for found, expected in zip(_value_and_gradient(at_times), _value_and_gradient(ready), strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
+    assert _places(at_times) == places
+    # A row of the table for each sample, and views: of its columns, and of a convolution's bias for all samples.
+    assert set(_operators_on_rows(at_times)) <= {"aten::index", "aten::slice", "aten::expand"}
+    assert _operators_on_rows(at_times).count("aten::index") == 1
+
+
+@pytest.mark.parametrize("network", [small_network("ddpm"), small_network("adm").convert_by(torch.rand(4, 10))])
+@pytest.mark.parametrize("timestep_scale", [1.0, 0.25])
+def test_the_table_is_of_what_the_network_is_shown(network, timestep_scale):
+    """Be it a share of the timestep, or what the coefficients say."""
+    network.timestep_scale = timestep_scale
+    found, expected = _value_and_gradient(Prepared(network).at(TIMES)), _value_and_gradient(Prepared(network))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_at_a_timestep_that_the_table_does_not_have_is_nan():
+    ready = Prepared(small_network("ddpm")).at(TIMES)
+    of_each = ready(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 6, 7])).flatten(1)
+    assert of_each.isnan().all(1).tolist() == [False, True, True, False] and of_each[::3].isfinite().all()
+    with pytest.raises(IndexError):
+        ready(torch.zeros(1, 3, 8, 8), torch.tensor([8]))
+
+
+def test_there_is_no_table_without_blocks_with_classes_or_for_weights_in_pieces():
+    point = build_score_net(build_context(load_config("toy2d", ["device=cpu"]), ALONE, teacher=True))
+    with_classes, in_pieces = small_network("ddpm", classes=3), Prepared(small_network("ddpm"), whole=False)
+    for ready in (Prepared(point), Prepared(with_classes), in_pieces):
+        assert ready.at(TIMES) is ready
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

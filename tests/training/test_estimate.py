@@ -29,10 +29,11 @@ def test_the_estimate_counts_what_the_design_counts():
     # Each of its three upsampling convolutions has a 4x4 weight besides, and each of its 22 blocks a bias, which is 128
     # or 256 numbers: 5 and 17 of them. In bfloat16 all but some 50,000 numbers are.
     folded = 3 * 16 * 256**2
-    assert cifar["prepared_bytes"] == 3 * 4 * (folded + 5 * 128 + 17 * 256)
+    own = 4 * (folded + 5 * 128 + 17 * 256)
+    assert cifar["prepared_bytes"] == 3 * own
     low = estimate_run(load_config("cifar10", ["precision=bf16"]), 8)
     assert low["prepared_bytes"] == pytest.approx(3 * 2 * (cifar["parameters"] + folded * 7 / 16), rel=0.002)
-    assert estimate_run(load_config("cifar10", ["distributed.zero=3"]), 8)["prepared_bytes"] == 4 * (folded + 5 * 128 + 17 * 256)
+    assert estimate_run(load_config("cifar10", ["distributed.zero=3"]), 8)["prepared_bytes"] == own
     assert cifar["training_flops"] == pytest.approx(87 * 128 * 10000 * cifar["forward_flops"])
 
 
