@@ -139,8 +139,8 @@ def as_on_a_gpu():
 class Counted:
     """Operations of a network's call with one batch, and its size.
 
-    forward, with_input_backward: of frozen calls at known timesteps, see nets/prepared.py; with_backward: of a training
-    call.
+    forward, with_input_backward: of frozen calls at known timesteps, see nets/prepared.py; their table is made once for
+    all layers, and not counted. with_backward: of a training call.
     parameters: elements; tensors: how many they are in; event: numbers of an image.
     """
 

@@ -89,7 +89,7 @@ class UNet(NoisePredictor):
     """
 
     def predict(self, x, t, class_labels=None):
-        """x [B, C, H, W], t [B], labels [B] or None -> [B, C, H, W]. With a `time_table` t is what that gave, [B, S]."""
+        """x [B, C, H, W], t [B], labels [B] or None -> [B, C, H, W]; with a `time_table` t is its rows, [B, S]."""
         return self.through(x, t if self.time_table is not None else self.embedded(t, class_labels, x.dtype))
 
 

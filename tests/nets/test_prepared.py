@@ -105,7 +105,7 @@ def _operators_on_rows(network):
     + [("ddpm", {"scale_shift": True}, False), ("adm", {}, False), ("dhariwal", {}, False)],
 )
 def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, settings, folds, precision):
-    """Where the embedding is added there, so that no call adds two rows of a few numbers. Of an upsampling block too."""
+    """Where the embedding is added there, so that no call adds two rows of numbers; of upsampling blocks too."""
     network = small_network(family, **settings)
     network.precision = precision
     ready = Prepared(network)
