@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from operator_recording import OperatorRecording, RunAgain
+from pretended_gpu import pretended_gpu
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from hsivi_fast import load_config, ops, train
+from hsivi_fast import build, load_config, ops, train
 from hsivi_fast.build import build_context, build_score_net, build_student, load_teacher
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall
 from hsivi_fast.nets import build_unet
@@ -224,6 +225,24 @@ def test_a_recorded_sampler_is_the_eager_one_and_follows_its_weights(device, rec
     assert float((changed - recorded(seeds, 16)[40:50]).abs().max()) == 0.0
     eager, recorded = (ddim_sampler(context, 3, 0.0) for context in contexts)
     torch.testing.assert_close(recorded(seeds, 16), eager(seeds, 16), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, timed", [([], False), (["cuda_graphs=true"], True), (["compile=true"], True), ([], False)]
+)
+def test_cudnn_times_its_algorithms_where_shapes_are_fixed(settings, timed, monkeypatch):
+    """On a GPU alone. A context without fixed shapes takes the mode of the one before it back."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not timed)
+    on_cpu = [setting for setting in settings if setting != "cuda_graphs=true"]
+    build_context(load_config("smoke", [*on_cpu, "device=cpu"]), ALONE)
+    assert torch.backends.cudnn.benchmark is not timed
+    monkeypatch.setattr(build, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(ops, "choose_backend", lambda backend, device: "torch")
+    for name in ("_set_float32_mode", "build_class_labels", "build_decoder", "build_layers"):
+        monkeypatch.setattr(build, name, lambda *arguments: None)
+    with pretended_gpu():
+        build_context(load_config("smoke", settings), ALONE)
+    assert torch.backends.cudnn.benchmark is timed
 
 
 def test_a_recorded_call_keeps_to_its_arguments():
