@@ -84,8 +84,8 @@ def _state(*engines):
     ],
 )
 def test_recorded_training_is_the_eager_one(device, recording, settings):
-    """Rollout, loss pull-back and the whole update of the score network, through rates, averages and weights that
-    change: 15 steps, most of them replayed.
+    """Rollout and both updates as a whole, through rates, averages and weights that change: 15 steps, most of them
+    replayed.
     """
     eager = _training(EAGER, device, settings)
     expected = _iterate(15, *eager)
@@ -98,6 +98,9 @@ def test_recorded_training_is_the_eager_one(device, recording, settings):
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
     assert execution.recorded == (2 if "rollout.mode=fresh" in settings else 3) and execution.seconds > 0
+    # Two of the student's five updates are replayed, from the score network's weights to its own step.
+    follow, pull_back = recorded[3]._follow, recorded[3]._pull_back
+    assert follow.calls == 5 and follow.outputs is not None and not isinstance(pull_back, GraphedCall)
 
 
 STARTED = [
@@ -150,8 +153,8 @@ def test_a_recorded_start_with_what_follows_is_the_eager_one(device, recording, 
     torch.testing.assert_close(losses, expected, rtol=5e-4, atol=1e-5)
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=2e-4, atol=2e-6, msg=name)
-    # The teacher of the paths, the update on them, the teacher's losses, the score network's update, the pull-back,
-    # the rollout.
+    # The teacher of the paths, the update on them, the teacher's losses, the score network's update, the student's, the
+    # rollout.
     assert execution.recorded == 6
 
 
