@@ -230,7 +230,7 @@ SWITCHES = {
     "attention": (ddpm, "pixel_attention", _attend_as_it_lies),
     "bias": (blocks.BeforeNorm, "forward", _with_bias),
     "upsampling": (prepared, "upsamples_by_3x3", lambda module: False),
-    "biases": (prepared, "biases_in_one", lambda module: None),
+    "biases": (prepared, "biases_in_one", lambda module: []),
     "table": (prepared.Prepared, "at", lambda ready, times: ready),
 }
 

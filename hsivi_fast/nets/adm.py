@@ -52,8 +52,9 @@ class ResidualBlock(TimeBlock):
         return self.emb_layers["1"]
 
     @property
-    def added_to(self):
-        return None if self.scale_shift else self.in_layers["2"]
+    def sums(self):
+        into_embedding = [] if self.scale_shift else [(self.in_layers["2"], self.emb_layers["1"])]
+        return [*into_embedding, (self.skip_connection, self.out_layers["3"])]
 
     def forward(self, x, embedding):
         h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)

@@ -145,8 +145,8 @@ class TimeBlock(nn.Module):
         raise NotImplementedError
 
     @property
-    def added_to(self):
-        """The `BeforeNorm` convolution whose result that layer's output is added to; None where it is not added."""
+    def sums(self):
+        """Pairs of layers whose results it adds, so that one bias is enough; the first may have none to give."""
         raise NotImplementedError
 
 

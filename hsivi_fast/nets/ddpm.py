@@ -42,8 +42,9 @@ class ResidualBlock(TimeBlock):
         return self.fc
 
     @property
-    def added_to(self):
-        return None if self.scale_shift else self.conv1
+    def sums(self):
+        into_embedding = [] if self.scale_shift else [(self.conv1, self.fc)]
+        return [*into_embedding, (self.skip, self.conv2)]
 
     def forward(self, x, embedding):
         h, of_time = self.norm1(x, silu=True), self.fc(embedding)

@@ -110,8 +110,9 @@ class Block(TimeBlock):
         return self.affine
 
     @property
-    def added_to(self):
-        return None if self.adaptive else self.conv0
+    def sums(self):
+        into_embedding = [] if self.adaptive else [(self.conv0, self.affine)]
+        return [*into_embedding, (self.skip, self.conv1)]
 
     def forward(self, x, embedding):
         h, of_time = self.norm0(x, silu=True), self.affine(embedding)

@@ -7,8 +7,9 @@ is made once here:
   network's memory layout. Autocast would cast them anew in every call. The values are the same, bit for bit.
 * Repeated pixels and a 3x3 convolution are one transposed convolution with 4/9 of the multiplications. It rounds
   otherwise.
-* Where a block adds a linear layer of the time embedding to a convolution, the layer's bias has that of the convolution
-  in it. A block whose embedding scales and shifts a normalisation has its convolution's bias before that, and keeps it.
+* Where a block adds the results of two layers, one bias is the sum of both: a convolution's goes into that of the
+  linear layer of the time embedding, and that of the skip connection into the last convolution's. A block whose
+  embedding scales and shifts a normalisation has its first convolution's bias before that, and keeps it.
 
 All other parameters share the memory of the network.
 
@@ -17,6 +18,7 @@ what the blocks make of it is a table (`Prepared.at`).
 """
 
 import copy
+import itertools
 import math
 
 import torch
@@ -78,10 +80,10 @@ class Prepared(nn.Module):
         ready |= {id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network.parameters()}
         for predictor in predictors:
             modules, folded = list(predictor.modules()), set()
-            for conv, linear in filter(None, map(biases_in_one, modules)):
-                ready[id(linear.bias)] = self._made(predictor, torch.add, linear.bias, conv.bias)
-                ready[id(conv.bias)] = None
-                folded |= {id(linear.bias), id(conv.bias)}
+            for gives, takes in itertools.chain.from_iterable(map(biases_in_one, modules)):
+                ready[id(takes.bias)] = self._made(predictor, torch.add, takes.bias, gives.bias)
+                ready[id(gives.bias)] = None
+                folded |= {id(takes.bias), id(gives.bias)}
             for module in modules:
                 upsamples = upsamples_by_3x3(module)
                 if upsamples:
@@ -239,10 +241,9 @@ def upsamples_by_3x3(module):
 
 
 def biases_in_one(module):
-    """(convolution, linear layer) of a block that adds the one's result and the other's; None for other modules."""
-    if not isinstance(module, TimeBlock) or module.added_to is None:
-        return None
-    return module.added_to, module.of_embedding
+    """Pairs (layer that gives its bias up, layer that has both then) of a block; none of another module."""
+    sums = module.sums if isinstance(module, TimeBlock) else []
+    return [(gives, takes) for gives, takes in sums if getattr(gives, "bias", None) is not None]
 
 
 def _itself(parameter):

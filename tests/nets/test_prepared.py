@@ -46,7 +46,7 @@ def test_in_float32_it_shares_memory_and_wants_no_gradient():
 def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout, monkeypatch):
     """But for the upsampling, whose folded weight rounds otherwise, and for two biases that are added in float32."""
     monkeypatch.setattr(prepared, "upsamples_by_3x3", lambda module: False)
-    monkeypatch.setattr(prepared, "biases_in_one", lambda module: None)
+    monkeypatch.setattr(prepared, "biases_in_one", lambda module: [])
     network = small_network(family)
     network.precision = "bf16"
     if layout == "channels_last":
@@ -65,8 +65,9 @@ def test_in_bfloat16_it_is_autocast_bit_for_bit(family, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 4e-2)])
 def test_a_prepared_network_is_the_network_up_to_rounding(family, precision, tolerance):
+    """In bfloat16 either is a few per cent from the network in float32, in directions of its own."""
     network = small_network(family).in_channels_last()
     network.precision = precision
     ready = Prepared(network)
@@ -104,8 +105,11 @@ def _operators_on_rows(network):
     [("ddpm", {}, True), ("song", {}, True), ("adm", {"scale_shift": False}, True)]
     + [("ddpm", {"scale_shift": True}, False), ("adm", {}, False), ("dhariwal", {}, False)],
 )
-def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, settings, folds, precision):
-    """Where the embedding is added there, so that no call adds two rows of numbers; of upsampling blocks too."""
+def test_layers_whose_results_are_added_have_one_bias(family, settings, folds, precision):
+    """A convolution's is in that of the embedding's layer, if that is added there: no call adds two rows of numbers.
+
+    A skip connection's is in that of the last convolution.
+    """
     network = small_network(family, **settings)
     network.precision = precision
     ready = Prepared(network)
@@ -115,13 +119,17 @@ def test_a_bias_before_a_norm_is_in_that_of_the_embeddings_layer(family, setting
     counts = [_operators_on_rows(module).count("aten::add") for module in (network, ready)]
     blocks = [module for module in network.modules() if isinstance(module, TimeBlock)]
     assert counts == [len(blocks) if folds else 0, 0]
+    skips = 0
     for block, own in zip(blocks, (module for module in ready.modules() if isinstance(module, TimeBlock)), strict=True):
-        if folds:
-            expected = (block.of_embedding.bias + block.added_to.bias).to(own.of_embedding.bias.dtype)
-            assert torch.equal(own.of_embedding.bias, expected) and own.added_to.bias is None
-        else:
-            assert own.added_to is None
-            assert all(module.bias is not None for module in own.modules() if isinstance(module, BeforeNorm))
+        for (gives, takes), (without, with_both) in zip(block.sums, own.sums, strict=True):
+            given = getattr(gives, "bias", None)  # a skip connection may have no weights
+            expected = takes.bias if given is None else takes.bias + given
+            assert torch.equal(with_both.bias, expected.to(with_both.bias.dtype))
+            assert getattr(without, "bias", None) is None
+            skips += given is not None and takes is not block.of_embedding
+        before_norm = [module for module in own.modules() if isinstance(module, BeforeNorm)]
+        assert len(before_norm) == 1 and (before_norm[0].bias is None) == folds
+    assert 0 < skips < len(blocks)
 
 
 TIMES = torch.tensor([7, 3, 0, 3])  # in any order, and one twice
