@@ -384,5 +384,5 @@ def _figure(rows, columns, width, height):
 
 def _png(figure):
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=110)  # the layout leaves no margins, and a tight box would draw twice
     return file.getvalue()

@@ -132,7 +132,7 @@ class Sampler:
             raise ValueError(f"network.classes: {classes}, and the sampler's labels are of another network")
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.class_labels = class_labels
-        self._prepared = as_prepared(network)
+        self._prepared = as_prepared(network).at(layers.tau[1:])
         self.predict = execution.compiled(self._prepared)
         self._draw = execution.graphed(self._all_layers)
         self._batches = Batches(execution, class_labels)
