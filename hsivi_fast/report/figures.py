@@ -44,6 +44,7 @@ STYLES = {
     "full_rank": Style("^"),
     "langevin": Style("s"),
     "particles": Style("P"),
+    "single_layer": Style("d", of_student=True),
     "best": Style("*"),
     "hsivi_ema": Style("D", of_student=True),
     "hsivi_raw": Style("d", filled=False, of_student=True),
