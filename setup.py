@@ -33,6 +33,7 @@ setup(
     package_data={
         "hsivi_fast": ["assets/*"],
         "hsivi_fast.configs": ["*.yaml", "*.json"],
+        "hsivi_fast.density": ["*.md"],
         "hsivi_fast.kernels": ["*.md"],
     },
     include_package_data=False,

@@ -86,16 +86,20 @@ SAMPLING = {
     ),
 }
 # One call of the network by itself: technique -> (what it is added to, its precision and what of `SWITCHES` is on).
-IN_CALLS = ("attention", "bias", "weights", "upsampling")
+IN_CALLS = ("attention", "bias", "weights", "upsampling", "biases", "table")
 CALL = {
     "attention by pixels": ("published", {"precision": "fp32", "techniques": IN_CALLS[:1]}),
     "bias left to the norm": ("attention by pixels", {"precision": "fp32", "techniques": IN_CALLS[:2]}),
-    "upsampling folded": ("bias left to the norm", {"precision": "fp32", "techniques": IN_CALLS}),
+    "upsampling folded": ("bias left to the norm", {"precision": "fp32", "techniques": IN_CALLS[:4]}),
+    "biases in one": ("upsampling folded", {"precision": "fp32", "techniques": IN_CALLS[:5]}),
+    "time table": ("biases in one", {"precision": "fp32", "techniques": IN_CALLS}),
     "bf16 by autocast": ("published", {**BF16, "techniques": ()}),
     "attention by pixels, bf16": ("bf16 by autocast", {**BF16, "techniques": IN_CALLS[:1]}),
     "bias left to the norm, bf16": ("attention by pixels, bf16", {**BF16, "techniques": IN_CALLS[:2]}),
     "weights ready, bf16": ("bias left to the norm, bf16", {**BF16, "techniques": IN_CALLS[:3]}),
-    "upsampling folded, bf16": ("weights ready, bf16", {**BF16, "techniques": IN_CALLS}),
+    "upsampling folded, bf16": ("weights ready, bf16", {**BF16, "techniques": IN_CALLS[:4]}),
+    "biases in one, bf16": ("upsampling folded, bf16", {**BF16, "techniques": IN_CALLS[:5]}),
+    "time table, bf16": ("biases in one, bf16", {**BF16, "techniques": IN_CALLS}),
 }
 CALL_ROUNDS = 5  # of a call to one of a cycle: it takes a moment, and what it gains is little
 COLUMNS = [
@@ -226,6 +230,8 @@ SWITCHES = {
     "attention": (ddpm, "pixel_attention", _attend_as_it_lies),
     "bias": (blocks.BeforeNorm, "forward", _with_bias),
     "upsampling": (prepared, "upsamples_by_3x3", lambda module: False),
+    "biases": (prepared, "biases_in_one", lambda module: []),
+    "table": (prepared.Prepared, "at", lambda ready, times: ready),
 }
 
 
@@ -257,7 +263,7 @@ class CallStudy:
         module = small_teacher(self.network, self.device)
         module.precision = precision
         with switched_on(techniques):
-            called = prepared.Prepared(module) if "weights" in techniques else module
+            called = prepared.Prepared(module).at(self.t) if "weights" in techniques else module
 
         def call():
             with switched_on(techniques), torch.no_grad():

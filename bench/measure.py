@@ -85,15 +85,17 @@ def use_full_float32():
 
 
 def use_modes_of(context):
-    """Float32 mode and backend of a context, after those of another side: what `build_context` has set for it."""
+    """The modes of a context, after those of another side: what `build_context` has set for it."""
     tf32 = context.config.precision == "tf32"
     _use_tf32(products=tf32, convolutions=tf32)
+    context.execution.choose_convolutions()
     ops.choose_backend(context.config.backend, context.device)
 
 
 def _use_tf32(products, convolutions):
     torch.set_float32_matmul_precision("high" if products else "highest")
     torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cudnn.benchmark = False  # torch's default
 
 
 def has_fast_bfloat16():

@@ -19,7 +19,7 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 from matplotlib.figure import Figure
 
-from bench import breakdown, error_sources, quality, recipe, scaling, solvers, time_to_quality
+from bench import breakdown, density, error_sources, quality, recipe, scaling, solvers, time_to_quality
 from bench.measure import read_records
 from bench.options import command_line
 from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
@@ -184,6 +184,7 @@ KINDS = {  # how the stem of a results file begins -> the columns of its rows
 STUDIES = {  # the stem of a results file -> how its rows are summed up, and the columns of that
     "quality": (quality.summary, lambda rows: quality.COLUMNS),
     "recipe": (recipe.summary, lambda rows: recipe.COLUMNS),
+    "density": (density.summary, lambda rows: density.COLUMNS),
     "time_to_quality": (time_to_quality.summary, lambda rows: time_to_quality.COLUMNS),
     "error_sources": (error_sources.summary, lambda rows: error_sources.COLUMNS),
     "solvers": (solvers.summary, solvers.columns),

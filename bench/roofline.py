@@ -139,7 +139,8 @@ def as_on_a_gpu():
 class Counted:
     """Operations of a network's call with one batch, and its size.
 
-    forward, with_input_backward: of frozen calls, see nets/prepared.py; with_backward: of a training call.
+    forward, with_input_backward: of frozen calls at known timesteps, see nets/prepared.py; their table is made once for
+    all layers, and not counted. with_backward: of a training call.
     parameters: elements; tensors: how many they are in; event: numbers of an image.
     """
 
@@ -171,7 +172,7 @@ def counted(network_name, batch):
     with_backward = operations(lambda: torch.autograd.backward(network(x, t), torch.empty_like(x)))
     with_backward += cast_operations(network)
     parameters = [parameter.numel() for parameter in network.parameters()]
-    frozen = Prepared(network)
+    frozen = Prepared(network).at(torch.arange(NFE))
     with torch.no_grad():
         forward = operations(lambda: frozen(x, t))
     with_input_backward = operations(pulled_back)

@@ -40,6 +40,8 @@ VARIANTS = {  # name -> (overrides of configs/digits.yaml, every how many steps 
     "shipped before there was a start": (OLD_DIGITS, 100),
     "shipped": ([], 100),
     "published": ([*PUBLISHED, "train.steps=600"], 300),
+    # Ten times the work of "shipped".
+    "published, longer": ([*PUBLISHED, "train.steps=3600"], 600),
 }
 SOLVERS_AT = (5, 10)  # evaluations, of the lines
 MEASURED = ["eval.num_samples=4000", "eval.seeds=1", "eval.baselines=[]", "device=cpu"]

@@ -93,18 +93,22 @@ class Context:
 
         target: the `Target`, where there will be training or measuring: the teacher is made of it.
         """
-        decoder = ToTarget(bridge, self.config.target.constraints).to(self.device)
+        context = self.with_base(bridge.mean, bridge.factor)
         if target is None:
-            return replace(self, decoder=decoder)
+            return context
         self.layers.weigh(bridge.scales**2)
-        return replace(self, decoder=decoder, teacher=BridgeTeacher(target, bridge).to(self.device))
+        return replace(context, teacher=BridgeTeacher(target, bridge).to(self.device))
+
+    def with_base(self, mean, factor):
+        """The same for a run with a `target` of which only the base is known: enough for draws of its parameters."""
+        return replace(self, decoder=ToTarget(mean, factor, self.config.target.constraints).to(self.device))
 
 
 def build_context(config, world, teacher=False):
     """The `Context` of a configuration; `teacher` says whether it is loaded too.
 
-    Chooses the process's device and backend, and the device's float32 mode. Raises ValueError for a device, backend,
-    precision or way of execution that cannot run here.
+    Chooses the process's device and backend, and the device's float32 mode and convolutions. Raises ValueError for a
+    device, backend, precision or way of execution that cannot run here.
     """
     device = choose_device(config.device) if world.size == 1 else world.device
     if device.type == "cuda" and device.index is not None:
@@ -112,6 +116,7 @@ def build_context(config, world, teacher=False):
     _set_float32_mode(config.precision, device)
     backend = ops.choose_backend(config.backend, device)
     execution = Execution(device, config.compile, config.cuda_graphs)
+    execution.choose_convolutions()
     labels, decoder = build_class_labels(config, device), build_decoder(config, device)
     layers = build_layers(config, device)
     context = Context(config, world, device, backend, execution, layers, class_labels=labels, decoder=decoder)

@@ -107,12 +107,12 @@ def hsivi():
     help="With --dry-run: for so many processes (those of the launcher by default).",
 )
 def train(config, overrides, outdir, fresh, dry_run, processes):
-    """Distil a teacher into a few-step sampler, and end with its table and report.
+    """Distil a teacher into a few-step sampler, or approximate a density, and end with table and report.
 
     CONFIG is a name in configs/ or a YAML file. The names: digits (5 evaluations), digits_nfe1 to
     digits_nfe4, digits_nfe10, digits_long, toy2d, smoke, and mnist, cifar10, celeba64, imagenet64,
     these four also with _nfe5 and _nfe15 (10 evaluations otherwise); mnist_edm; edm_cifar10,
-    edm_cifar10_cond, edm_ffhq64 and edm_imagenet64, also with _nfe5.
+    edm_cifar10_cond, edm_ffhq64 and edm_imagenet64, also with _nfe5. Of a density: density, logistic.
     """
     from .config import load_config, resolved_yaml
 
@@ -137,9 +137,16 @@ def train(config, overrides, outdir, fresh, dry_run, processes):
         return
     rows = folder.read_json("results.json")
     if rows:
-        click.echo(f"\n{format_table(rows)}\n\n{LEGEND}\n")
+        legend = LEGEND if config.target is None else LEGEND_OF_TARGET
+        click.echo(f"\n{format_table(rows)}\n\n{legend}\n")
     click.echo(f"report: {folder.path / 'report.html'}\nsamples: {folder.path / 'samples'}")
     click.echo(f"took: {_duration(time.monotonic() - began)}; next: hsivi sample {folder.path} --seeds 0-63")
+
+
+LEGEND_OF_TARGET = """\
+gradients: evaluations of the target's gradient. means, deviations, correlations: their mean errors, a mean's in
+deviations of the reference. particles: what the student has learned from. start: the student before score matching.
+EMA: averaged weights, the ones to use. +- is the standard deviation over seed sets."""
 
 
 @hsivi.command(

@@ -99,7 +99,9 @@ def _count(most, least=1):
 # The upper bounds are far above every real run. They keep numbers within what can be multiplied, counted and estimated;
 # what a machine can hold is asked at the start (training/estimate.py).
 MOST_IMAGES = 10_000_000  # of one measurement
-DENSITY_BASELINES = ("base", "mean_field", "full_rank", "langevin", "particles")  # of a run with a target
+# Of a run with a target: those that it has by itself, and all.
+DENSITY_DEFAULTS = ("base", "mean_field", "full_rank", "langevin", "particles")
+DENSITY_BASELINES = (*DENSITY_DEFAULTS, "single_layer")
 
 Number = Annotated[StrictInt | StrictFloat, AfterValidator(_finite)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -211,7 +213,7 @@ class BridgeConfig:
     moves: _count(1_000_000, least=2) = 400  # of each chain
     spread: Positive = 2.0  # the deviation that the chains start with: wider than the target, to find all its modes
     # The noise of a path's last step from one knot to the next, its variance in squared scales of the density there.
-    noise: Annotated[Number, Field(gt=0, le=2)] = 0.5
+    noise: Annotated[Number, Field(gt=0, le=2)] = 0.1
     # How states at two knots are paired: by the cheapest transport, or by the particles' own descent.
     coupling: Literal["transport", "descent"] | None = None  # transport in up to three dimensions, unless it is said
 
@@ -305,7 +307,7 @@ class EvalConfig:
     # Those of the second list are for a run with a target.
     baselines: tuple[
         Literal["ddim", "ddpm", "dpmpp", "dpmpp3", "unipc", "unipc3", "deis", "deis3", "ipndm", "best"]
-        | Literal["base", "mean_field", "full_rank", "langevin", "particles"],
+        | Literal["base", "mean_field", "full_rank", "langevin", "particles", "single_layer"],
         ...,
     ] = ("ddim",)
     # Where the solvers' timesteps are, see `timesteps_of` in sampling/solvers.py.
@@ -695,7 +697,7 @@ def _validated(values):
     if isinstance(values.get("target"), dict):
         values = {"network": {"name": "density"}, "teacher": {}, **values}
         if isinstance(values.get("eval", {}), dict):
-            values["eval"] = {"baselines": list(DENSITY_BASELINES), **values.get("eval", {})}
+            values["eval"] = {"baselines": list(DENSITY_DEFAULTS), **values.get("eval", {})}
     try:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:

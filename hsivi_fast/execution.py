@@ -150,6 +150,15 @@ class Execution:
         """Whether another batch size would be compiled or recorded anew: a smaller batch is better filled up then."""
         return self.compile or self.cuda_graphs
 
+    def choose_convolutions(self):
+        """Have cuDNN time its algorithms at the first call of each convolution, where shapes are fixed.
+
+        It is a mode of the process. Calls of the warm-up do it, before anything is recorded. Another process may find
+        another algorithm the fastest, which rounds otherwise.
+        """
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = self.fixed_shapes
+
     def compiled(self, network):
         """`network` as a function (x, t) -> noise, compiled if the configuration says so.
 

@@ -398,13 +398,13 @@ def _joined_groups(groups, column, limit, least, segment, wanted):
     """How many groups a program takes: a divisor of them, doubled until the tile and its segments are large enough.
 
     column: elements that one more group adds to the tile; limit, least: of the tile.
-    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: of these.
+    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: of these, in whole sectors.
     """
     here = 1
     while (
         groups % (2 * here) == 0
         and 2 * here * column <= limit
-        and (here * column < least or 0 < here * segment < wanted)
+        and (here * column < least or 0 < here * segment < wanted or here * segment % SECTOR_BYTES)
     ):
         here *= 2
     return here

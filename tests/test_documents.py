@@ -13,7 +13,7 @@ PATH = re.compile(rf"(?:\.?\w[\w.*-]*/)*\.?\w[\w.*-]*(?:\.(?:{'|'.join(ENDINGS)}
 # Paths that are not of the repository: of a run's folder, of exports and teachers, and of the reader's own.
 FOREIGN = {
     *("config.yaml", "environment.json", "metrics.jsonl", "saves.jsonl", "results.json", "wandb.json", "state.json"),
-    *("inputs.json", "unet/", "unet_ema/", "vae/", "vqvae/"),
+    *("inputs.json", "unet/", "unet_ema/", "vae/", "vqvae/", "bridge.safetensors", "fisher.json", "MINE.yaml"),
     *("samples/", "tensorboard/", "checkpoints/", "checkpoints/step_N/", "config.json", "network.yaml"),
     *("teacher.safetensors", "samples/step_XXXXXXX.png", "step_XXXXXXX.png", "my_run.yaml"),
 }

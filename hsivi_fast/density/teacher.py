@@ -5,6 +5,7 @@ from torch import nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import StackTransform
 
+from .examples import EXAMPLES
 from .target import load_target
 
 
@@ -33,14 +34,14 @@ class BridgeTeacher(nn.Module):
 class ToTarget(nn.Module):
     """The target's parameters at coordinates u [B, d]: x = mean + factor u, through the constraints' transform.
 
-    bridge: `Bridge`; constraints: as of a run's `target`. It needs no code of the target's.
+    mean [d], factor [d, d]: of the base; constraints: as of a run's `target`. It needs no code of the target's.
     """
 
-    def __init__(self, bridge, names=None):
+    def __init__(self, mean, factor, constraints=None):
         super().__init__()
-        self.register_buffer("mean", bridge.mean.clone(), persistent=False)
-        self.register_buffer("factor", bridge.factor.clone(), persistent=False)
-        self.transform = transform_of(names)
+        self.register_buffer("mean", mean.clone(), persistent=False)
+        self.register_buffer("factor", factor.clone(), persistent=False)
+        self.transform = transform_of(constraints)
 
     def unconstrained(self, u):
         """x [B, d] of coordinates u [B, d]."""
@@ -86,6 +87,8 @@ def _to_constraint(name):
 def target_of(settings, device):
     """The `Target` of a run's `target`, see `load_target`."""
     transform = transform_of(settings.constraints)
+    if settings.constraints is not None and settings.log_density in EXAMPLES:
+        raise ValueError(f"target.constraints: {settings.log_density} is shipped and takes none")
     target = load_target(settings.log_density, settings.dim, settings.score, transform, device)
     if settings.parameters is not None:
         target.name_parameters(settings.parameters)

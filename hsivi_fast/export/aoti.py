@@ -8,7 +8,7 @@ from torch import nn
 from ..execution import has_compiler
 from ..method.class_labels import if_given
 from ..ops import reference
-from ..sampling.sampler import SMALLEST_CPU_BATCH
+from ..sampling.sampler import SMALLEST_CPU_BATCH, of_parameters
 from .check import CHECKED, as_samples, check_samples
 from .description import write_description
 
@@ -55,7 +55,7 @@ OF_CLASSES = {
 OF_NO_CLASSES = {"usage": "", "labels": "", "inputs": "seeds"}
 
 USE_POINTS = '''\
-"""Seeds to points in the plane, with torch alone: python use.py [FIRST SEED] [HOW MANY], one point a line"""
+"""Seeds to points, with torch alone: python use.py [FIRST SEED] [HOW MANY], one point a line"""
 import sys
 from pathlib import Path
 
@@ -66,8 +66,8 @@ first, count = (int(sys.argv[i]) if len(sys.argv) > i else default for i, defaul
 sampler = torch._inductor.aoti_load_package(str(Path(__file__).with_name("sampler.pt2")))
 seeds = torch.arange(first, first + max(count, {smallest}), device="{device}")  \
 # in small batches a CPU rounds otherwise: fill them up
-for x, y in sampler(seeds)[:count].tolist():
-    print(x, y)
+for point in sampler(seeds)[:count].tolist():
+    print(*point)
 '''
 
 
@@ -77,9 +77,10 @@ class _Standalone(nn.Module):
     Operators of ours are not used: they exist only where hsivi_fast is imported.
     """
 
-    def __init__(self, sampler, config):
+    def __init__(self, sampler, context):
         super().__init__()
-        self.network, self.layers, self.config = sampler.network, sampler.layers, config
+        self.network, self.layers, self.config = sampler.network, sampler.layers, context.config
+        self.to_target = context.decoder if context.config.target is not None else nn.Identity()
 
     def forward(self, seeds, labels=None):
         layers = self.layers
@@ -88,17 +89,17 @@ class _Standalone(nn.Module):
         for current in range(layers.nfe, 0, -1):
             k = torch.full_like(seeds, current)
             eps_hat = self.network(x, layers.tau[k], *if_given(labels))
-            c1 = None if current == 1 else layers.c1  # the last layer gives its mean
-            given = None if current == 1 else noise[current]
+            c1 = layers.c1 if current in noise else None  # an image's last layer gives its mean
+            given = noise.get(current)
             x = reference.affine_noise_step(x, eps_hat, layers.a, layers.b, c1, rows, seeds, k, noise=given)
-        return as_samples(x, self.config)
+        return as_samples(self.to_target(x), self.config)
 
     def _noise(self, seeds):
-        """(x_K [B, *event], {k: the noise of layer k = K .. 2}), all drawn at once.
+        """(x_K [B, *event], {k: the noise of layer k}), all drawn at once.
 
         The arithmetic of counter-based noise is most of what a compiler would read: once, and not once a layer.
         """
-        streams = [0, *range(self.layers.nfe, 1, -1)]
+        streams = [0, *range(self.layers.nfe, 0 if self.layers.ends_with_noise else 1, -1)]
         each = torch.tensor(streams, device=seeds.device)[:, None].expand(len(streams), len(seeds)).flatten()
         noise = reference.draw_noise(seeds.repeat(len(streams)), each, self.network.event_shape)
         x, *others = noise.unflatten(0, (len(streams), len(seeds)))
@@ -126,9 +127,9 @@ def write_aoti(sampler, context, description, folder):
     config, device = context.config, sampler.layers.tau.device
     smallest = SMALLEST_CPU_BATCH if device.type == "cpu" else 1
     file = folder / "sampler.pt2"
-    _compile(_Standalone(sampler, config), sampler.class_labels, device, file)
-    _check(file, sampler, config, device)
-    use = USE_IMAGES if config.teacher.target is None else USE_POINTS
+    _compile(_Standalone(sampler, context), sampler.class_labels, device, file)
+    _check(file, sampler, context, device)
+    use = USE_IMAGES if config.teacher.checkpoint is not None else USE_POINTS
     has_classes = sampler.class_labels.classes is not None
     words = OF_CLASSES if has_classes else OF_NO_CLASSES
     (folder / "use.py").write_text(use.format(smallest=smallest, device=device.type, **words))
@@ -159,7 +160,7 @@ def _compile(module, class_labels, device, file):
     aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True})
 
 
-def _check(file, sampler, config, device):
+def _check(file, sampler, context, device):
     """ValueError where a package's samples are not the sampler's.
 
     The batch has another size than the one that was traced: the check is of the dynamic shape too.
@@ -168,5 +169,5 @@ def _check(file, sampler, config, device):
 
     count = max(CHECKED, -(-CHECKED_PIXELS // math.prod(sampler.network.event_shape)))
     packaged = aoti_load_package(str(file))(*_inputs(sampler.class_labels, torch.arange(count, device=device)))
-    expected = as_samples(sampler(range(count), batch_size=count), config)
+    expected = as_samples(of_parameters(sampler, context)(range(count), batch_size=count), context.config)
     check_samples(packaged, expected, PIXELS_OFF, COORDINATE_OFF)

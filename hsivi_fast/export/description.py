@@ -16,6 +16,8 @@ SEEDS = (
     "k = 0 draws x_K and k = K .. 2 the noise of layer k; layer 1 gives its mean."
 )
 
+SEEDS_OF_TARGET = SEEDS.replace("K .. 2 the noise of layer k; layer 1 gives its mean.", "K .. 1 the noise of layer k.")
+
 LABELS = (
     "The label of a seed is classes[(w * n) >> 32], with n of them and the first word w of Philox4x32-10 at "
     "key = seed and counter = (0, 2^32 - 1, 0, 0)."
@@ -25,25 +27,13 @@ LABELS = (
 def describe(context, sampler, step, weights):
     """The description of a run's sampler, without the hash of the file that holds the weights."""
     config = context.config
-    network, teacher, layers = sampler.network, config.teacher, sampler.layers
-    if teacher.target:
-        source = {"target": teacher.target}
-    else:
-        source = {"checkpoint": Path(without_password(teacher.checkpoint)).name}
+    network, layers = sampler.network, sampler.layers
     return {
         "kind": KIND,
         "hsivi_fast": version("hsivi_fast"),
         # With its family's defaults in it: they may change, an export may not.
         "network": {key: value for key, value in all_arguments(config.network).items() if value is not None},
-        "teacher": {
-            **source,
-            "betas": resolved_dict(config)["teacher"]["betas"],
-            "steps": teacher.steps,
-            "prediction": teacher.prediction,
-            "timestep_scale": teacher.timestep_scale,
-            **({} if teacher.null_class is None else {"null_class": teacher.null_class}),
-            **({} if teacher.guidance is None else {"guidance": teacher.guidance}),
-        },
+        **_origin(context),
         "nfe": layers.nfe,
         "spacing": config.spacing,
         "timesteps": layers.tau.tolist(),  # tau_0 .. tau_K
@@ -53,9 +43,39 @@ def describe(context, sampler, step, weights):
         "precision": config.precision,
         "channels_last": config.channels_last,
         "sample": {"shape": list(network.event_shape), **_sample_format(context, network.event_shape)},
-        "seeds": SEEDS,
+        "seeds": SEEDS if not layers.ends_with_noise else SEEDS_OF_TARGET,
         **_classes(sampler.class_labels),
         "run": {"name": config.name, "step": step, "weights": weights, "data": config.data},
+    }
+
+
+def _origin(context):
+    """What the sampler was trained on: a teacher, or a target with the way from the layers' coordinates to it."""
+    config, teacher = context.config, context.config.teacher
+    if config.target is not None:
+        settings, of_layers = resolved_dict(config)["target"], context.decoder
+        name = Path(without_password(settings["log_density"])).name  # of a file of code, the name alone
+        base = {"mean": of_layers.mean.tolist(), "factor": of_layers.factor.tolist()}
+        rule = "x = mean + factor u of the last layer's u; the parameters are x through the constraints' biject_to"
+        return {
+            "teacher": {},
+            "target": {**settings, "log_density": name, "score": None},
+            "base": {**base, "rule": rule},
+        }
+    if teacher.target:
+        source = {"target": teacher.target}
+    else:
+        source = {"checkpoint": Path(without_password(teacher.checkpoint)).name}
+    return {
+        "teacher": {
+            **source,
+            "betas": resolved_dict(config)["teacher"]["betas"],
+            "steps": teacher.steps,
+            "prediction": teacher.prediction,
+            "timestep_scale": teacher.timestep_scale,
+            **({} if teacher.null_class is None else {"null_class": teacher.null_class}),
+            **({} if teacher.guidance is None else {"guidance": teacher.guidance}),
+        }
     }
 
 
@@ -69,6 +89,8 @@ def _classes(class_labels):
 def _sample_format(context, event_shape):
     """What one sample is: points and latents are floats, images are rounded to grey levels."""
     teacher, decoder = context.config.teacher, context.decoder
+    if context.config.target is not None:
+        return {"type": "float32", "layout": "parameters", "shape": list(decoder.image_shape(event_shape))}
     if teacher.target is not None:
         return {"type": "float32", "layout": "xy"}
     image = {"type": "uint8", "layout": "CHW", "levels": 256, "rule": "round((clamp(x, -1, 1) + 1) * 127.5)"}

@@ -27,6 +27,10 @@ __all__ = ["HSIVIPipeline"]
 
 def refuse_diffusers(config):
     """ValueError where a run of this configuration cannot be a pipeline."""
+    if config.target is not None:
+        raise ValueError(
+            "format: 'diffusers' is for image runs only, and this run has a target; choose safetensors or aoti"
+        )
     if config.teacher.target is not None:
         raise ValueError(
             f"format: 'diffusers' is for image runs only, and this run makes points ({config.teacher.target}); "

@@ -31,6 +31,29 @@ hsivi_fast {version}.
 {use}
 """
 
+CARD_OF_TARGET = """\
+---
+library_name: {library}
+tags: [hsivi, variational-inference, semi-implicit]
+---
+
+# {name}: {what} in {nfe} network evaluations
+
+A hierarchical semi-implicit approximation of a density, trained by HSIVI-SM (Yu et al., NeurIPS 2023, \
+arXiv 2310.17153) with hsivi_fast {version}. Drawing needs nothing of the density itself.
+
+| | |
+|---|---|
+| network evaluations (NFE) | {nfe}, none of the density |
+| density | {target}, {dim} unconstrained coordinates, constraints: {constraints} |
+| student | step {step} of the run, {weights} weights |
+| samples | {sample} |
+{table}
+## Use
+
+{use}
+"""
+
 USES = {
     "safetensors": """\
 ```python
@@ -79,17 +102,15 @@ def write_model_card(folder, description, format, name, results):
     description: what config.json holds; format: of the export; name: the folder's at the end; results: the rows of the
     run's results.json, or None.
     """
-    points = description["sample"]["layout"] == "xy"
+    points = description["sample"]["layout"] != "CHW"
     run, sample, teacher = description["run"], description["sample"], description["teacher"]
-    card = CARD.format(
+    card = (CARD_OF_TARGET if "target" in description else CARD).format(
         library=LIBRARIES[format],
         name=run["name"],
-        what="points" if points else "images",
+        what="draws" if "target" in description else "points" if points else "images",
         nfe=description["nfe"],
         version=description["hsivi_fast"],
-        teacher=f"the exact score of {teacher['target']}" if points else teacher["checkpoint"],
-        betas=_title_of(teacher["betas"]),
-        steps=teacher["steps"],
+        **_origin(description),
         licence=f"; its licence is {LICENCES[teacher['checkpoint']]}" if teacher.get("checkpoint") in LICENCES else "",
         step=run["step"],
         weights=run["weights"],
@@ -101,6 +122,15 @@ def write_model_card(folder, description, format, name, results):
         use=_use(description, format, name),
     )
     (folder / "README.md").write_text(card)
+
+
+def _origin(description):
+    """What a card says of the target, or of the teacher."""
+    teacher, target = description["teacher"], description.get("target")
+    if target is not None:
+        return {"target": target["log_density"], "dim": target["dim"], "constraints": target["constraints"] or "none"}
+    exact = f"the exact score of {teacher['target']}" if "target" in teacher else teacher["checkpoint"]
+    return {"teacher": exact, "betas": _title_of(teacher["betas"]), "steps": teacher["steps"]}
 
 
 def _sample(sample, format):
@@ -128,7 +158,7 @@ def _table(results):
 
 def _use(description, format, name):
     """The lines that use an export in a folder of this name."""
-    points = description["sample"]["layout"] == "xy"
+    points = description["sample"]["layout"] != "CHW"
     compiled, has_classes = description.get("compiled", {}), "classes" in description
     inputs = [f'torch.arange(16, device="{compiled.get("device")}")']
     if has_classes:
@@ -151,4 +181,4 @@ def _rounding(sample):
     """What has to be done with a sampler's floats, in a comment's words."""
     if "latents" in sample:
         return ", latents, which the VAE decodes"
-    return "" if sample["layout"] == "xy" else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels"
+    return "" if sample["layout"] != "CHW" else " in -1 .. 1; hsivi_fast.data.to_uint8(x) rounds it to pixels"

@@ -229,7 +229,8 @@ class HSIVIPipeline(DiffusionPipeline):
         x = ops.draw_noise(seeds, 0, self.unet.event_shape)
         if latents is not None:
             x[:count] = latents
-        predict = Prepared(self.unet.student)  # as the run's sampler calls it: it rounds as that does
+        # As the run's sampler calls it: it rounds as that does.
+        predict = Prepared(self.unet.student).at(self.scheduler.timesteps)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             noise = predict(x, timestep.expand(len(x)), labels)
             x = self.scheduler.step(noise, timestep, x, self.unet.student.log_scaled_gamma, seeds, return_dict=False)[0]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from ..build import build_context, build_untrained_student
@@ -11,7 +12,7 @@ from ..checkpoints.tensor_files import refuse_strange_tensors
 from ..checkpoints.weights import load_weights, read_weights
 from ..config import config_from_dict
 from ..parallel.world import ALONE
-from ..sampling.sampler import student_sampler
+from ..sampling.sampler import of_parameters, student_sampler
 from .check import CHECKED, as_samples, check_samples
 from .description import KIND, write_description
 
@@ -25,7 +26,7 @@ def write_safetensors(sampler, context, description, folder):
     save_file(weights, file, metadata={"format": "pt"})
     description = write_description(folder, description, file)
     exported = load_exported(folder, str(sampler.layers.tau.device), config.backend)
-    seeds = range(CHECKED)
+    sampler, seeds = of_parameters(sampler, context), range(CHECKED)
     check_samples(as_samples(exported(seeds), config), as_samples(sampler(seeds), config))
     return description
 
@@ -34,7 +35,8 @@ def load_exported(folder, device="auto", backend="auto"):
     """The `Sampler` of a folder that `export_run` wrote as safetensors.
 
     sampler(seeds) gives float32 [N, *event], which `data.to_uint8` makes images of. Of a run in latents they are the
-    latents: config.json names the VAE that decodes them and says how, and the export does not hold it.
+    latents: config.json names the VAE that decodes them and says how, and the export does not hold it. Of a run with a
+    target they are draws of its parameters [N, D], for which nothing of the target is needed.
     device: "auto", "cpu" or "cuda:N"; backend: "auto", "torch" or "triton". Raises ValueError where the folder holds no
     such export, it has been changed, or the device or backend is not there.
     """
@@ -50,7 +52,10 @@ def load_exported(folder, device="auto", backend="auto"):
         )
     settings = {key: description[key] for key in CONFIG_KEYS}
     settings["classes"] = description.get("classes")  # exports from before there were classes say nothing of them
+    settings["target"] = description.get("target")
     context = build_context(config_from_dict({**settings, "device": device, "backend": backend}), ALONE)
+    if context.config.target is not None:
+        context = context.with_base(*(torch.tensor(description["base"][name]) for name in ("mean", "factor")))
     timesteps = context.layers.tau.tolist()
     if timesteps != description["timesteps"]:
         raise ValueError(
@@ -59,7 +64,7 @@ def load_exported(folder, device="auto", backend="auto"):
         )
     student = build_untrained_student(context)
     load_weights(student, weights, file)
-    return student_sampler(context, student)
+    return of_parameters(student_sampler(context, student), context)
 
 
 def _read_description(folder):

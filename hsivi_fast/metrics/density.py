@@ -80,7 +80,26 @@ class DrawnBefore:
         x = self.draw(len(seeds), int(seeds[0])).to(self.decoder.mean)
         if on_batch:
             on_batch(len(seeds))
+        return self.coordinates(x)
+
+    def coordinates(self, x):
+        """u [n, d] of unconstrained x [n, d], float32."""
         return torch.linalg.solve_triangular(self.decoder.factor, (x - self.decoder.mean).T, upper=False).T
+
+
+class OfAnotherRun:
+    """The sampler of another run with the same target, in the coordinates of this one's base.
+
+    context: of this run; sampler, other: of the other.
+    """
+
+    def __init__(self, context, sampler, other):
+        self.nfe, self.execution = sampler.nfe, sampler.execution
+        self.sampler, self.to_target, self.back = sampler, other.decoder, DrawnBefore(context, None)
+
+    def __call__(self, seeds, batch_size=AT_ONCE, on_batch=None, labels=None):
+        """As of `Sampler`."""
+        return self.back.coordinates(self.to_target.unconstrained(self.sampler(seeds, batch_size, on_batch)))
 
 
 def baselines(context, bridge, evaluations, warn=lambda line: print(line, file=sys.stderr)):

@@ -22,7 +22,7 @@ from ..parallel.out_of_memory import memory_advice
 from ..parallel.world import connect
 from ..sampling.sampler import ddim_sampler, load_sampler
 from ..sampling.solvers import COMBINATIONS, NAMES, SchedulerSampler, baseline_sampler, solver_sampler
-from .density import PosteriorMetric, baselines
+from .density import OfAnotherRun, PosteriorMetric, baselines
 from .distances import (
     FEATURES_KEPT,
     KeptFeatures,
@@ -352,13 +352,17 @@ def final_table(context, run, metric, progress=False):
     return rows
 
 
-def density_table(context, run, metric, bridge, evaluations, progress=False):
+def density_table(context, run, metric, bridge, evaluations, single_layer=None, progress=False):
     """The table of a run with a target, a list of rows as of `measure_row`: `eval.baselines`, the start, the student.
 
     evaluations: of the target's gradient by the run, which its rivals have too. Rows say theirs.
+    single_layer: the folder of a run with one layer, and its evaluations, for the row of that name.
     """
     settings, rows = context.config.eval, []
     samplers = baselines(context, bridge, evaluations)
+    if single_layer is not None:
+        other, of_other = single_layer
+        samplers["single_layer"] = OfAnotherRun(context, *load_sampler(other, context.world)[:2]), of_other
     start = context.world.from_main(run.start_checkpoint)
     if start is not None:
         samplers["start"] = load_sampler(run, context.world, "raw", start)[0], bridge.evaluations

@@ -31,6 +31,7 @@ SAMPLERS = {
     "mean_field": "mean-field Gaussian",
     "full_rank": "full-rank Gaussian",
     "langevin": "Langevin chains",
+    "single_layer": "one layer (SIVI-SM)",
     "particles": "particles (SMC)",
     "hsivi_ema": "HSIVI (EMA)",
     "hsivi_raw": "HSIVI (raw)",
@@ -47,6 +48,8 @@ def row_title(row):
     """What the sampler of a row is called: with the solver and the spacing, where these are not the usual ones."""
     parts = [sampler_title(row[key]) for key in ("sampler", "solver") if row.get(key) is not None]
     title = ": ".join(parts)
+    if row["sampler"] == "start" and "gradient_evaluations" in row:  # a run with a target has no teacher
+        title = "start (bridge's paths)"
     return title if row.get("spacing") is None else f"{title}, {SPACINGS.get(row['spacing'], row['spacing'])}"
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
-    NoisePredictor,
+    TimeBlock,
+    UNet,
     UpsamplingConv,
     check_halvings,
     class_embedding,
@@ -20,7 +21,7 @@ from .blocks import (
 )
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding scales and shifts the second normalisation; without `scale_shift` it is added before that.
@@ -45,6 +46,15 @@ class ResidualBlock(nn.Module):
             }
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    @property
+    def of_embedding(self):
+        return self.emb_layers["1"]
+
+    @property
+    def sums(self):
+        into_embedding = [] if self.scale_shift else [(self.in_layers["2"], self.emb_layers["1"])]
+        return [*into_embedding, (self.skip_connection, self.out_layers["3"])]
 
     def forward(self, x, embedding):
         h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)
@@ -77,7 +87,7 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h).reshape(batch, channels, height, width)
 
 
-class ADMUNet(NoisePredictor):
+class ADMUNet(UNet):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
     With `classes` it also takes class_labels, [B] integers in 0 .. classes - 1, or None for no class.
@@ -175,13 +185,14 @@ class ADMUNet(NoisePredictor):
             {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
-    def predict(self, x, t, class_labels=None):
+    def embedded(self, t, class_labels, dtype):
         half = self.channels // 2
-        angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, x.device)  # [B, channels / 2]
+        angles = t.to(torch.float32)[:, None] * timestep_frequencies(half, half, t.device)  # [B, channels / 2]
         embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))  # [B, 4 channels]
-        of_class = class_embedding(self.label_emb, class_labels, len(x))
-        embedding = F.silu(embedding if of_class is None else embedding + of_class)
+        of_class = class_embedding(self.label_emb, class_labels, len(t))
+        return F.silu(embedding if of_class is None else embedding + of_class)
 
+    def through(self, x, embedding):
         h, skips = x, []
         for layers in self.input_blocks:
             h = _apply(layers, h, embedding)

@@ -36,6 +36,7 @@ class NoisePredictor(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("coefficients", None, persistent=False)  # made again wherever the network is
+        self.time_table = None  # of a frozen call, see `prepared.TimeTable`
 
     def convert_by(self, coefficients):
         """Make noise of what the network predicts; returns the network.
@@ -56,13 +57,18 @@ class NoisePredictor(nn.Module):
         class_labels: [B] integers for a network with `classes`, None for others.
         """
         labels = () if class_labels is None else (class_labels,)
+        ready = None if self.time_table is None else self.time_table(t)  # [B, S]
         if self.coefficients is not None:
             inner, time, skip, out = self.coefficients[:, t].to(x.dtype)  # each [B]
             inner, skip, out = (factor.reshape(-1, *[1] * (x.ndim - 1)) for factor in (inner, skip, out))
-            return skip * x + out * self._predicted(inner * x, time, *labels)
-        if self.timestep_scale != 1:
-            t = t * self.timestep_scale  # [B] float
-        return self._predicted(x, t, *labels)
+            return skip * x + out * self._predicted(inner * x, time if ready is None else ready, *labels)
+        return self._predicted(x, self.shown(t, x.dtype) if ready is None else ready, *labels)
+
+    def shown(self, t, dtype):
+        """What `predict` is shown of timesteps t [B] int: [B], in `dtype` where it is made of `coefficients`."""
+        if self.coefficients is not None:
+            return self.coefficients[1, t].to(dtype)
+        return t if self.timestep_scale == 1 else t * self.timestep_scale
 
     def _predicted(self, x, t, *labels):
         """`predict` in the network's precision and memory layout: float32 in, float32 out."""
@@ -73,6 +79,18 @@ class NoisePredictor(nn.Module):
         else:
             predicted = self.predict(inside, t, *labels)
         return predicted.contiguous() if self.channels_last else predicted
+
+
+class UNet(NoisePredictor):
+    """A noise prediction by `TimeBlock`s. A subclass writes two parts of its arithmetic:
+
+    embedded(t, class_labels, dtype)    the embedding [B, E] of time and class that its blocks are given; dtype: of x
+    through(x, embedding)               the rest
+    """
+
+    def predict(self, x, t, class_labels=None):
+        """x [B, C, H, W], t [B], labels [B] or None -> [B, C, H, W]; with a `time_table` t is its rows, [B, S]."""
+        return self.through(x, t if self.time_table is not None else self.embedded(t, class_labels, x.dtype))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -102,6 +120,8 @@ class BeforeNorm:
     def forward(self, x, add=None):
         """(the convolution of x without its bias [B, D, H, W], add + bias [B, D]); add [B, D] or None for zeros."""
         h = self.convolved(x, None)
+        if self.bias is None:  # a frozen call has it in `add`, see prepared.py
+            return h, add
         bias = self.bias.to(h.dtype)
         return h, bias.expand(len(h), -1) if add is None else add + bias
 
@@ -111,6 +131,23 @@ class ConvBeforeNorm(BeforeNorm, nn.Conv2d):
 
     def convolved(self, x, bias):
         return self._conv_forward(x, self.weight, bias)
+
+
+class TimeBlock(nn.Module):
+    """A block that is given the embedding of time and class [B, E], of which one linear layer makes what it needs.
+
+    A subclass says what `prepared.py` has to know of it.
+    """
+
+    @property
+    def of_embedding(self):
+        """The linear layer."""
+        raise NotImplementedError
+
+    @property
+    def sums(self):
+        """Pairs of layers whose results it adds, so that one bias is enough; the first may have none to give."""
+        raise NotImplementedError
 
 
 def pixel_attention(qkv):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .blocks import (
     ConvBeforeNorm,
     GroupNorm,
-    NoisePredictor,
+    TimeBlock,
+    UNet,
     UpsamplingConv,
     check_halvings,
     class_embedding,
@@ -20,7 +21,7 @@ from .blocks import (
 )
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding is added in between. With `scale_shift` it scales and shifts the second normalisation instead.
@@ -35,6 +36,15 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    @property
+    def of_embedding(self):
+        return self.fc
+
+    @property
+    def sums(self):
+        into_embedding = [] if self.scale_shift else [(self.conv1, self.fc)]
+        return [*into_embedding, (self.skip, self.conv2)]
 
     def forward(self, x, embedding):
         h, of_time = self.norm1(x, silu=True), self.fc(embedding)
@@ -65,7 +75,7 @@ class AttentionBlock(nn.Module):
         return x + self.project_out(pixel_attention(qkv).reshape(batch, channels, height, width))
 
 
-class DDPMUNet(NoisePredictor):
+class DDPMUNet(UNet):
     """Noise prediction eps_hat(x, t): x [B, C, H, W] float, t [B] integers in 0..999 -> [B, C, H, W].
 
     With `classes` it also takes class_labels, [B] integers in 0 .. classes - 1, or None for no class.
@@ -205,15 +215,16 @@ class DDPMUNet(NoisePredictor):
             {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
-    def predict(self, x, t, class_labels=None):
+    def embedded(self, t, class_labels, dtype):
         half = self.channels // 2
-        frequencies = timestep_frequencies(half, half - self.freq_shift, x.device)
+        frequencies = timestep_frequencies(half, half - self.freq_shift, t.device)
         angles = t.to(torch.float32)[:, None] * frequencies  # [B, channels / 2]
         waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
         embedding = self.embed(torch.cat(waves, dim=1))  # [B, 4 channels], or the width that was asked for
-        of_class = class_embedding(self.class_embed, class_labels, len(x))
-        embedding = F.silu(embedding if of_class is None else embedding + of_class)
+        of_class = class_embedding(self.class_embed, class_labels, len(t))
+        return F.silu(embedding if of_class is None else embedding + of_class)
 
+    def through(self, x, embedding):
         h = self.in_conv(2 * x - 1 if self.center_input else x)
         skips = [h]
         for layers in self.downsamples.values():

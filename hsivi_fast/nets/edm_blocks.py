@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import BeforeNorm, ConvBeforeNorm, GroupNorm, pixel_attention, upsample
+from .blocks import BeforeNorm, ConvBeforeNorm, GroupNorm, TimeBlock, pixel_attention, upsample
 
 FOURIER_SCALE = 16  # standard deviation of random frequencies
 
@@ -64,7 +64,7 @@ class ResamplingConvBeforeNorm(BeforeNorm, ResamplingConv):
     """`ResamplingConv` that leaves its bias to the normalisation after it."""
 
 
-class Block(nn.Module):
+class Block(TimeBlock):
     """conv(SiLU(norm)) twice with a skip connection, and self-attention where it has heads.
 
     The embedding scales and shifts the second normalisation (`adaptive`), or is added before it. `change` is None,
@@ -104,6 +104,15 @@ class Block(nn.Module):
             self.norm2 = norm(out_channels, norm_eps)
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    @property
+    def of_embedding(self):
+        return self.affine
+
+    @property
+    def sums(self):
+        into_embedding = [] if self.adaptive else [(self.conv0, self.affine)]
+        return [*into_embedding, (self.skip, self.conv1)]
 
     def forward(self, x, embedding):
         h, of_time = self.norm0(x, silu=True), self.affine(embedding)

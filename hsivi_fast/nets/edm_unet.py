@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import NoisePredictor, check_class_labels, check_halvings, timestep_frequencies
+from .blocks import UNet, check_class_labels, check_halvings, timestep_frequencies
 from .edm_blocks import Block, FourierFrequencies, ResamplingConv, norm
 
 HEAD_CHANNELS = 64  # of one attention head of `DhariwalUNet`
 
 
-class EDMUNet(NoisePredictor):
+class EDMUNet(UNet):
     """What both networks share: the way down `enc`, the way up `dec`, and class labels.
 
     `predict(x [B, C, H, W] float, t = c_noise [B] float, class_labels [B] int or None)` -> [B, C, H, W].
@@ -96,12 +96,12 @@ class EDMUNet(NoisePredictor):
                 h = layer(torch.cat([h, skips.pop()], dim=1) if "_block" in name else h, embedding)
         return h
 
-    def _labels(self, x, class_labels):
+    def _labels(self, t, class_labels, dtype):
         """One-hot labels [B, classes] as they are embedded, or None for a network without classes."""
         if class_labels is None:
-            return x.new_zeros(len(x), self.classes) if self.classes else None
-        check_class_labels(self.classes, class_labels, len(x))
-        return (class_labels[:, None] == torch.arange(self.classes, device=x.device)).to(x.dtype)
+            return t.new_zeros(len(t), self.classes, dtype=dtype) if self.classes else None
+        check_class_labels(self.classes, class_labels, len(t))
+        return (class_labels[:, None] == torch.arange(self.classes, device=t.device)).to(dtype)
 
 
 class SongUNet(EDMUNet):
@@ -164,18 +164,20 @@ class SongUNet(EDMUNet):
         self.dec[f"{_place(image_size)}_aux_norm"] = norm(width, norm_eps)
         self.dec[f"{_place(image_size)}_aux_conv"] = nn.Conv2d(width, image_channels, 3, padding=1)
 
-    def predict(self, x, t, class_labels=None):
-        labels = self._labels(x, class_labels)
+    def embedded(self, t, class_labels, dtype):
+        labels = self._labels(t, class_labels, dtype)
         half = self.noise_channels // 2
-        t = _as_precise(t, x)
+        t = _as_precise(t, dtype)
         if self.map_noise is not None:
             angles = self.map_noise(t)  # [B, half]
         else:
-            angles = t[:, None] * timestep_frequencies(half, half - 1, x.device)  # [B, half]
+            angles = t[:, None] * timestep_frequencies(half, half - 1, t.device)  # [B, half]
         embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # [B, noise_channels]
         if labels is not None:
             embedding = embedding + self.map_label(labels * math.sqrt(self.classes))  # of unit mean square
-        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))  # [B, 4 channels]
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))  # [B, 4 channels]
+
+    def through(self, x, embedding):
         h = self._down_and_up(x, embedding)
         place = _place(self.sizes[0])
         return self.dec[f"{place}_aux_conv"](self.dec[f"{place}_aux_norm"](h, silu=True))
@@ -212,15 +214,18 @@ class DhariwalUNet(EDMUNet):
         self.out_norm = norm(width, norm_eps)
         self.out_conv = nn.Conv2d(width, image_channels, 3, padding=1)
 
-    def predict(self, x, t, class_labels=None):
-        labels = self._labels(x, class_labels)
+    def embedded(self, t, class_labels, dtype):
+        labels = self._labels(t, class_labels, dtype)
         half = self.channels // 2
-        angles = _as_precise(t, x)[:, None] * timestep_frequencies(half, half, x.device)  # [B, channels / 2]
+        angles = _as_precise(t, dtype)[:, None] * timestep_frequencies(half, half, t.device)  # [B, channels / 2]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))  # [B, 4 channels]
         if labels is not None:
             embedding = embedding + self.map_label(labels)
-        h = self._down_and_up(x, F.silu(embedding))
+        return F.silu(embedding)
+
+    def through(self, x, embedding):
+        h = self._down_and_up(x, embedding)
         return self.out_conv(self.out_norm(h, silu=True))
 
 
@@ -229,9 +234,9 @@ def _place(size):
     return f"{size}x{size}"
 
 
-def _as_precise(t, x):
-    """t [B] as floats of x's precision, which is float32 at least."""
-    return t.to(torch.promote_types(x.dtype, torch.float32))
+def _as_precise(t, dtype):
+    """t [B] as floats of that precision, which is float32 at least."""
+    return t.to(torch.promote_types(dtype, torch.float32))
 
 
 def _heads(width):

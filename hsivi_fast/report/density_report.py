@@ -8,7 +8,7 @@ from ..density.reference import reference_for
 from ..density.target import load_target
 from ..metrics.table import table_lines
 from . import figures, page
-from .sections import load_sampler_to_draw, noise_scale_picture
+from .sections import load_sampler_to_draw
 
 DRAWS = 20_000
 MARGINALS, PAIRS = 12, 4  # parameters that are shown, each and in pairs
@@ -50,7 +50,8 @@ def write_density_report(folder, backend=None):
             "scores, in squared scales of the density there. 0 is a perfect layer; an error of the score network "
             "counts too."
         ) + page.html_table(lines)
-    pictures["log_gamma"] = noise_scale_picture(config, sampler.log_gamma)
+    gamma, log_gamma = config.gamma, sampler.log_gamma.detach().cpu().numpy()
+    pictures["log_gamma"] = figures.log_gamma_picture(log_gamma, gamma.per_step, gamma.per_pixel, bottom=0)
     sections["Noise scale"] = page.paragraph(NOISE_SCALE) + page.chart(pictures["log_gamma"], "exp(log_gamma)")
     sections["Configuration"] = page.folded(
         "config.yaml, every key", page.preformatted((folder.path / "config.yaml").read_text())

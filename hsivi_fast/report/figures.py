@@ -44,6 +44,7 @@ STYLES = {
     "full_rank": Style("^"),
     "langevin": Style("s"),
     "particles": Style("P"),
+    "single_layer": Style("d", of_student=True),
     "best": Style("*"),
     "hsivi_ema": Style("D", of_student=True),
     "hsivi_raw": Style("d", filled=False, of_student=True),
@@ -303,8 +304,10 @@ def _add_legend_below(figure, axes):
 # ---- the noise scale -------------------------------------------------------------------------------------------------
 
 
-def log_gamma_picture(log_gamma, per_step, per_pixel):
+def log_gamma_picture(log_gamma, per_step, per_pixel, bottom=1):
     """The learned noise scale exp(log_gamma) as factors on DDIM's noise: 1 is where training starts.
+
+    bottom: what bars begin at, 0 for scales that are no factors.
 
     log_gamma: an array [1], [K], [*event] or [K, *event], as `per_step` and `per_pixel` say.
     With events [C, H, W] it is a heat map for each layer and channel under one colour scale; otherwise bars, one a
@@ -315,7 +318,7 @@ def log_gamma_picture(log_gamma, per_step, per_pixel):
         scale = scale[None]
     if per_pixel and scale.ndim == 4:
         return _scale_maps(scale, per_step)
-    return _scale_bars(scale.reshape(len(scale), -1), per_step)
+    return _scale_bars(scale.reshape(len(scale), -1), per_step, bottom)
 
 
 def _scale_maps(scale, per_step):
@@ -345,7 +348,7 @@ def _channel_name(channel, channels):
     return RGB[channel] if channels == 3 else f"channel {channel + 1}"
 
 
-def _scale_bars(scale, per_step):
+def _scale_bars(scale, per_step, bottom):
     """Bars of [K or 1, values of a layer]."""
     layers, values = scale.shape
     figure, axes = _figure(1, 1, width=max(3, min(0.5 * layers * values + 2, 9)), height=3)
@@ -353,13 +356,13 @@ def _scale_bars(scale, per_step):
     for value in range(values):
         axis.bar(
             np.arange(1, layers + 1) + (value - (values - 1) / 2) * width,
-            scale[:, value] - 1,
+            scale[:, value] - bottom,
             width,
-            bottom=1,
+            bottom=bottom,
             color=f"C{value % 10}",
             label=f"coordinate {value + 1}",
         )
-    axis.axhline(1, color="0.4", linewidth=1)
+    axis.axhline(bottom, color="0.4", linewidth=1)
     axis.set_xticks(range(1, layers + 1), range(1, layers + 1) if per_step else ["all layers"])
     axis.set_xlim(0.3, layers + 0.7)
     axis.set_xlabel("layer k" if per_step else "")
@@ -384,5 +387,5 @@ def _figure(rows, columns, width, height):
 
 def _png(figure):
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=110)  # the layout leaves no margins, and a tight box would draw twice
     return file.getvalue()

@@ -132,7 +132,7 @@ class Sampler:
             raise ValueError(f"network.classes: {classes}, and the sampler's labels are of another network")
         self.network, self.layers, self.log_gamma, self.execution = network, layers, log_gamma, execution
         self.class_labels = class_labels
-        self._prepared = as_prepared(network)
+        self._prepared = as_prepared(network).at(layers.tau[1:])
         self.predict = execution.compiled(self._prepared)
         self._draw = execution.graphed(self._all_layers)
         self._batches = Batches(execution, class_labels)
@@ -184,6 +184,29 @@ class Sampler:
     def nfe(self):
         """Network evaluations per sample."""
         return self.layers.nfe
+
+
+class ParameterSampler:
+    """The sampler of a run with a target: what it draws are the target's parameters, float32 [N, D].
+
+    sampler: `Sampler`, whose samples are coordinates of the base; to_target: what makes parameters of them.
+    """
+
+    def __init__(self, sampler, to_target):
+        self.sampler, self.to_target = sampler, to_target
+        self.nfe, self.log_gamma, self.layers, self.network = (
+            *(sampler.nfe, sampler.log_gamma, sampler.layers, sampler.network),
+        )
+
+    @torch.no_grad()
+    def __call__(self, seeds, batch_size=250, on_batch=None):
+        """One draw a seed; arguments as of `Sampler.__call__`."""
+        return self.to_target(self.sampler(seeds, batch_size, on_batch))
+
+
+def of_parameters(sampler, context):
+    """A run's sampler as others use it: with a target, of its parameters; otherwise as it is."""
+    return sampler if context.config.target is None else ParameterSampler(sampler, context.decoder)
 
 
 def ddim_sampler(context, nfe, eta, own_knots=False):

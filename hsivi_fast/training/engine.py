@@ -5,7 +5,8 @@ has:
 
     network        the module itself; `predict` is it as a function (x, t) -> noise, as the run executes calls
     frozen()       the network as `nets.prepared.Prepared`, for callers that want no parameter gradients of it
-    graphed(f)     f, a whole update, from a CUDA graph where this engine's steps can be recorded
+    graphed(f)     f, a whole update, from a CUDA graph where `records`: the run asks for it, and the engine's steps can
+                   be recorded
     backward       cotangents in, parameter gradients out; `accumulation` times for one step, each for a micro-batch
     step(lr)       clip, optimizer, EMA: prepare_step(lr) is what the host does of it, apply_step() the device
     restart()      forget moments and average: what follows is another training of the same weights
@@ -47,6 +48,11 @@ class PlainEngine:
     def frozen(self):
         """The network for calls that want no parameter gradients."""
         return Prepared(self.network)
+
+    @property
+    def records(self):
+        """Whether `graphed` records."""
+        return self.execution.cuda_graphs
 
     def graphed(self, function):
         """`function` of tensors, replayed from a graph where the run asks for that: steps of this engine can be."""

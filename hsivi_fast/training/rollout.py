@@ -109,9 +109,10 @@ class FreshRollout:
     on_layer = None  # see `start_cycle`
 
     def __init__(self, context, student, prepared):
-        config, self.layers, self.student, self.prepared = context.config, context.layers, student, prepared
+        config, self.layers, self.student = context.config, context.layers, student
+        self.prepared = prepared.at(self.layers.tau)
         self.matching, self.class_labels = context.matching, context.class_labels
-        self.predict = context.execution.compiled(prepared)
+        self.predict = context.execution.compiled(self.prepared)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = context.world.shard(self.batch_size)
 
@@ -156,9 +157,9 @@ class PooledRollout:
 
     def __init__(self, context, student, prepared):
         config, self.layers, self.world = context.config, context.layers, context.world
-        self.student, self.prepared = student, prepared
+        self.student, self.prepared = student, prepared.at(self.layers.tau)
         self.matching, self.class_labels = context.matching, context.class_labels
-        self.predict = context.execution.compiled(prepared)
+        self.predict = context.execution.compiled(self.prepared)
         self.run_seed, self.batch_size = config.seed, config.train.batch_size
         self.shard = self.world.shard(self.batch_size)
         self.cycle_length = config.train.f_learning_times

@@ -252,7 +252,7 @@ class Anchor:
         """Take what was seen in an update of the student into the running norms."""
         seen = self.world.sum(self._seen.clone())
         memory = self.MEMORY if self.updates else 0.0
-        self.squares = memory * self.squares + (1 - memory) * seen
+        self.squares.mul_(memory).add_((1 - memory) * seen)  # in place: a recorded update reads them
         self._seen.zero_()
         self.updates += 1
 
@@ -264,4 +264,4 @@ class Anchor:
         """The inverse of `state`; nothing where the checkpoint is of before the first update."""
         if state.get("anchor"):
             *squares, self.updates = state["anchor"]
-            self.squares = torch.tensor(squares, device=self.squares.device)
+            self.squares.copy_(torch.tensor(squares))

@@ -6,7 +6,7 @@ written or shown is rank 0's.
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,6 +37,7 @@ from .telemetry import describe_environment
 from .updates import FiniteGuard, Updates
 from .zero import build_engine, check_distribution
 
+SINGLE_LAYER = "single_layer"  # the folder, in a run's own, of that run with one layer, for the row of that name
 FISHER_DRAWS = 2000  # of each layer, on which the Fisher divergence is measured at the end
 
 
@@ -55,6 +56,9 @@ def train(config, outdir=None, fresh=False, progress=False):
     check_journal(config)
     if config.eval.num_samples:
         check_baselines(config)
+        if "single_layer" in config.eval.baselines and processes() > 1:
+            problem = f"single_layer is another training, and is made by one process, not by {processes()}"
+            raise ValueError(f"eval.baselines: {problem}; leave it out and compare two runs by `hsivi report`")
     outdir = as_written(outdir or Path("runs") / config.name)
     world = connect(config)
     with world.watched(config.distributed.timeout), memory_advice(_what_to_lower(config)):
@@ -68,6 +72,11 @@ def train(config, outdir=None, fresh=False, progress=False):
                     training.record(stop)
             training.finish()
     return training.folder
+
+
+def single_layer_config(config):
+    """A run with a target as plain semi-implicit inference: one layer, and nothing measured."""
+    return replace(config, nfe=1, name=SINGLE_LAYER, eval=replace(config.eval, num_samples=0, baselines=()))
 
 
 def _what_to_lower(config):
@@ -287,8 +296,12 @@ class Training:
     def _table(self):
         if self.bridge is None:
             return final_table(self.context, self.folder, self.metric, self.progress)
-        of_run = gradient_evaluations(self.config, self.bridge)
-        return density_table(self.context, self.folder, self.metric, self.bridge, of_run, self.progress)
+        of_run, single = gradient_evaluations(self.config, self.bridge), None
+        if "single_layer" in self.config.eval.baselines:
+            config = single_layer_config(self.config)
+            folder = train(config, self.folder.path / SINGLE_LAYER, progress=self.progress)
+            single = folder, gradient_evaluations(config, folder.bridge())
+        return density_table(self.context, self.folder, self.metric, self.bridge, of_run, single, self.progress)
 
     def _due(self, stop):
         """What this step ends with. Ranks that are to do something together have to agree on it."""

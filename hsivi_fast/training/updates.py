@@ -20,11 +20,14 @@ class Updates:
         self._layers, self._matching, self._alpha = context.layers, context.matching, context.objective.alpha
         self.anchor = Anchor(context) if context.objective.anchor else None
         # Parameters of these two want no gradient here, and what is compiled from them computes none.
-        self._prepared_score_net = score_net.frozen()
+        self._prepared_score_net = score_net.frozen().at(self._matching.t)
         self._frozen_score_net = context.execution.compiled(self._prepared_score_net)
-        self._prepared_teacher = context.prepared_teacher
+        self._prepared_teacher = context.prepared_teacher.at(self._matching.t)
         self._teacher = context.execution.compiled(self._prepared_teacher)
-        self._pull_back = context.execution.graphed(self._pull_back_student_loss)
+        self._follow = student.graphed(self._update_student)
+        self._pull_back = self._pull_back_student_loss
+        if not student.records:  # otherwise it is recorded as a part of the update
+            self._pull_back = context.execution.graphed(self._pull_back)
         self._descend = score_net.graphed(self._update_score_net)
         self._regress = student.graphed(self._update_student_on_paths)
         self._teacher_losses = context.execution.graphed(self._losses_of_teacher)
@@ -41,6 +44,14 @@ class Updates:
         the score network and the teacher to what the layer makes. What arrives there goes into the student's own
         backward, with the regression onto the states `anchored` (`PathBatch`), if there are some.
         """
+        self._student.prepare_step(lr)
+        losses = self._follow(batch, anchored)
+        if anchored is not None:
+            self.anchor.update()
+        return losses, self._matching.layer[batch.noise.stream]
+
+    def _update_student(self, batch, anchored):
+        """The whole update, with what the score network is now. Returns the losses [B] before it."""
         self._prepared_score_net.refresh()
         log_gamma, all_losses = self._student.network.log_scaled_gamma, []
         parts = self._student.accumulation
@@ -64,10 +75,8 @@ class Updates:
                 outputs.append(eps_kept), gradients.append(self.anchor.scale() * grad_kept)
             self._student.backward(outputs, gradients)
             all_losses.append(losses)
-        self._student.step(lr)
-        if anchored is not None:
-            self.anchor.update()
-        return torch.cat(all_losses), self._matching.layer[batch.noise.stream]
+        self._student.apply_step()
+        return torch.cat(all_losses)
 
     def score_net(self, batch, lr):
         """One update of the score network at states that layers make."""

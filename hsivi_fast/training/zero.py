@@ -94,6 +94,8 @@ class DeepSpeedEngine:
         """
         return Prepared(self.network, whole=self.stage < 3)
 
+    records = False  # see `graphed`
+
     def graphed(self, function):
         """`function` as it is: DeepSpeed's steps decide on the host."""
         return function

@@ -8,6 +8,7 @@ from contexts import context_with_teacher
 from bench import (
     ablation,
     breakdown,
+    density,
     fid,
     neighbours,
     quality,
@@ -106,6 +107,21 @@ def test_students_stand_beside_the_best_solvers_on_the_same_images():
     at = titles.index("5 evaluations")
     assert [line[at] for line in lines] == ["0.625 +- 0.250 (UniPC, Karras)", "0.500 +- 0.250"]
     assert recipe.summary(rows)[0]["value"] == (pytest.approx(0.1), pytest.approx(0))
+
+
+def test_draws_of_a_target_are_a_line_a_sampler_over_the_seeds():
+    rows = []
+    for seed, distance in enumerate((0.2, 0.4)):
+        values = dict.fromkeys(density.COLUMNS_KEPT, distance)
+        of_run = {
+            "hsivi_ema": {**values, "gradient_evaluations": 3000},
+            "base": {**values, "gradient_evaluations": None},
+        }
+        rows.append({"study": "banana", "variant": "K = 5", "seed": seed, "rows": of_run})
+    student, base = density.summary(rows)
+    assert (student["sampler"], student["seeds"], student["gradients"]) == ("HSIVI, K = 5", 2, 3.0)
+    assert student["sliced_wasserstein"] == pytest.approx((0.3, 0.1)) and base["gradients"] is None
+    assert ("banana", "K = 5", 0) in density.all_runs() and ("banana", "K = 1", 0) not in density.all_runs()
 
 
 def test_solvers_are_a_line_each_with_a_column_a_number_of_evaluations():

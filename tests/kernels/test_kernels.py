@@ -558,6 +558,13 @@ def test_narrow_segments_are_split():
     assert segment_and_chunks(32, 128, bf16, norm.FORWARD) == (32, 1)
     assert segment_and_chunks(32, 128, bf16, norm.BACKWARD) == (16, 1)
     assert norm.plan(4, 1, 64, 2, True)["chunks"] == 1  # the row has no more
+    # A group has 48 and 56 bytes: one program has whole sectors, where two would move the one between them twice.
+    for channels, segment in ((768, 96), (896, 224), (256, 32), (512, 32)):
+        for direction in (norm.FORWARD, norm.BACKWARD):
+            assert segment_and_chunks(8, channels, bf16, direction) == (segment, 1)
+    # Where registers end before that, as far as they go.
+    assert segment_and_chunks(16, 640, bf16, norm.FORWARD) == (80, 1)
+    assert segment_and_chunks(16, 640, bf16, norm.BACKWARD) == (40, 1)
 
 
 @pytest.mark.parametrize("modulated", [False, True])
