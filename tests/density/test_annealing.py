@@ -145,7 +145,9 @@ def test_descent_pairs_states_with_those_of_the_same_knot_that_the_weights_keep(
 @pytest.mark.parametrize("dim, own_knot", [(3, False), (4, True)])
 def test_the_coupling_is_transport_up_to_three_dimensions(dim, own_knot):
     bridge = _found(lambda x: -(x - 1).square().sum(1) * 2, dim, mean=(0.0,), scale=(1.0,), particles=60, **STILL)
-    same, next_knot = (float(_close_rows(bridge.below[1], states).max()) for states in (bridge.above[1], bridge.above[0]))
+    same, next_knot = (
+        float(_close_rows(bridge.below[1], states).max()) for states in (bridge.above[1], bridge.above[0])
+    )
     assert (same < 1e-3) == own_knot and (next_knot < 1e-3) == (not own_knot)
 
 

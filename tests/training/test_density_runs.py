@@ -137,9 +137,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize("owner, name, call, when", KILLS)
-def test_a_run_that_was_killed_ends_with_the_same_files(
-    straight, file, tmp_path, monkeypatch, owner, name, call, when
-):
+def test_a_run_that_was_killed_ends_with_the_same_files(straight, file, tmp_path, monkeypatch, owner, name, call, when):
     whole, calls = getattr(owner, name), []
 
     def dying(*arguments):
