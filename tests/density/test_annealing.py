@@ -63,7 +63,7 @@ def test_levels_fall_from_one_to_zero_and_scales_are_those_of_the_densities():
     assert bridge.levels[0] == 1 and bridge.levels[-1] == 0 and bool((bridge.levels[1:] < bridge.levels[:-1]).all())
     assert bridge.levels.shape == bridge.scales.shape == (5,)
     assert bridge.above.shape == bridge.below.shape == (4, 1000, 3)
-    # In the coordinates of the base every density is N(0, I), whose median squared score is that of chi^2 with 3 degrees.
+    # In the coordinates of the base every density is N(0, I): the squared score is chi^2 with 3 degrees.
     assert bridge.scales == pytest.approx([min(1, math.sqrt(3 / 2.366))] * 5, abs=0.05)
     assert bridge.evaluations > 2000 * 100
 
@@ -153,7 +153,7 @@ def test_the_coupling_is_transport_up_to_three_dimensions(dim, own_knot):
 
 def test_a_path_s_last_step_has_the_noise_that_is_asked_for():
     """Four Langevin steps of N(0, 1) from x: together a deviation near root(noise) x scale."""
-    bridge = _found(lambda x: -x.square().sum(1) / 2, 1, mean=(0.0,), scale=(1.0,), particles=1500, moves=1, nfe=1)
+    bridge = _found(lambda x: -x.square().sum(1) / 2, 1, mean=(0.0,), scale=(1.0,), particles=1500, moves=1, nfe=1, noise=0.5)
     differences = bridge.below[0] - bridge.above[0]  # transport of N(0, 1) to itself moves little
     assert float(differences.std()) == pytest.approx(math.sqrt(0.5), rel=0.1)
 
@@ -305,7 +305,7 @@ def test_draws_with_constraints_have_the_distribution_of_torch():
     names = ("positive", "unit_interval")
     target = load_target(log_density, 2, transform=transform_of(names))
     bridge = find_bridge(target, 2, BridgeConfig(chains=300, moves=60), 2000, 10, 0)
-    draws = ToTarget(bridge, names)(bridge.below[0])
+    draws = ToTarget(bridge.mean, bridge.factor, names)(bridge.below[0])
     for column, distribution in enumerate(exact):
         values, deviation = draws[:, column], float(distribution.stddev)
         assert bool(distribution.support.check(values).all())
@@ -317,17 +317,17 @@ def test_to_target_is_the_transform_of_torch():
     bridge = _found(gaussian, 3)
     u = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     x = bridge.mean + u @ bridge.factor.T
-    plain = ToTarget(bridge)
+    plain = ToTarget(bridge.mean, bridge.factor)
     assert torch.equal(plain(u), plain.unconstrained(u)) and plain.image_shape((3,)) == (3,)
     torch.testing.assert_close(plain(u), x)
-    torch.testing.assert_close(ToTarget(bridge, "real")(u), x)
-    torch.testing.assert_close(ToTarget(bridge, "positive")(u), x.exp())
-    mixed = ToTarget(bridge, ("positive", "unit_interval", "real"))(u)
+    torch.testing.assert_close(ToTarget(bridge.mean, bridge.factor, "real")(u), x)
+    torch.testing.assert_close(ToTarget(bridge.mean, bridge.factor, "positive")(u), x.exp())
+    mixed = ToTarget(bridge.mean, bridge.factor, ("positive", "unit_interval", "real"))(u)
     torch.testing.assert_close(mixed, torch.stack([x[:, 0].exp(), x[:, 1].sigmoid(), x[:, 2]], 1))
-    simplex = ToTarget(bridge, "simplex")
+    simplex = ToTarget(bridge.mean, bridge.factor, "simplex")
     assert simplex.image_shape((3,)) == (4,)
     torch.testing.assert_close(simplex(u), torch.distributions.biject_to(constraints.simplex)(x))
-    matrices = ToTarget(bridge, "corr_cholesky")
+    matrices = ToTarget(bridge.mean, bridge.factor, "corr_cholesky")
     assert matrices.image_shape((3,)) == (9,)
     assert matrices(u)[:, [0, 1, 2, 5]].tolist() == [[1, 0, 0, 0]] * 5  # row by row: nothing above the diagonal
 
