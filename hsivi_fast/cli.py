@@ -190,7 +190,8 @@ def sample(run, seeds, outdir, labels, batch, weights, **changes):
         if len(event_shape) == 3:
             refuse_beyond_disk(what, len(numbers) * picture_size(event_shape), target, advice, files=len(numbers))
         else:
-            refuse_beyond_memory(what, 32 * len(numbers), torch.device("cpu"), "ask for fewer")  # and in the npz
+            size = 16 * event_shape[0] * len(numbers)  # and in the npz
+            refuse_beyond_memory(what, size, torch.device("cpu"), "ask for fewer")
 
     def take(chunk, samples):
         target.mkdir(parents=True, exist_ok=True)

@@ -762,6 +762,15 @@ def _validated_density(config):
         values = getattr(config.bridge, key)
         if values is not None and len(values) not in (1, dim):
             raise ValueError(f"bridge.{key}: {len(values)} numbers for {dim} dimensions; give one for each, or one")
+    for key in ("metric", "inception"):
+        if getattr(config.eval, key) is not None:
+            raise ValueError(
+                f"eval.{key}: {getattr(config.eval, key)!r} sees images, and a target has none; leave it out"
+            )
+    names = config.target.parameters or ()
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"target.parameters: {twice!r} is there twice")
     constraints = config.target.constraints
     if isinstance(constraints, tuple) and len(constraints) != dim:
         raise ValueError(f"target.constraints: {len(constraints)} of them for {dim} dimensions; give one for each")

@@ -42,6 +42,18 @@ def with_same_content(before, now, sums):
     return values
 
 
+def changed_files(config, sums, section):
+    """[(key, file)] of a section's files that have other content than a run's `sums` say; those that are there."""
+    changed = []
+    for of_section, key in _KEYS:
+        file, known = _named(config, of_section, key), sums.get(_dotted(of_section, key))
+        if of_section == section and file is not None and known:
+            now = _sums_of(Path(file))
+            if now and now != known:
+                changed.append((_dotted(of_section, key), file))
+    return changed
+
+
 def _named(config, section, key):
     """The file or folder that a key names, None for none; of code, FILE.py:NAME, the file."""
     text = getattr(getattr(config, section) if section else config, key, None)

@@ -20,7 +20,11 @@ STEEPEST = 20.0  # what a whitened score counts at most there, for targets with 
 TRUST = 4.0  # and how much a variance may change in one step
 LEAST_EFFECTIVE = 0.7  # the share of particles that counts after a rung's weights
 ACCEPTED = 0.57  # the best share of accepted moves (Roberts and Rosenthal 1998)
+<<<<<<< HEAD
 SMALLEST_STEP = 0.01  # of a move, relative to the largest
+=======
+PROPER = 0.1  # what Stein's identity, which is 1 of a density, has to be at least at a given base's particles
+>>>>>>> t18
 JITTER = 1e-6  # on a covariance, relative to its mean variance
 LONGEST_LADDER = 500  # rungs, after which a target counts as improper
 TRANSPORTED = 3  # dimensions up to which states are paired by the cheapest transport
@@ -62,6 +66,16 @@ class Bridge:
                 raise ValueError(
                     f"{name} is of shape {list(tensors[name].shape)} or not finite; expected {list(shape)}"
                 )
+            wanted = {"levels": torch.float64, "scales": torch.float64, "evaluations": torch.int64}
+            if tensors[name].dtype != wanted.get(name, torch.float32):
+                raise ValueError(f"{name} is of type {str(tensors[name].dtype)[6:]}")
+        levels, factor = tensors["levels"], tensors["factor"]
+        if levels[0] != 1 or levels[-1] != 0 or not (levels.diff() < 0).all():
+            raise ValueError("levels do not fall from 1 to 0")
+        if not (tensors["scales"] > 0).all():
+            raise ValueError("scales are not positive")
+        if factor.triu(1).any() or not (factor.diagonal() > 0).all():
+            raise ValueError("factor is not lower triangular with a positive diagonal")
         own = {name: tensors[name].numpy() for name in ("levels", "scales")}
         return cls(
             **{
@@ -192,6 +206,8 @@ class _Finder:
             kept.append(u)
             if len(rungs) > LONGEST_LADDER:
                 raise ValueError(f"target.log_density: {_improper(self.settings)}")
+        if self.settings.mean is not None and self._stein(u) < PROPER:  # no chains have been there
+            raise ValueError(f"target.log_density: {_improper(self.settings)}")
         return np.array(rungs), np.array(distances), kept
 
     def paths(self, levels, rungs, particles_at, moves):
@@ -236,6 +252,12 @@ class _Finder:
             self._count(len(u))
         sane = torch.isfinite(moved).all(1) & ((moved - paired).norm(dim=1) < 10 * scale * math.sqrt(u.shape[1]))
         return torch.where(sane[:, None], moved, paired)
+
+    def _stein(self, u):
+        """-E (u - E u).score / d at particles of the target, 1 where it is a density; 0 where it is even."""
+        self._count(len(u))
+        score = self.at.value_and_score(u)[1]
+        return -float(((u - u.mean(0)) * score).sum(1).mean()) / u.shape[1]
 
     def _scale(self, u, level):
         squares = self.at.auxiliary(u, level)[1].square().sum(1)
@@ -329,6 +351,10 @@ def _next_level(log_ratio, level):
 
 def _assignment(points, others):
     """For each of the points [N, d] its partner among the others [N, d], the sum of squared distances least: [N]."""
+    if points.shape[1] == 1:  # in their order; on a line what is below takes a hundred times longer than elsewhere
+        partner = torch.empty(len(points), dtype=torch.int64, device=points.device)
+        partner[points[:, 0].argsort()] = others[:, 0].argsort()
+        return partner
     from scipy.optimize import linear_sum_assignment  # here: it takes a tenth of a second, and few runs need it
 
     _, partner = linear_sum_assignment(torch.cdist(points, others).square().cpu().numpy())

@@ -64,16 +64,24 @@ def transform_of(names):
     if names is None or names == "real":
         return None
     if isinstance(names, str):
-        return biject_to(_constraint(names))
-    return StackTransform([biject_to(_constraint(name)) for name in names], dim=-1)
+        return _to_constraint(names)
+    transforms = [_to_constraint(name) for name in names]
+    for name, transform in zip(names, transforms):
+        if transform.domain.event_dim or transform.codomain.event_dim:
+            raise ValueError(f"target.constraints: {name!r} is of several coordinates; give it alone, for all of them")
+    return StackTransform(transforms, dim=-1)
 
 
-def _constraint(name):
+def _to_constraint(name):
+    """The transform from real numbers to what the constraint of a name allows."""
     found = getattr(constraints, name, None)
     if not isinstance(found, constraints.Constraint):
-        known = "real, positive, nonnegative, unit_interval, simplex, lower_cholesky"
+        known = "real, positive, nonnegative, unit_interval, simplex, corr_cholesky"
         raise ValueError(f"target.constraints: {name!r} is no constraint of torch.distributions, as {known}")
-    return found
+    try:
+        return biject_to(found)
+    except NotImplementedError:
+        raise ValueError(f"target.constraints: {name!r} has no transform from real numbers") from None
 
 
 def target_of(settings, device):

@@ -58,6 +58,8 @@ class MixtureTeacher(nn.Module):
 class CorrectedTeacher(nn.Module):
     """teacher(x, t) + correction(x, t): a student or score network that starts as the exact teacher."""
 
+    channels_last = False  # what it makes are points
+
     def __init__(self, teacher, correction):
         super().__init__()
         self.event_shape = correction.event_shape

@@ -12,6 +12,7 @@ from ..config import Config, phases_of, resolved_dict, without_password, without
 from ..metrics.table import table_lines
 from ..sampling.sampler import ddim_sampler
 from . import figures, page
+from .density_report import MARGINALS, PAIRS, compared_draws
 from .sections import (
     NOISE_SCALE,
     PLANE_POINTS,
@@ -129,15 +130,18 @@ def _grouped(runs, key):
 
 def _data_key(config):
     """What a run's distances are measured by and against: only equal ones compare."""
-    return config.teacher.target or config.data, config.data_path, config.eval.metric, config.eval.reference
+    target = config.target and config.target.log_density
+    return target or config.teacher.target or config.data, config.data_path, config.eval.metric, config.eval.reference
 
 
 def _teacher_key(config):
     """What its teacher's samplers depend on."""
-    return repr((config.teacher, config.network, config.spacing))
+    return repr((config.target, config.teacher, config.network, config.spacing))
 
 
 def _data_title(config):
+    if config.target is not None:
+        return config.target.log_density
     return config.teacher.target or config.data or "no data"
 
 
@@ -232,6 +236,8 @@ def _configuration(run):
 
 def _samples(runs, backend):
     """Samples of runs of one teacher, ordered by evaluations, its DDIM beside them: the same seeds for all."""
+    if runs[0].config.target is not None:
+        return _draws(runs, backend)
     content, context, students = "", None, {}  # students: {evaluations: {title: samples}}
     for run in sorted(runs, key=lambda run: run.config.nfe):
         try:
@@ -249,6 +255,26 @@ def _samples(runs, backend):
     by_nfe = {nfe: {ddim_title(nfe): _draw_ddim(context, nfe), **samples} for nfe, samples in students.items()}
     show = _points if context.config.teacher.target is not None else _images
     return content + show(context, best, by_nfe)
+
+
+def _draws(runs, backend):
+    """The draws of runs on one target, ordered by evaluations, beside a reference where the target has one."""
+    content, shown = "", {}
+    for run in sorted(runs, key=lambda run: run.config.nfe):
+        try:
+            student, context, step = load_sampler_to_draw(run.folder, backend)
+        except ValueError as error:
+            content += page.paragraph(str(error))
+            continue
+        names, draws, reference = compared_draws(context, draw_samples(context, student))
+        if reference is not None:
+            shown.setdefault("reference", reference)
+        shown[f"{run.label}, step {step}, {student.nfe} evaluations"] = draws
+    if not shown:
+        return content
+    chart = page.chart(figures.marginals(shown, names[:MARGINALS]), "densities of single parameters")
+    chart += page.chart(figures.pair_densities(shown, names[:PAIRS]), "densities of pairs of parameters")
+    return content + page.subheading(_data_title(runs[0].config)) + chart
 
 
 def _draw_ddim(context, nfe):
@@ -331,7 +357,8 @@ def _teacher_rows(runs):
     for group in groups:
         rows = {}
         for run in reversed(group):
-            rows |= {(row["sampler"], row["nfe"]): row for row in run.results if not figures.is_of_student(row)}
+            others = [row for row in run.results if not figures.is_of_student(row) and row["nfe"] > 0]
+            rows |= {(row["sampler"], row["nfe"]): row for row in others}  # what evaluates no network has no place
         if rows:
             series["" if len(groups) == 1 else f"teacher of {_names(group)}"] = list(rows.values())
     return series

@@ -24,7 +24,7 @@ def write_density_report(folder, backend=None):
     sampler, context, step = load_sampler_to_draw(folder, backend)
     config, metrics, results = context.config, folder.metrics(), folder.read_json("results.json", [])
     layers = states_of(sampler, range(DRAWS))
-    names, draws, reference = _compared(context, layers[0])
+    names, draws, reference = compared_draws(context, layers[0])
     of_both = {"HSIVI": draws} if reference is None else {"reference": reference, "HSIVI": draws}
     pictures = {
         "marginals": figures.marginals(of_both, names[:MARGINALS]),
@@ -70,7 +70,7 @@ def states_of(sampler, seeds):
     return sampler.states(seeds)
 
 
-def _compared(context, u):
+def compared_draws(context, u):
     """(names, draws [N, D] of the sampler, those of a reference or None), arrays."""
     settings = context.config.target
     if settings.log_density in EXAMPLES:

@@ -13,7 +13,8 @@ from ..metrics.table import TITLES, sampler_title, spread_key
 
 GRID = 8  # columns of a grid of samples
 PLANE = [[-2.7, 2.7], [-2.7, 2.7]]  # what is shown of it
-DISTANCES = ("frechet_distance", "js_divergence")  # the columns of results.json that are drawn
+# The columns of results.json that are drawn: the first that a row has.
+DISTANCES = ("frechet_distance", "js_divergence", "sliced_wasserstein", "stein_discrepancy")
 LOSSES = (("score network's loss", "loss_score_net"), ("student's loss", "loss_student"))
 AXES = {"nfe": "network evaluations per sample", "images_per_second": "samples per second, each on its run's device"}
 RGB = ("red", "green", "blue")

@@ -87,7 +87,9 @@ def _path_bytes(config, event_size, world_size):
     if phases_of(config).start == 0:
         return 0
     if config.target is not None:
-        return 2 * config.nfe * config.start.trajectories * event_size * 4
+        count = config.start.trajectories
+        paired = 16 * count**2 if event_size > 1 else 0  # distances of all pairs, in float32 and in float64
+        return 2 * config.nfe * count * event_size * 4 + paired
     path_knots(config)  # refuses a top that cannot be
     held = parts_of(config, event_size)[1] * (config.nfe + 1) * event_size * 4
     return held if world_size == 1 else held + held // world_size  # and what a process rolls of it

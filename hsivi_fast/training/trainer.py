@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..build import build_context, build_score_net, build_student, choose_device
 from ..checkpoints.files import as_written
+from ..checkpoints.inputs import changed_files
 from ..checkpoints.run_folder import RunFolder
 from ..config import phases_of
 from ..data import check_image_size
@@ -153,8 +154,17 @@ class Training:
 
     def _known_bridge(self):
         """That of a run that goes on."""
-        there = RunFolder.check(self.outdir, self.config, self.fresh) is not None
-        return RunFolder(self.outdir).bridge() if there else None
+        if RunFolder.check(self.outdir, self.config, self.fresh) is None:
+            return None
+        run = RunFolder(self.outdir)
+        changed = changed_files(self.config, run.read_json("inputs.json", {}), "target")
+        if changed:
+            problem = f"{changed[0][1]!r} is not what it was when the run began"
+            raise ValueError(f"{changed[0][0]}: {problem}; undo that, or train in another folder")
+        bridge = run.bridge()
+        if bridge is None and run.checkpoints():
+            raise ValueError(f"run {str(run.path)!r}: has no bridge.safetensors; its copy is not whole")
+        return bridge
 
     def _find_bridge(self, target, device):
         """On the main rank alone: others wait for what it finds."""
