@@ -20,7 +20,11 @@ STEEPEST = 20.0  # what a whitened score counts at most there, for targets with 
 TRUST = 4.0  # and how much a variance may change in one step
 LEAST_EFFECTIVE = 0.7  # the share of particles that counts after a rung's weights
 ACCEPTED = 0.57  # the best share of accepted moves (Roberts and Rosenthal 1998)
+<<<<<<< HEAD
+SMALLEST_STEP = 0.01  # of a move, relative to the largest
+=======
 PROPER = 0.1  # what Stein's identity, which is 1 of a density, has to be at least at a given base's particles
+>>>>>>> t18
 JITTER = 1e-6  # on a covariance, relative to its mean variance
 LONGEST_LADDER = 500  # rungs, after which a target counts as improper
 TRANSPORTED = 3  # dimensions up to which states are paired by the cheapest transport
@@ -265,15 +269,20 @@ class _Finder:
         return self.at.auxiliary(u, 0.0)[2]
 
     def _moved(self, at, u, level, moves):
-        """u after so many Metropolis-adjusted Langevin steps at a level, whose size is kept at `ACCEPTED`."""
+        """u after so many Metropolis-adjusted Langevin steps at a level.
+
+        Each particle draws the size of each of its steps, over two powers of ten: where the density is narrower than
+        elsewhere, as in a funnel, small ones are accepted. The largest is kept where `ACCEPTED` of all are.
+        """
         value, score, _ = at.auxiliary(u, level)
         self._count(len(u))
         for _ in range(moves):
-            step, noise = self.step, self._normal(*u.shape)
-            proposed = u + step * score + math.sqrt(2 * step) * noise
+            drawn = torch.rand(len(u), 1, generator=self.random).to(self.device)
+            step, noise = self.step * SMALLEST_STEP**drawn, self._normal(*u.shape)
+            proposed = u + step * score + (2 * step).sqrt() * noise
             value_there, score_there, _ = at.auxiliary(proposed, level)
             self._count(len(u))
-            back = (u - proposed - step * score_there) / math.sqrt(2 * step)
+            back = (u - proposed - step * score_there) / (2 * step).sqrt()
             log_ratio = value_there - value + (noise.square() - back.square()).sum(1) / 2
             drawn = torch.rand(len(u), generator=self.random).to(self.device)
             accepted = torch.isfinite(value_there) & (drawn.log() < log_ratio)
