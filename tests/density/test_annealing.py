@@ -1,4 +1,4 @@
-"""Bridges: a Gaussian and a mixture in closed form, how paths are paired, what is refused; the exact auxiliary score."""
+"""Bridges: a Gaussian and a mixture in closed form, how paths are paired, what is refused; the auxiliary score."""
 
 import functools
 import math
@@ -153,7 +153,8 @@ def test_the_coupling_is_transport_up_to_three_dimensions(dim, own_knot):
 
 def test_a_path_s_last_step_has_the_noise_that_is_asked_for():
     """Four Langevin steps of N(0, 1) from x: together a deviation near root(noise) x scale."""
-    bridge = _found(lambda x: -x.square().sum(1) / 2, 1, mean=(0.0,), scale=(1.0,), particles=1500, moves=1, nfe=1, noise=0.5)
+    settings = {"mean": (0.0,), "scale": (1.0,), "noise": 0.5}
+    bridge = _found(lambda x: -x.square().sum(1) / 2, 1, particles=1500, moves=1, nfe=1, **settings)
     differences = bridge.below[0] - bridge.above[0]  # transport of N(0, 1) to itself moves little
     assert float(differences.std()) == pytest.approx(math.sqrt(0.5), rel=0.1)
 
