@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import hsivi_here
-from density_runs import SHORT, exact_draws, write_target
+from density_runs import SHORT, write_target
 from safetensors.torch import load_file, save_file
 
 from hsivi_fast.checkpoints.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Bridges: a Gaussian and a mixture in closed form, how paths are paired, what is refused; the exact auxiliary score."""
+"""Bridges: a Gaussian and a mixture in closed form, paired paths, what is refused; the exact auxiliary score."""
 
 import functools
 import math
@@ -63,7 +63,7 @@ def test_levels_fall_from_one_to_zero_and_scales_are_those_of_the_densities():
     assert bridge.levels[0] == 1 and bridge.levels[-1] == 0 and bool((bridge.levels[1:] < bridge.levels[:-1]).all())
     assert bridge.levels.shape == bridge.scales.shape == (5,)
     assert bridge.above.shape == bridge.below.shape == (4, 1000, 3)
-    # In the coordinates of the base every density is N(0, I), whose median squared score is that of chi^2 with 3 degrees.
+    # In the coordinates of the base every density is N(0, I): its median squared score is that of chi^2 with 3 degrees.
     assert bridge.scales == pytest.approx([min(1, math.sqrt(3 / 2.366))] * 5, abs=0.05)
     assert bridge.evaluations > 2000 * 100
 
