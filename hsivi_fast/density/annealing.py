@@ -20,11 +20,8 @@ STEEPEST = 20.0  # what a whitened score counts at most there, for targets with 
 TRUST = 4.0  # and how much a variance may change in one step
 LEAST_EFFECTIVE = 0.7  # the share of particles that counts after a rung's weights
 ACCEPTED = 0.57  # the best share of accepted moves (Roberts and Rosenthal 1998)
-<<<<<<< HEAD
 SMALLEST_STEP = 0.01  # of a move, relative to the largest
-=======
 PROPER = 0.1  # what Stein's identity, which is 1 of a density, has to be at least at a given base's particles
->>>>>>> t18
 JITTER = 1e-6  # on a covariance, relative to its mean variance
 LONGEST_LADDER = 500  # rungs, after which a target counts as improper
 TRANSPORTED = 3  # dimensions up to which states are paired by the cheapest transport
