@@ -24,6 +24,7 @@ SMALLEST_STEP = 0.01  # of a move, relative to the largest
 PROPER = 0.1  # what Stein's identity, which is 1 of a density, has to be at least at a given base's particles
 JITTER = 1e-6  # on a covariance, relative to its mean variance
 LONGEST_LADDER = 500  # rungs, after which a target counts as improper
+NOISE = {"transport": 0.1, "descent": 0.5}  # of a pair's last step, where the run does not say it
 TRANSPORTED = 3  # dimensions up to which states are paired by the cheapest transport
 
 
@@ -237,12 +238,13 @@ class _Finder:
         """
         u, settings = states[k], self.settings
         coupling = settings.coupling or ("transport" if u.shape[1] <= TRANSPORTED else "descent")
+        noise = NOISE[coupling] if settings.noise is None else settings.noise
         if coupling == "transport":
             paired = states[k - 1]
         else:  # those that the weights kill go to the nearest that they keep (Reich 2013)
             paired = self._resampled(u, (levels[k - 1] - levels[k]) * self._log_ratio(u))
         paired = paired[_assignment(u, paired)]
-        step, moved = settings.noise * scale**2 / 8, paired
+        step, moved = noise * scale**2 / 8, paired
         for _ in range(4):  # 4 steps of variance 2 step: together noise * scale^2
             score = self.at.auxiliary(moved, levels[k - 1])[1]
             moved = moved + step * score + math.sqrt(2 * step) * self._normal(*u.shape)
