@@ -12,6 +12,7 @@ from density_runs import SHORT, write_target
 from safetensors.torch import load_file, save_file
 
 from hsivi_fast.checkpoints.run_folder import RunFolder
+from hsivi_fast.export import load_exported
 from hsivi_fast.sampling import sampler
 
 SOURCE = """
@@ -78,6 +79,20 @@ def test_draws_as_files(trained, hsivi, tmp_path):
     hsivi("sample", trained[0], "--seeds", "0-99", "--outdir", tmp_path / "raw", "--weights", "raw")
     with np.load(tmp_path / "raw" / "draws.npz") as file:
         assert not np.allclose(file["draws"], draws)
+
+
+def test_an_export_draws_the_same_parameters_without_the_target(trained, hsivi, tmp_path):
+    """The target's file raises when it is run."""
+    done = hsivi("export", trained[0], "--format", "safetensors", "--outdir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    exported = load_exported(tmp_path / "out", "cpu")
+    draws = exported(range(40))
+    torch.testing.assert_close(draws, sampler.sample(trained[0], range(40)), rtol=1e-5, atol=1e-6)
+    assert bool((draws[:, 0] > 0).all()) and exported.nfe == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "gaussian.py:log_density, 2 unconstrained coordinates" in card and "none of the density" in card
+    line = _only_line(hsivi("export", trained[0], "--format", "diffusers", "--outdir", tmp_path / "pipeline"))
+    assert "format: 'diffusers' is for image runs only, and this run has a target" in line
 
 
 def test_draws_for_arviz(trained, hsivi, tmp_path):

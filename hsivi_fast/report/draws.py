@@ -19,7 +19,8 @@ def write_draws(folder, draws, seeds, config):
         import arviz  # here: it is an extra, and takes seconds
     except ImportError:
         return files
-    posterior = {name: draws[None, :, column] for column, name in enumerate(names)}
+    # A slash in a name would be a group of the file.
+    posterior = {name.replace("/", "_"): draws[None, :, column] for column, name in enumerate(names)}
     files.append(folder / "draws.nc")
     with written_beside(files[1]) as unfinished:
         arviz.from_dict(posterior=posterior).to_netcdf(str(unfinished))
