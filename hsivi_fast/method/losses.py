@@ -46,12 +46,10 @@ def student_loss_and_grads(f, e, layers, log_gamma, noise, alpha=0.5):
     return losses, grad_f, grad_e, layers.pull_back_rows(log_gamma, grad_rows)
 
 
-def path_likelihood_and_grads(eps_hat, target, layers, log_gamma, k, held=None):
+def path_likelihood_and_grads(eps_hat, target, layers, log_gamma, k):
     """How likely the layers are to take the steps of paths: the mean of -log N(x_{k-1}; mean of layer k, its noise).
 
     eps_hat, target: [B, dim], the student's prediction and the one that would give x_{k-1} as the mean; k: [B].
-    held: [B] bool, of which paths the noise alone is learned, and of all others the prediction alone: on paths that a
-    network has seen its errors are smaller, and so would be the noise. None: all of them serve both.
     Returns (losses [B] without their constant, the gradient of their mean at eps_hat, that at log_gamma).
     """
     rows = layers.rows(log_gamma)  # [1 or K, 1 or dim]
@@ -61,12 +59,10 @@ def path_likelihood_and_grads(eps_hat, target, layers, log_gamma, k, held=None):
     difference = eps_hat - target
     squares = factor * difference.square()  # [B, dim], 1 each in the mean where log_gamma fits
     losses = (squares / 2 + deviation).sum(1)
-    grad, of_rows = factor * difference / len(k), (1 - squares) / len(k)
-    if held is not None:
-        grad, of_rows = torch.where(held[:, None], 0.0, grad), torch.where(held[:, None], of_rows, 0.0)
+    of_rows = (1 - squares) / len(k)
     of_rows = of_rows if rows.shape[1] > 1 else of_rows.sum(1, keepdim=True)
     if layers.per_step:
         of_rows = torch.zeros_like(rows).index_add_(0, k - 1, of_rows)
     else:
         of_rows = of_rows.sum(0, keepdim=True)
-    return losses, grad, of_rows.reshape(log_gamma.shape)
+    return losses, factor * difference / len(k), of_rows.reshape(log_gamma.shape)

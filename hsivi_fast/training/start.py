@@ -37,7 +37,6 @@ from .rollout import (
 )
 
 PATH_BYTES = 2**30  # of states that are held at once; more trajectories are rolled in parts, one after the other
-HELD_OUT = 8  # of so many paths of a bridge, one is kept for the noise scale
 WARM_UP = 20  # updates of a start
 
 
@@ -69,36 +68,25 @@ def path_knots(config):
 
 @dataclass(frozen=True)
 class PathBatch:
-    """States of paths: x = x_k [B, *event], the target eps there, the layer k [B], and the class of each or None.
-
-    held: [B] bool, of a bridge's paths: of which the noise alone is learned, see `path_likelihood_and_grads`.
-    """
+    """States of paths: x = x_k [B, *event], the target eps there, the layer k [B], and the class of each or None."""
 
     x: torch.Tensor
     target: torch.Tensor
     k: torch.Tensor
     labels: torch.Tensor | None = None
-    held: torch.Tensor | None = None
 
     def split(self, count):
         """As many batches of equal size, whose samples follow each other."""
         parts = equal_slices(len(self.x), count)
         return [
-            PathBatch(
-                self.x[part],
-                self.target[part],
-                self.k[part],
-                labels_at(self.labels, part),
-                None if self.held is None else self.held[part],
-            )
-            for part in parts
+            PathBatch(self.x[part], self.target[part], self.k[part], labels_at(self.labels, part)) for part in parts
         ]
 
 
 # As of `Batch`: a recorded update takes it apart into tensors.
 register_pytree_node(
     PathBatch,
-    lambda batch: ([batch.x, batch.target, batch.k, batch.labels, batch.held], None),
+    lambda batch: ([batch.x, batch.target, batch.k, batch.labels], None),
     lambda fields, _: PathBatch(*fields),
 )
 
@@ -228,7 +216,7 @@ class BridgePaths:
         k = draw_layers(self.run_seed, layers_purpose, step, batch_size, self.nfe, self.device)[shard]
         row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
         x, below = self.above[k - 1, row], self.below[k - 1, row]
-        return PathBatch(x, x - below, k, held=row < self.count // HELD_OUT)
+        return PathBatch(x, x - below, k)
 
 
 def build_paths(context, bridge=None):

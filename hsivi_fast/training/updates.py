@@ -129,8 +129,7 @@ class Updates:
         """
         log_gamma = self._student.network.log_scaled_gamma.detach()
         if self._layers.ends_with_noise:
-            of_batch = batch.target, self._layers, log_gamma, batch.k, batch.held
-            return path_likelihood_and_grads(eps_hat.detach(), *of_batch)
+            return path_likelihood_and_grads(eps_hat.detach(), batch.target, self._layers, log_gamma, batch.k)
         return *_regression(eps_hat, batch.target), torch.zeros_like(log_gamma)
 
     def _pull_back_student_loss(self, x, noise, labels):
