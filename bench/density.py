@@ -5,7 +5,8 @@
 
 Draws are compared with exact ones, or with those of NUTS: errors of means (in deviations), of deviations and of
 correlations, and sliced Wasserstein. The full-rank Gaussian of ADVI and Langevin chains have as many gradient
-evaluations as the run, and are measured in its first seed. One thread a run. The command can be stopped and given again, as bench.recipe.
+evaluations as the run, and are measured in its first seed. One thread a run. The command can be stopped and given
+again, as bench.recipe.
 """
 
 import sys
