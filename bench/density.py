@@ -37,7 +37,13 @@ TARGETS = {
 MULTIMODAL = ("x_shape", "multimodal", "mixture_10", "mixture_50")  # those that one layer is tried on
 RIVALS = ("base", "particles")
 OF_FIRST_SEED = ("full_rank", "langevin")  # they do not depend on what a run learns, and take as long as that
-COLUMNS_KEPT = ("sliced_wasserstein", "mean_error", "std_error", "correlation_error", "stein_discrepancy")
+COLUMNS_KEPT = {  # key of a row -> title
+    "sliced_wasserstein": "sliced Wasserstein",
+    "mean_error": "means",
+    "std_error": "deviations",
+    "correlation_error": "correlations",
+    "stein_discrepancy": "Stein discrepancy",
+}
 NAMES = {"hsivi_ema": "HSIVI", "start": "start", "base": "Gaussian base", "full_rank": "full-rank Gaussian"}
 NAMES |= {"langevin": "Langevin chains", "particles": "particles (SMC)"}
 
@@ -111,16 +117,22 @@ def _title(name, variant):
     return f"{NAMES[name]}, {variant}" if name in ("hsivi_ema", "start") else NAMES[name]
 
 
+def with_error(key):
+    """What shows a line's mean and, of several seeds, its standard error."""
+
+    def shown(line):
+        mean, error = line[key]
+        return f"{mean:.3f}" if line["seeds"] == 1 else f"{mean:.3f} +- {error:.3f}"
+
+    return shown
+
+
 COLUMNS = [
     Column("target", "{target}"),
     Column("sampler", "{sampler}"),
     Column("seeds", "{seeds}"),
     Column("thousand gradients", "{gradients:.0f}", needs="gradients"),
-    Column("sliced Wasserstein", "{sliced_wasserstein[0]:.3f} +- {sliced_wasserstein[1]:.3f}"),
-    Column("means", "{mean_error[0]:.3f} +- {mean_error[1]:.3f}"),
-    Column("deviations", "{std_error[0]:.3f} +- {std_error[1]:.3f}"),
-    Column("correlations", "{correlation_error[0]:.3f} +- {correlation_error[1]:.3f}"),
-    Column("Stein discrepancy", "{stein_discrepancy[0]:.3f} +- {stein_discrepancy[1]:.3f}"),
+    *(Column(title, with_error(key)) for key, title in COLUMNS_KEPT.items()),
 ]
 
 
