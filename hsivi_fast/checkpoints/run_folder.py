@@ -287,10 +287,12 @@ class RunFolder(os.PathLike):
     def bridge(self):
         """The `Bridge` of a run with a target, None where none was found yet.
 
-        Raises ValueError in one line where it is damaged, or not of the run's target.
+        Raises ValueError in one line where it is damaged, not of the run's target, or missing beside a checkpoint.
         """
         file = self.path / BRIDGE
         if not file.exists():
+            if self.checkpoints():
+                raise ValueError(f"run {str(self.path)!r}: has no {BRIDGE}; its copy is not whole")
             return None
         config, advice = self.config(), "train the run again in another folder"
 

@@ -74,14 +74,10 @@ class Bridge:
             raise ValueError("scales are not positive")
         if factor.triu(1).any() or not (factor.diagonal() > 0).all():
             raise ValueError("factor is not lower triangular with a positive diagonal")
-        own = {name: tensors[name].numpy() for name in ("levels", "scales")}
-        return cls(
-            **{
-                **{name: tensors[name] for name in cls.__dataclass_fields__},
-                **own,
-                "evaluations": int(tensors["evaluations"]),
-            }
-        )
+        values = {name: tensors[name] for name in cls.__dataclass_fields__}
+        values |= {name: tensors[name].numpy() for name in ("levels", "scales")}
+        values["evaluations"] = int(tensors["evaluations"])
+        return cls(**values)
 
     def to_target(self, u):
         """x = mean + factor u, of coordinates u [B, d]."""
@@ -89,14 +85,18 @@ class Bridge:
 
 
 class Standardised:
-    """A target in the coordinates u of its base, with the auxiliary densities of the bridge."""
+    """A target in the coordinates u of its base, with the auxiliary densities of the bridge.
 
-    def __init__(self, target, mean, factor):
-        self.target, self.mean, self.factor = target, mean, factor
+    count(n): called with the gradient evaluations that each call takes.
+    """
+
+    def __init__(self, target, mean, factor, count):
+        self.target, self.mean, self.factor, self.count = target, mean, factor, count
 
     def value_and_score(self, u):
         """(log p [B], its gradient at u [B, d]); what is no number is so improbable that it is never accepted."""
         value, score = self.target.value_and_score(self.mean + u @ self.factor.T)
+        self.count(len(u))
         score = score @ self.factor
         fine = torch.isfinite(value) & torch.isfinite(score).all(1)
         return torch.where(fine, value, -torch.inf), torch.where(fine[:, None], score, 0.0)
@@ -173,25 +173,22 @@ class _Finder:
         noise allows, since a chain that begins far out would never move otherwise.
         """
         settings, dim = self.settings, self.target.dim
-        z = torch.linalg.solve_triangular(factor, self._started(dim).sub(mean).T, upper=False).T
-        at, step = Standardised(self.target, mean, factor), 0.3 / dim ** (1 / 3)
+        started = settings.spread * self._normal(settings.chains, dim)
+        z = torch.linalg.solve_triangular(factor, (started - mean).T, upper=False).T
+        at, step = Standardised(self.target, mean, factor, self._count), 0.3 / dim ** (1 / 3)
         for _ in range(settings.moves // 2):
             score = at.value_and_score(z)[1]
             drift = step * score
             drift = drift * (math.sqrt(dim) / 2 / drift.norm(dim=1, keepdim=True).clamp_min(1e-9)).clamp_max(1.0)
             z = z + drift + math.sqrt(2 * step) * self._normal(*z.shape)
-            self._count(len(z))
         return mean + self._moved(at, z, 1.0, settings.moves - settings.moves // 2) @ factor.T
-
-    def _started(self, dim):
-        return self.settings.spread * self._normal(self.settings.chains, dim)
 
     def ladder(self, mean, factor, particles, moves):
         """(lambda of each rung, how far it is from the base, the particles there), from lambda 0 to 1.
 
         Each rung is as far from the one before as `LEAST_EFFECTIVE` allows.
         """
-        self.at, self.mean, self.factor = Standardised(self.target, mean, factor), mean, factor
+        self.at, self.mean, self.factor = Standardised(self.target, mean, factor, self._count), mean, factor
         u = self._normal(particles, self.target.dim)
         rungs, distances, kept = [0.0], [0.0], [u]
         while rungs[-1] < 1:
@@ -248,23 +245,19 @@ class _Finder:
         for _ in range(4):  # 4 steps of variance 2 step: together noise * scale^2
             score = self.at.auxiliary(moved, levels[k - 1])[1]
             moved = moved + step * score + math.sqrt(2 * step) * self._normal(*u.shape)
-            self._count(len(u))
         sane = torch.isfinite(moved).all(1) & ((moved - paired).norm(dim=1) < 10 * scale * math.sqrt(u.shape[1]))
         return torch.where(sane[:, None], moved, paired)
 
     def _stein(self, u):
         """-E (u - E u).score / d at particles of the target, 1 where it is a density; 0 where it is even."""
-        self._count(len(u))
         score = self.at.value_and_score(u)[1]
         return -float(((u - u.mean(0)) * score).sum(1).mean()) / u.shape[1]
 
     def _scale(self, u, level):
         squares = self.at.auxiliary(u, level)[1].square().sum(1)
-        self._count(len(u))
         return min(1.0, math.sqrt(u.shape[1] / max(float(squares.median()), 1e-12)))
 
     def _log_ratio(self, u):
-        self._count(len(u))
         return self.at.auxiliary(u, 0.0)[2]
 
     def _moved(self, at, u, level, moves):
@@ -274,13 +267,11 @@ class _Finder:
         elsewhere, as in a funnel, small ones are accepted. The largest is kept where `ACCEPTED` of all are.
         """
         value, score, _ = at.auxiliary(u, level)
-        self._count(len(u))
         for _ in range(moves):
             drawn = torch.rand(len(u), 1, generator=self.random).to(self.device)
             step, noise = self.step * SMALLEST_STEP**drawn, self._normal(*u.shape)
             proposed = u + step * score + (2 * step).sqrt() * noise
             value_there, score_there, _ = at.auxiliary(proposed, level)
-            self._count(len(u))
             back = (u - proposed - step * score_there) / (2 * step).sqrt()
             log_ratio = value_there - value + (noise.square() - back.square()).sum(1) / 2
             drawn = torch.rand(len(u), generator=self.random).to(self.device)

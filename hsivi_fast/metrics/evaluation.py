@@ -438,10 +438,8 @@ def evaluate(
             _refuse_for_a_target(metric=metric, inception=inception, save_images=save_images)
             context = context.with_bridge(folder.bridge(), target_of(config.target, context.device))
         config = context.config
-        if config.target is None and metric not in (
-            None,
-            network_of(config),
-        ):  # the run's own statistics are not of this network
+        # The run's own statistics are not of another network.
+        if config.target is None and metric not in (None, network_of(config)):
             config = replace(config, eval=replace(config.eval, metric=metric, reference=None))
         given = {"eval.inception": inception, "eval.reference": ref}
         config = change_config(config, {key: value and str(value) for key, value in given.items()})
@@ -477,17 +475,19 @@ def _check_room(num_samples, image_shape, path):
         refuse_beyond_disk(what, num_samples * picture_size(image_shape), path, advice, files=num_samples)
 
 
+def _given_option(options):
+    """The first option that has a value, as it is written on the command line; None for none."""
+    return next((name.replace("_", "-") for name, value in options.items() if value is not None), None)
+
+
 def _refuse_for_a_target(**options):
     """ValueError for the first option that a run with a target has no use for."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name.replace('_', '-')}: a run with a target draws parameters, and no images")
+    if option := _given_option(options):
+        raise ValueError(f"{option}: a run with a target draws parameters, and no images")
 
 
 def _refuse_in_the_plane(**options):
     """ValueError for the first option that a 2-D run has no use for."""
-    for name, value in options.items():
-        if value is not None:
-            what = "statistics do" if name == "ref" else "this does"
-            option = name.replace("_", "-")
-            raise ValueError(f"{option}: a 2-D run is measured against its exact target; {what} not apply")
+    if option := _given_option(options):
+        what = "statistics do" if option == "ref" else "this does"
+        raise ValueError(f"{option}: a 2-D run is measured against its exact target; {what} not apply")

@@ -23,7 +23,7 @@ def write_density_report(folder, backend=None):
     """
     sampler, context, step = load_sampler_to_draw(folder, backend)
     config, metrics, results = context.config, folder.metrics(), folder.read_json("results.json", [])
-    layers = states_of(sampler, range(DRAWS))
+    layers = sampler.states(torch.arange(DRAWS, device=context.device))
     names, draws, reference = compared_draws(context, layers[0])
     of_both = {"HSIVI": draws} if reference is None else {"reference": reference, "HSIVI": draws}
     pictures = {
@@ -61,13 +61,6 @@ def write_density_report(folder, backend=None):
     summary = f"{config.nfe} network evaluations a draw, none of the target; step {step}."
     folder.write("report.html", page.html_page(f"hsivi_fast: {config.name}", summary, sections))
     return folder.path / "report.html"
-
-
-@torch.no_grad()
-def states_of(sampler, seeds):
-    """[x_0, ..., x_K], each [N, d], of a sampler's draws of some seeds."""
-    seeds = torch.tensor(list(seeds), dtype=torch.int64, device=sampler.layers.tau.device)
-    return sampler.states(seeds)
 
 
 def compared_draws(context, u):

@@ -239,7 +239,7 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
     step = steps[-1] if step is None else step
     context = build_context(change_config(config, changes or {}), world)
     if config.target is not None:
-        context = context.with_bridge(world.from_main(lambda: _bridge_of(folder)))
+        context = context.with_bridge(world.from_main(folder.bridge))
     student = build_untrained_student(context)
     stem = "student_ema" if weights == "ema" else "student"
     tensors = world.tensors_from_main(lambda: folder.load_tensors(step, stem))
@@ -252,13 +252,6 @@ def load_sampler(run, world, weights="ema", step=None, changes=None):
                 "for an older one, or train again with smaller learning rates"
             )
     return student_sampler(context, student), context, step
-
-
-def _bridge_of(folder):
-    bridge = folder.bridge()
-    if bridge is None:
-        raise ValueError(f"run {str(folder.path)!r}: has no bridge.safetensors; its copy is not whole")
-    return bridge
 
 
 def sample(run, seeds, weights="ema", batch_size=250, on_batch=None, labels=None, **changes):

@@ -91,7 +91,34 @@ register_pytree_node(
 )
 
 
-class Paths:
+class _Batches:
+    """What batches of the start and of the anchor have in common, whatever their paths: which states they are of.
+
+    A subclass says how many paths there are, `count`, and has `_states(k, row)`, the `PathBatch` of them.
+    """
+
+    def __init__(self, context):
+        config, self.world, self.device = context.config, context.world, context.device
+        self.run_seed, self.nfe = config.seed, config.nfe
+        self.batch_size = config.start.batch_size or config.train.batch_size
+        self.anchor_batch_size = config.objective.anchor_batch or config.train.batch_size
+
+    def batch(self, update):
+        """This rank's share of the states of an update of the start."""
+        return self._batch(update, START_LAYERS, START_ROWS, self.batch_size)
+
+    def anchor_batch(self, step):
+        """This rank's share of the states that the student's update at a step is anchored to."""
+        return self._batch(step, ANCHOR_LAYERS, ANCHOR_ROWS, self.anchor_batch_size)
+
+    def _batch(self, step, layers_purpose, rows_purpose, batch_size):
+        shard = self.world.shard(batch_size)
+        k = draw_layers(self.run_seed, layers_purpose, step, batch_size, self.nfe, self.device)[shard]
+        row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
+        return self._states(k, row)
+
+
+class Paths(_Batches):
     """The teacher's paths of a run at its knots.
 
     on_evaluations(n), where it is set, is told of n evaluations of the teacher.
@@ -100,10 +127,8 @@ class Paths:
     on_evaluations = None
 
     def __init__(self, context):
-        config, self.world, self.device = context.config, context.world, context.device
-        self.run_seed, self.nfe, self.updates = config.seed, config.nfe, config.start.updates
-        self.batch_size = config.start.batch_size or config.train.batch_size
-        self.anchor_batch_size = config.objective.anchor_batch or config.train.batch_size
+        super().__init__(context)
+        config, self.updates = context.config, context.config.start.updates
         self.chunk, self.event_shape, self.layers = config.rollout.chunk, context.teacher.event_shape, context.layers
         self.parts, self.count = parts_of(config, math.prod(self.event_shape))
         self.share = -(-self.count // self.world.size)
@@ -131,18 +156,7 @@ class Paths:
         """Give the memory of the states back."""
         self.states = self.labels = self.part = None
 
-    def batch(self, update):
-        """This rank's share of the states of an update of the start."""
-        return self._batch(update, START_LAYERS, START_ROWS, self.batch_size)
-
-    def anchor_batch(self, step):
-        """This rank's share of the states that the student's update at a step is anchored to."""
-        return self._batch(step, ANCHOR_LAYERS, ANCHOR_ROWS, self.anchor_batch_size)
-
-    def _batch(self, step, layers_purpose, rows_purpose, batch_size):
-        shard = self.world.shard(batch_size)
-        k = draw_layers(self.run_seed, layers_purpose, step, batch_size, self.nfe, self.device)[shard]
-        row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
+    def _states(self, k, row):
         x, below = self._at(k, row), self._at(k - 1, row)
         target = (below - _column(self.a[k], x) * x) / _column(self.b[k], x)
         return PathBatch(x, target, k, labels_at(self.labels, row))
@@ -182,17 +196,15 @@ def _column(values, x):
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-class BridgePaths:
+class BridgePaths(_Batches):
     """The paths of a bridge, in the place of `Paths`: they have been found with it, and all are held.
 
     A layer's target is the eps that makes its mean the path's next state: eps = x_k - x_{k-1}.
     """
 
     def __init__(self, context, bridge):
-        config, self.world, self.device = context.config, context.world, context.device
-        self.run_seed, self.nfe, self.count = config.seed, config.nfe, bridge.above.shape[1]
-        self.batch_size = config.start.batch_size or config.train.batch_size
-        self.anchor_batch_size = config.objective.anchor_batch or config.train.batch_size
+        super().__init__(context)
+        self.count = bridge.above.shape[1]
         self.above, self.below = bridge.above.to(self.device), bridge.below.to(self.device)
         self.evaluations = 0
 
@@ -203,18 +215,7 @@ class BridgePaths:
         """Give the memory of the states back."""
         self.above = self.below = None
 
-    def batch(self, update):
-        """This rank's share of the states of an update of the start."""
-        return self._batch(update, START_LAYERS, START_ROWS, self.batch_size)
-
-    def anchor_batch(self, step):
-        """This rank's share of the states that the student's update at a step is anchored to."""
-        return self._batch(step, ANCHOR_LAYERS, ANCHOR_ROWS, self.anchor_batch_size)
-
-    def _batch(self, step, layers_purpose, rows_purpose, batch_size):
-        shard = self.world.shard(batch_size)
-        k = draw_layers(self.run_seed, layers_purpose, step, batch_size, self.nfe, self.device)[shard]
-        row = ops.integers_below(self.count, self.run_seed, rows_purpose, step, batch_size, self.device)[shard]
+    def _states(self, k, row):
         x, below = self.above[k - 1, row], self.below[k - 1, row]
         return PathBatch(x, x - below, k)
 

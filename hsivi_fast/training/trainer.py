@@ -145,7 +145,7 @@ class Training:
             return context.with_teacher()
         target = target_of(self.config.target, context.device)
         self.world.from_main(lambda: check_target(target))
-        known = self.world.from_main(lambda: self._known_bridge())
+        known = self.world.from_main(self._known_bridge)
         if known is None:
             self.world.mark("finding the bridge")
             known = self.world.from_main(lambda: self._find_bridge(target, context.device))
@@ -161,10 +161,7 @@ class Training:
         if changed:
             problem = f"{changed[0][1]!r} is not what it was when the run began"
             raise ValueError(f"{changed[0][0]}: {problem}; undo that, or train in another folder")
-        bridge = run.bridge()
-        if bridge is None and run.checkpoints():
-            raise ValueError(f"run {str(run.path)!r}: has no bridge.safetensors; its copy is not whole")
-        return bridge
+        return run.bridge()
 
     def _find_bridge(self, target, device):
         """On the main rank alone: others wait for what it finds."""

@@ -1,7 +1,9 @@
 """What a training left in its folder, read and compared."""
 
+import contextlib
 import json
 
+import pytest
 from safetensors.torch import load_file
 
 
@@ -46,3 +48,30 @@ def files_without_times(path, left_out=("tensorboard/",)):
         else:
             found[name] = file.read_bytes()
     return found
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@contextlib.contextmanager
+def killed_at(owner, name, call, when):
+    """Inside, call number `call` of the method `name` of a class ends the process's work, `before` or `after` it.
+
+    That has to happen: without it the block fails.
+    """
+    whole, calls = getattr(owner, name), []
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) == call and when == "before":
+            raise Killed
+        result = whole(*arguments)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            yield

@@ -8,7 +8,7 @@ import pytest
 import torch
 from density_runs import COVARIANCE, MEAN, density_config, exact_draws, write_target
 from ranks import run_ranks
-from run_files import checkpoint, distance, files_without_times, losses_of
+from run_files import checkpoint, distance, files_without_times, killed_at, losses_of
 
 from hsivi_fast import sample, train
 from hsivi_fast.checkpoints import run_folder
@@ -122,10 +122,6 @@ def test_a_run_goes_on_bit_for_bit_on_the_bridge_that_it_has(straight, file, tmp
     _assert_same_run(folder, straight.path)
 
 
-class Killed(BaseException):
-    """What no code of ours catches."""
-
-
 KILLS = [
     (RunFolder, "save_bridge", 1, "before"),
     (RunFolder, "save_bridge", 1, "after"),
@@ -138,22 +134,9 @@ KILLS = [
 
 
 @pytest.mark.parametrize("owner, name, call, when", KILLS)
-def test_a_run_that_was_killed_ends_with_the_same_files(straight, file, tmp_path, monkeypatch, owner, name, call, when):
-    whole, calls = getattr(owner, name), []
-
-    def dying(*arguments):
-        calls.append(arguments)
-        if len(calls) == call and when == "before":
-            raise Killed
-        result = whole(*arguments)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            train(density_config(file, "save_every=2"), tmp_path / "run")
+def test_a_run_that_was_killed_ends_with_the_same_files(straight, file, tmp_path, owner, name, call, when):
+    with killed_at(owner, name, call, when):
+        train(density_config(file, "save_every=2"), tmp_path / "run")
     train(density_config(file, "save_every=2"), tmp_path / "run")
     found, expected = files_without_times(tmp_path / "run"), files_without_times(straight.path)
     assert sorted(found) == sorted(expected)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from run_files import files_without_times
+from run_files import files_without_times, killed_at
 
 from hsivi_fast import load_config, train
 from hsivi_fast.checkpoints.run_folder import RunFolder
@@ -24,10 +24,6 @@ RUN = [
     "device=cpu",
 ]
 TEACHER = ["teacher_train.steps=8", "teacher_train.batch_size=4", "log_every=3", "save_every=4", "device=cpu"]
-
-
-class Killed(BaseException):
-    """What no code of ours catches."""
 
 
 def _assert_same_files(path, straight):
@@ -103,22 +99,9 @@ KILLS = [
 
 
 @pytest.mark.parametrize("owner, name, call, when", KILLS)
-def test_a_run_that_was_killed_ends_with_the_same_files(tmp_path, straight, monkeypatch, owner, name, call, when):
-    whole, calls = getattr(owner, name), []
-
-    def dying(*arguments):
-        calls.append(arguments)
-        if len(calls) == call and when == "before":
-            raise Killed
-        result = whole(*arguments)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            train(load_config("smoke", RUN), tmp_path / "run")
+def test_a_run_that_was_killed_ends_with_the_same_files(tmp_path, straight, owner, name, call, when):
+    with killed_at(owner, name, call, when):
+        train(load_config("smoke", RUN), tmp_path / "run")
     for left in (".metrics.jsonl.unfinished", "samples/.step_0000007.png.unfinished"):
         (tmp_path / "run" / left).write_bytes(b"half")  # by a process that could not tidy up
     train(load_config("smoke", RUN), tmp_path / "run")
