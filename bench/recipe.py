@@ -46,10 +46,20 @@ OLD_PLANE = [
 ]
 QUAD = [*OLD_DIGITS, *PATHS, "start.updates=600", "start.trajectories=2400"]
 BY_HAND = [*QUAD, "spacing=[0,135,235,350,510,800]"]
+# After the paths, 40 updates of the student: in windows where gamma is at least 1/2, 20 updates of f to one.
+WINDOWS = [
+    *(*BY_HAND, "objective.match=windows", "objective.gamma_min=0.5", "train.steps=800", "train.f_learning_times=20"),
+    *("train.student_lr=5e-5", "train.score_net_lr=4e-4"),
+]
 OF_DIGITS = {  # name -> overrides of configs/digits.yaml
     "from DDIM: 500 updates at the knots": OLD_DIGITS,
     "paths: 600 updates, quad": QUAD,
     "paths: 600 updates, knots by hand": BY_HAND,
+    "paths by hand, then windows": WINDOWS,
+    "windows, alpha 1": [*WINDOWS, "objective.alpha=1"],
+    "windows, anchor 0.1": [*WINDOWS, "objective.anchor=0.1"],
+    "windows, head start of 200": [*WINDOWS, "start.score_net_updates=200"],
+    "windows, f updated 5 to 1": [*WINDOWS, "train.steps=200", "train.f_learning_times=5"],
 }
 OF_PLANE = {  # name -> overrides of configs/toy2d.yaml
     "from DDIM: 6,000 updates at the knots": OLD_PLANE,
