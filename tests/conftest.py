@@ -41,6 +41,31 @@ def no_report():
         yield
 
 
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Have `compile=true` trace and derive the networks without making code of them, which takes a minute a network.
+
+    The list of the graphs.
+    """
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from hsivi_fast.execution import Execution
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def compiled(self, network):
+        if not self.compile:
+            return network
+        return torch.compile(network, dynamic=False, fullgraph=True, backend=backend)
+
+    monkeypatch.setattr(Execution, "compiled", compiled)
+    return graphs
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend_device(request):
     """The device to use while each backend in turn is the process's choice."""

@@ -13,7 +13,6 @@ from run_files import checkpoint, distance, files_without_times, killed_at, loss
 from hsivi_fast import sample, train
 from hsivi_fast.checkpoints import run_folder
 from hsivi_fast.checkpoints.run_folder import RunFolder
-from hsivi_fast.execution import Execution
 from hsivi_fast.metrics.posterior import moment_errors
 from hsivi_fast.metrics.table import spread_key
 from hsivi_fast.training import start, trainer
@@ -192,31 +191,10 @@ def test_other_ways_to_the_states_run(straight, file, tmp_path, settings):
     assert np.mean(losses) == pytest.approx(np.mean(expected), rel=0.5)
 
 
-def _traced(patched):
-    """Have `compile=true` trace and derive the networks without making code of them: that takes a minute."""
-    graphs = []
-
-    def compiled(self, network):
-        if not self.compile:
-            return network
-
-        def backend(graph, inputs):
-            from torch._dynamo.backends.debugging import aot_eager
-
-            graphs.append(graph)
-            return aot_eager(graph, inputs)
-
-        return torch.compile(network, dynamic=False, fullgraph=True, backend=backend)
-
-    patched.setattr(Execution, "compiled", compiled)
-    return graphs
-
-
 @pytest.mark.parametrize("own_score", [False, True], ids=["autograd", "own score"])
-def test_compiled_networks_give_the_eager_losses(straight, file, tmp_path, monkeypatch, own_score):
+def test_compiled_networks_give_the_eager_losses(straight, file, tmp_path, traced_only, own_score):
     """The whole auxiliary score is in their graphs, also its derivative."""
-    graphs = _traced(monkeypatch)
     settings = [f"target.score={file}:score"] if own_score else []
     folder = train(density_config(file, "save_every=2", "compile=true", *settings), tmp_path / "run")
-    assert len(graphs) > 3
+    assert len(traced_only) > 3
     assert losses_of(folder.path) == pytest.approx(losses_of(straight.path), rel=1e-4, abs=1e-5)
