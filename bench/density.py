@@ -117,22 +117,12 @@ def _title(name, variant):
     return f"{NAMES[name]}, {variant}" if name in ("hsivi_ema", "start") else NAMES[name]
 
 
-def with_error(key):
-    """What shows a line's mean and, of several seeds, its standard error."""
-
-    def shown(line):
-        mean, error = line[key]
-        return f"{mean:.3f}" if line["seeds"] == 1 else f"{mean:.3f} +- {error:.3f}"
-
-    return shown
-
-
 COLUMNS = [
     Column("target", "{target}"),
     Column("sampler", "{sampler}"),
     Column("seeds", "{seeds}"),
     Column("thousand gradients", "{gradients:.0f}", needs="gradients"),
-    *(Column(title, with_error(key)) for key, title in COLUMNS_KEPT.items()),
+    *(Column(title, f"{{{key}:.3f}}") for key, title in COLUMNS_KEPT.items()),
 ]
 
 

@@ -15,6 +15,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # started by its path: `bench` is found from the root of the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -162,9 +163,21 @@ def run_path(outdir, study, variant, seed):
     return Path(outdir) / f"{study}_{name}_{seed}"
 
 
+class MeanAndError(NamedTuple):
+    """A mean over run seeds and its standard error, None of one seed. Its format is that of both numbers."""
+
+    mean: float
+    error: float | None
+
+    def __format__(self, spec):
+        mean = format(self.mean, spec)
+        return mean if self.error is None else f"{mean} +- {format(self.error, spec.lstrip('+'))}"
+
+
 def mean_and_error(values):
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.mean(values), error
+    """`MeanAndError` of a list of numbers."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return MeanAndError(statistics.mean(values), error)
 
 
 COLUMNS = [
@@ -172,8 +185,8 @@ COLUMNS = [
     Column("rollout", "{variant}"),
     Column("seeds", "{seeds}"),
     Column("start", "{start:.4f}"),
-    Column("end", "{value[0]:.4f} +- {value[1]:.4f}"),
-    Column("difference", "{difference[0]:+.1f} % +- {difference[1]:.1f} to {reference}", needs="difference"),
+    Column("end", "{value:.4f}"),
+    Column("difference", "{difference:+.1f} % to {reference}", needs="difference"),
 ]
 
 

@@ -207,7 +207,7 @@ def by_evaluations(rows, solver_rows):
         if cells:
             lines.append([sampler_title(name), *(cells.get(nfe, "") for nfe in FEWER)])
     own = {(line["study"], line["variant"]): line["others"] for line in summary(rows) if line["others"]}
-    students = ["{:.3f} +- {:.3f}".format(*own[key]) if key in own else "" for key in FEWER.values()]
+    students = [format(own[key], ".3f") if key in own else "" for key in FEWER.values()]
     lines.append(["**HSIVI, paths alone**", *students])
     return ["sampler", *(f"{nfe} evaluation{'s' * (nfe > 1)}" for nfe in FEWER)], lines
 
@@ -217,9 +217,9 @@ COLUMNS = [
     Column("recipe", "{variant}"),
     Column("seeds", "{seeds}"),
     Column("thousand evaluations", "{work:.0f}"),
-    Column("start", "{start[0]:.3f} +- {start[1]:.3f}"),
-    Column("end", "{value[0]:.3f} +- {value[1]:.3f}"),
-    Column("end, other sets", "{others[0]:.3f} +- {others[1]:.3f}", needs="others"),
+    Column("start", "{start:.3f}"),
+    Column("end", "{value:.3f}"),
+    Column("end, other sets", "{others:.3f}", needs="others"),
     Column("f ahead of the teacher", "{ahead:+.2f} %", needs="ahead"),
 ]
 

@@ -125,7 +125,7 @@ COLUMNS = [
     Column("seeds", "{seeds}"),
     Column("thousand evaluations", "{work:.0f}"),
     Column("seconds", "{seconds:.0f}"),
-    Column("distance at the end", "{value[0]:.3f} +- {value[1]:.3f}"),
+    Column("distance at the end", "{value:.3f}"),
     *(
         Column(f"thousand evaluations to where `{name}` ends", f"{{to {name}:.0f}}", needs=f"to {name}")
         for name in VARIANTS
@@ -155,7 +155,8 @@ def picture(rows, solvers):
                 ax.text(0.99, best, text, transform=ax.get_yaxis_transform(), ha="right", va="bottom")
         ax.set(xscale="log", yscale="log", xlabel=title)
     axes[0].set_ylabel("Frechet distance")
-    axes[0].legend(frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()

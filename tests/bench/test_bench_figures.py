@@ -47,6 +47,12 @@ def test_a_summary_of_seeds_is_paired():
     assert pooled["reference"] == "fresh" and pooled["difference"] == pytest.approx((15.0, 5.0))
 
 
+def test_a_mean_of_several_seeds_is_shown_with_its_error():
+    several, one = quality.mean_and_error([1.0, 2.0, 3.0]), quality.mean_and_error([1.0])
+    assert (f"{several:.3f}", f"{several:+.1f} %") == ("2.000 +- 0.577", "+2.0 +- 0.6 %")
+    assert (f"{one:.3f}", one.error) == ("1.000", None)
+
+
 def test_the_runs_of_the_quality_study_are_those_of_the_committed_rows():
     runs = quality.all_runs()
     wanted = {("digits", "pooled, bf16"), ("swiss_roll", "pooled, redraw 4")}
