@@ -745,14 +745,16 @@ def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, ad
     return dx, sums, dadd
 
 
-def empty_whole(x, beside):
-    """An empty tensor for the channels of both, laid out like x."""
-    if beside is None:
-        return torch.empty_like(x)
-    last = not x.is_contiguous()
-    shape = (len(x), x.shape[1] + beside.shape[1], *x.shape[2:])
-    layout = torch.channels_last if last else torch.contiguous_format
+def empty_channels(x, channels):
+    """An empty tensor like x, in its memory format, with as many channels."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    shape = (len(x), channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def empty_whole(x, beside):
+    """An empty tensor for the channels of both, in the memory format of x."""
+    return empty_channels(x, x.shape[1] + (0 if beside is None else beside.shape[1]))
 
 
 def joined_group_norm_silu(x, groups, weight, bias, eps, silu, add, residual, factor, beside):
@@ -780,13 +782,8 @@ def joined_group_norm_silu_backward(
     dx is the gradient of x and of residual. dy and dwhole are laid out like whole; dwhole is None where y alone is
     used. with_dadd: whether there is an add whose gradient is wanted. The rest is as of `joined_group_norm_silu`.
     """
-    batch, channels, *spatial = whole.shape
-    layout = torch.contiguous_format if whole.is_contiguous() else torch.channels_last
-
-    def empty(of):
-        return torch.empty((batch, of, *spatial), dtype=whole.dtype, device=whole.device, memory_format=layout)
-
-    dx, dbeside = empty(x_channels), empty(channels - x_channels) if x_channels < channels else None
+    beside = whole.shape[1] - x_channels
+    dx, dbeside = empty_channels(whole, x_channels), empty_channels(whole, beside) if beside else None
     sums, dadd = _backward(
         *(dy, whole, groups, weight, bias, silu, None, None, None, mean, rstd),
         *(dwhole, dx, dbeside, factor, with_dadd),

@@ -21,6 +21,7 @@ import torch
 
 from . import library, philox, reference
 from .noise import Noise
+from .reference import joined
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
@@ -39,6 +40,8 @@ __all__ = [
     "integers",
     "integers_below",
     "integers_of_seeds",
+    "joined",
+    "joined_group_norm_silu",
     "old_capability",
     "running_backend",
     "triton_is_interpreted",
@@ -179,9 +182,39 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
     x: [B, C, *spatial]; weight, bias: [C] or None; scale, shift, add: [B, C] or None.
     Raises ValueError for what does not fit.
     """
+    _check_norm(x, groups, weight, bias, scale, shift, add)
+    if _resolve(backend, x.device) == "torch":
+        return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
+    scale, shift, add = map(_dense_rows, (scale, shift, add))
+    return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
+
+
+def joined_group_norm_silu(
+    x, groups, weight, bias, eps, silu=True, add=None, residual=None, factor=1.0, beside=None, backend=None
+):
+    """GroupNorm, and SiLU where `silu`, of whole = [(x + add + residual) factor, beside], an input in parts.
+
+    Returns (y, whole), both [B, C1 + C2, *spatial] and differentiable in all tensors.
+    x, residual: [B, C1, *spatial]; beside: [B, C2, *spatial]; weight, bias: [C1 + C2] or None; add: [B, C1].
+    residual, add and beside may be None. x itself is `whole` where it has no other parts.
+    Parts of different types or memory formats are joined by torch before the kernel.
+    Raises ValueError for what does not fit.
+    """
+    _check_norm(x, groups, weight, bias, None, None, add, residual, beside)
+    in_parts = any(part is not None for part in (add, residual, beside)) or factor != 1
+    if in_parts and _resolve(backend, x.device) == "triton" and _lie_alike(x, residual, beside):
+        arguments = (x, groups, weight, bias, eps, silu, _dense_rows(add), residual, factor, beside)
+        return library.joined_group_norm_silu(*arguments)[:2]
+    whole = joined(x, add, residual, factor, beside)
+    return group_norm_silu(whole, groups, weight, bias, eps, silu, backend=backend), whole
+
+
+def _check_norm(x, groups, weight, bias, scale, shift, add, residual=None, beside=None):
+    """What a caller of group normalisation can get wrong."""
     if x.ndim < 2 or 0 in x.shape:
         raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has nothing to normalise")
-    channels = x.shape[1]
+    batch, own, *spatial = x.shape
+    channels = own if beside is None else own + beside.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"ops: {channels} channels cannot be cut into {groups} groups")
     if (weight is None) != (bias is None) or (scale is None) != (shift is None):
@@ -189,9 +222,11 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
     for name, tensor, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
-        ("scale", scale, (len(x), channels)),
-        ("shift", shift, (len(x), channels)),
-        ("add", add, (len(x), channels)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+        ("add", add, (batch, own)),
+        ("residual", residual, (batch, own, *spatial)),
+        ("beside", beside, (batch, channels - own, *spatial)),
     ):
         if tensor is None:
             continue
@@ -199,10 +234,16 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
             raise ValueError(
                 f"ops: {name} of shape {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
             )
-    if _resolve(backend, x.device) == "torch":
-        return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
-    scale, shift, add = map(_dense_rows, (scale, shift, add))
-    return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
+
+
+def _lie_alike(*parts):
+    """Whether tensors [B, C, *spatial] of one type are all row-major, or all channels_last; some may be None."""
+    parts = [part for part in parts if part is not None]
+    if any(part.dtype != parts[0].dtype for part in parts):
+        return False
+    if all(part.is_contiguous() for part in parts):
+        return True
+    return all(part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last) for part in parts)
 
 
 def _dense_rows(tensor):
