@@ -7,7 +7,7 @@ The first row that is measured on a GPU is to be held against it.
 
 * Counted, on tensors without memory: every operation of a call of the network in bfloat16, forward and backward, with
   its floating-point operations and the bytes of its inputs and results. Group normalisation is one operation, as the
-  kernel is, and attention another.
+  kernel is, and attention another. A convolution's bias is one too: torch adds it after cuDNN's kernel.
 * Assumed of the card: see `Card`.
 
 An operation takes the longer of two times: its arithmetic at the product's rate, and its bytes at the copy's. A
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.breakdown import kind_of
+from bench.breakdown import REST, kind_of
 from bench.cluster import F_LEARNING_TIMES, NFE
 from bench.measure import moves_memory, tensor_bytes
 from bench.options import command_line
@@ -112,7 +112,20 @@ class _Operations(TorchDispatchMode):
             # To the input, to the weight and to the bias: a kernel each.
             launches = sum(arguments[-1]) if name == "aten::convolution_backward" else 1
             self.found.append(Operation(kind_of(name), flops, moved, launches, _product_extents(name, result)))
+            if name == "aten::convolution" and arguments[2] is not None:
+                self.found.append(Operation(REST, 0, 2 * tensor_bytes(result)))
+            if name == "aten::convolution_backward":
+                return _laid_out_as_cudnn(result, arguments)
         return result
+
+
+def _laid_out_as_cudnn(gradients, arguments):
+    """Those of a convolution, like what they are the gradients of. Without memory torch makes them row-major."""
+    _, x, weight, *_ = arguments
+    return tuple(
+        gradient if gradient is None or of is None else torch.empty_like(of)
+        for gradient, of in zip(gradients, (x, weight, None), strict=True)
+    )
 
 
 def _product_extents(name, result):
