@@ -36,6 +36,7 @@ from bench.breakdown import REST, kind_of
 from bench.cluster import F_LEARNING_TIMES, NFE
 from bench.measure import moves_memory, tensor_bytes
 from bench.options import command_line
+from bench.shapes import CudnnLayouts
 from bench.tables import filled, markdown, table_names
 from hsivi_fast import ops
 from hsivi_fast.kernels import adam_step
@@ -114,18 +115,7 @@ class _Operations(TorchDispatchMode):
             self.found.append(Operation(kind_of(name), flops, moved, launches, _product_extents(name, result)))
             if name == "aten::convolution" and arguments[2] is not None:
                 self.found.append(Operation(REST, 0, 2 * tensor_bytes(result)))
-            if name == "aten::convolution_backward":
-                return _laid_out_as_cudnn(result, arguments)
         return result
-
-
-def _laid_out_as_cudnn(gradients, arguments):
-    """Those of a convolution, like what they are the gradients of. Without memory torch makes them row-major."""
-    _, x, weight, *_ = arguments
-    return tuple(
-        gradient if gradient is None or of is None else torch.empty_like(of)
-        for gradient, of in zip(gradients, (x, weight, None), strict=True)
-    )
 
 
 def _product_extents(name, result):
@@ -139,9 +129,10 @@ def _product_extents(name, result):
 
 @contextmanager
 def as_on_a_gpu():
-    """Group normalisation as the kernel's operator and attention as the flash kernel's, on tensors without memory."""
+    """On tensors without memory: the kernels' operators, the flash kernel's attention, and cuDNN's memory formats."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     with (
+        CudnnLayouts(),
         mock.patch.object(ops, "_resolve", lambda backend, device: "triton"),
         mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: flash(q, k, v)[0]),
     ):

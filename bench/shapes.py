@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsivi_fast import ops
 from hsivi_fast.nets import build_unet
@@ -30,6 +31,24 @@ class Norm:
     factor: float = 1.0
 
 
+class CudnnLayouts(TorchDispatchMode):
+    """Lays out what convolutions make as cuDNN's do. Without memory, torch's are row-major.
+
+    A result is channels_last where the image or the weight is, and a gradient is like what it is of.
+    """
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function._schema.name == "aten::convolution" and result.ndim == 4:
+            last = torch.channels_last
+            if any(each.is_contiguous(memory_format=last) and not each.is_contiguous() for each in arguments[:2]):
+                return torch.empty_like(result, memory_format=last)
+        if function._schema.name == "aten::convolution_backward":
+            pairs = zip(result, (*arguments[1:3], None), strict=True)
+            return tuple(of if of is None or like is None else torch.empty_like(like) for of, like in pairs)
+        return result
+
+
 def network_norms(networks):
     """The distinct uses of group normalisation in the named UNets with the kernels, sorted.
 
@@ -49,6 +68,7 @@ def network_norms(networks):
         return joined(x, groups, weight, bias, eps, silu, add, residual, factor, beside)
 
     with (
+        CudnnLayouts(),
         mock.patch.object(ops, "_resolve", lambda backend, device: "triton"),
         mock.patch.object(library, "group_norm_silu", note_alone),
         mock.patch.object(library, "joined_group_norm_silu", note_joined),

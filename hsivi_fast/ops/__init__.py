@@ -197,16 +197,19 @@ def joined_group_norm_silu(
     Returns (y, whole), both [B, C1 + C2, *spatial] and differentiable in all tensors.
     x, residual: [B, C1, *spatial]; beside: [B, C2, *spatial]; weight, bias: [C1 + C2] or None; add: [B, C1].
     residual, add and beside may be None. x itself is `whole` where it has no other parts.
-    Parts of different types or memory formats are joined by torch before the kernel.
+    The kernel takes parts of one type and memory format. Torch adds or concatenates others before it.
     Raises ValueError for what does not fit.
     """
     _check_norm(x, groups, weight, bias, None, None, add, residual, beside)
-    in_parts = any(part is not None for part in (add, residual, beside)) or factor != 1
-    if in_parts and _resolve(backend, x.device) == "triton" and _lie_alike(x, residual, beside):
-        arguments = (x, groups, weight, bias, eps, silu, _dense_rows(add), residual, factor, beside)
-        return library.joined_group_norm_silu(*arguments)[:2]
-    whole = joined(x, add, residual, factor, beside)
-    return group_norm_silu(whole, groups, weight, bias, eps, silu, backend=backend), whole
+    by_kernel = _resolve(backend, x.device) == "triton"
+    if not by_kernel or not _lie_alike(x, residual):
+        x, add, residual, factor = joined(x, add, residual, factor), None, None, 1.0
+    if not by_kernel or not _lie_alike(x, beside):
+        x, add, residual, factor, beside = joined(x, add, residual, factor, beside), None, None, 1.0, None
+    if all(part is None for part in (add, residual, beside)) and factor == 1:
+        return group_norm_silu(x, groups, weight, bias, eps, silu, backend=backend), x
+    arguments = (x, groups, weight, bias, eps, silu, _dense_rows(add), residual, factor, beside)
+    return library.joined_group_norm_silu(*arguments)[:2]
 
 
 def _check_norm(x, groups, weight, bias, scale, shift, add, residual=None, beside=None):
@@ -236,14 +239,15 @@ def _check_norm(x, groups, weight, bias, scale, shift, add, residual=None, besid
             )
 
 
-def _lie_alike(*parts):
-    """Whether tensors [B, C, *spatial] of one type are all row-major, or all channels_last; some may be None."""
-    parts = [part for part in parts if part is not None]
-    if any(part.dtype != parts[0].dtype for part in parts):
-        return False
-    if all(part.is_contiguous() for part in parts):
+def _lie_alike(x, other):
+    """Whether two tensors [B, C, *spatial] have one type and both are row-major or channels_last; other may be None."""
+    if other is None:
         return True
-    return all(part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last) for part in parts)
+    if x.dtype != other.dtype:
+        return False
+    if x.is_contiguous() and other.is_contiguous():
+        return True
+    return x.ndim == 4 and all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, other))
 
 
 def _dense_rows(tensor):
