@@ -85,7 +85,7 @@ def test_a_bias_of_a_convolution_is_a_pass_over_its_result(small):
     skips = sum(isinstance(getattr(module, "skip", None), torch.nn.Conv2d) for module in network.modules())
     convs = sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
     # The biases of skip connections are in those of the convolutions that they are added to. A bias and a sum stand
-    # before each of the two changes of resolution, and three operations make the rows of the table.
+    # before each of the two changes of resolution. Two read the table, and one lays the image out.
     assert terms(small.forward)["all else"]["launches"] == convs - left - skips + 2 * 2 + 3
 
 
