@@ -124,21 +124,6 @@ def _load_input(
 
 
 @triton.jit
-def _of_two(
-    x_ptr, beside_ptr,  # [B, X_CHANNELS, *spatial], and of the other channels
-    sample, pixel, channel,  # of the tile
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,  # of a sample, of both
-    X_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """Pointers to a tile that lies in two tensors, of which one has the first channels."""
-    BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
-    x_offset = sample * (PIXELS * X_CHANNELS) + _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
-    offset = sample * (PIXELS * BESIDE) + _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
-    return tl.where(channel < X_CHANNELS, x_ptr + x_offset, beside_ptr + offset)
-
-
-@triton.jit
 def _load_parts(
     x_ptr,  # [B, X_CHANNELS, *spatial]
     add_ptr,  # [B, X_CHANNELS], or None
@@ -152,7 +137,10 @@ def _load_parts(
     FACTOR: tl.constexpr,  # of the sum
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """The input of a tile, 0 where masked, put together of its parts and written where there are some."""
+    """The input of a tile, 0 where masked, put together of its parts and written where there are some.
+
+    Two masked loads: one of pointers into either tensor would be narrow.
+    """
     if whole_ptr is None:
         x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
     else:
@@ -163,9 +151,10 @@ def _load_parts(
         else:
             x_mask = mask & (channel < X_CHANNELS)
             x_offset = sample * (PIXELS * X_CHANNELS) + _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
-            x = load_float(
-                _of_two(x_ptr, beside_ptr, sample, pixel, channel, PIXELS, CHANNELS, X_CHANNELS, CHANNELS_LAST), mask
-            )
+            BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
+            beside_offset = _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
+            x = load_float(x_ptr + x_offset, x_mask)
+            x += load_float(beside_ptr + sample * (PIXELS * BESIDE) + beside_offset, mask & (channel >= X_CHANNELS))
         if add_ptr is not None:
             add = load_float(add_ptr + sample * add_stride + channel, channel_mask & (channel < X_CHANNELS))
             x = tl.where(mask, x + add, 0.0)
@@ -262,15 +251,20 @@ def _store_gradient(
 ):  # fmt: skip
     """Write the gradient of a tile's parts; returns it."""
     if dwhole_ptr is not None:
-        dx += load_float(dwhole_ptr + offset, mask)
+        # Addressed anew: 64-bit offsets of the tile would be kept in registers up to here, and spill (Triton 3.8.0).
+        of_sample = _offset(pixel, channel, PIXELS, CHANNELS, CHANNELS_LAST)
+        dx += load_float(dwhole_ptr + sample * (PIXELS * CHANNELS) + of_sample, mask)
     if FACTOR != 1:
         dx = tl.where(channel < X_CHANNELS, dx * FACTOR, dx)
     if dbeside_ptr is None:
         store_rounded(dx_ptr + offset, dx, mask)
     else:
-        store_rounded(
-            _of_two(dx_ptr, dbeside_ptr, sample, pixel, channel, PIXELS, CHANNELS, X_CHANNELS, CHANNELS_LAST), dx, mask
-        )
+        BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
+        of_x = channel < X_CHANNELS
+        x_offset = _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
+        store_rounded(dx_ptr + sample * (PIXELS * X_CHANNELS) + x_offset, dx, mask & of_x)
+        beside_offset = _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
+        store_rounded(dbeside_ptr + sample * (PIXELS * BESIDE) + beside_offset, dx, mask & (channel >= X_CHANNELS))
     return dx
 
 
