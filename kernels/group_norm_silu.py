@@ -161,7 +161,7 @@ def _load_parts(
         if residual_ptr is not None:
             x += load_float(residual_ptr + x_offset, x_mask)
         if FACTOR != 1:
-            x = tl.where(channel < X_CHANNELS, x * FACTOR, x)
+            x *= tl.where(channel < X_CHANNELS, FACTOR, 1.0)
         x = as_stored(x, whole_ptr)
         store_rounded(whole_ptr + offset, x, mask)
     return x
@@ -249,22 +249,26 @@ def _store_gradient(
     FACTOR: tl.constexpr,  # of the sum
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a tile's parts; returns it."""
+    """Write the gradient of a tile's parts; returns it.
+
+    Where there are more tensors, their addresses are made anew: the tile's 64-bit offsets would be kept in registers up
+    to here, and spill.
+    """
+    of_sample = _offset(pixel, channel, PIXELS, CHANNELS, CHANNELS_LAST)
     if dwhole_ptr is not None:
-        # Addressed anew: 64-bit offsets of the tile would be kept in registers up to here, and spill (Triton 3.8.0).
-        of_sample = _offset(pixel, channel, PIXELS, CHANNELS, CHANNELS_LAST)
         dx += load_float(dwhole_ptr + sample * (PIXELS * CHANNELS) + of_sample, mask)
     if FACTOR != 1:
-        dx = tl.where(channel < X_CHANNELS, dx * FACTOR, dx)
-    if dbeside_ptr is None:
-        store_rounded(dx_ptr + offset, dx, mask)
-    else:
+        dx *= tl.where(channel < X_CHANNELS, FACTOR, 1.0)
+    if dbeside_ptr is not None:
         BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
-        of_x = channel < X_CHANNELS
         x_offset = _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
-        store_rounded(dx_ptr + sample * (PIXELS * X_CHANNELS) + x_offset, dx, mask & of_x)
+        store_rounded(dx_ptr + sample * (PIXELS * X_CHANNELS) + x_offset, dx, mask & (channel < X_CHANNELS))
         beside_offset = _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
         store_rounded(dbeside_ptr + sample * (PIXELS * BESIDE) + beside_offset, dx, mask & (channel >= X_CHANNELS))
+    elif dwhole_ptr is not None:
+        store_rounded(dx_ptr + sample * (PIXELS * CHANNELS) + of_sample, dx, mask)
+    else:
+        store_rounded(dx_ptr + offset, dx, mask)
     return dx
 
 
