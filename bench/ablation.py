@@ -85,21 +85,24 @@ SAMPLING = {
         {**BF16, **LAST, **COMPILE, **GRAPHS},
     ),
 }
-# One call of the network by itself: technique -> (what it is added to, its precision and what of `SWITCHES` is on).
-IN_CALLS = ("attention", "bias", "weights", "upsampling", "biases", "table")
+# One call of the network by itself: technique -> (what it is added to, its precision and what of `SWITCHES` is on). On
+# a GPU all of them have the kernels.
+IN_CALLS = ("attention", "bias", "weights", "upsampling", "biases", "table", "sums")
 CALL = {
     "attention by pixels": ("published", {"precision": "fp32", "techniques": IN_CALLS[:1]}),
     "bias left to the norm": ("attention by pixels", {"precision": "fp32", "techniques": IN_CALLS[:2]}),
     "upsampling folded": ("bias left to the norm", {"precision": "fp32", "techniques": IN_CALLS[:4]}),
     "biases in one": ("upsampling folded", {"precision": "fp32", "techniques": IN_CALLS[:5]}),
-    "time table": ("biases in one", {"precision": "fp32", "techniques": IN_CALLS}),
+    "time table": ("biases in one", {"precision": "fp32", "techniques": IN_CALLS[:6]}),
+    "sums left to the norm": ("time table", {"precision": "fp32", "techniques": IN_CALLS, **FUSED}),
     "bf16 by autocast": ("published", {**BF16, "techniques": ()}),
     "attention by pixels, bf16": ("bf16 by autocast", {**BF16, "techniques": IN_CALLS[:1]}),
     "bias left to the norm, bf16": ("attention by pixels, bf16", {**BF16, "techniques": IN_CALLS[:2]}),
     "weights ready, bf16": ("bias left to the norm, bf16", {**BF16, "techniques": IN_CALLS[:3]}),
     "upsampling folded, bf16": ("weights ready, bf16", {**BF16, "techniques": IN_CALLS[:4]}),
     "biases in one, bf16": ("upsampling folded, bf16", {**BF16, "techniques": IN_CALLS[:5]}),
-    "time table, bf16": ("biases in one, bf16", {**BF16, "techniques": IN_CALLS}),
+    "time table, bf16": ("biases in one, bf16", {**BF16, "techniques": IN_CALLS[:6]}),
+    "sums left to the norm, bf16": ("time table, bf16", {**BF16, "techniques": IN_CALLS, **FUSED}),
 }
 CALL_ROUNDS = 5  # of a call to one of a cycle: it takes a moment, and what it gains is little
 COLUMNS = [
@@ -225,6 +228,12 @@ def _with_bias(conv, x, add=None):
     return conv.convolved(x, conv.bias), add
 
 
+def _norm_of_the_whole(norm, x, silu=False):
+    """`JoiningNorm.forward` where sums and concatenations are made before it."""
+    x = blocks.whole(x)
+    return blocks.GroupNorm.forward(norm, x, silu), x
+
+
 # technique -> what stands in its place where it is off
 SWITCHES = {
     "attention": (ddpm, "pixel_attention", _attend_as_it_lies),
@@ -232,6 +241,7 @@ SWITCHES = {
     "upsampling": (prepared, "upsamples_by_3x3", lambda module: False),
     "biases": (prepared, "biases_in_one", lambda module: []),
     "table": (prepared.Prepared, "at", lambda ready, times: ready),
+    "sums": (blocks.JoiningNorm, "forward", _norm_of_the_whole),
 }
 
 

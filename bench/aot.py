@@ -131,34 +131,64 @@ def method_cases(full):
 def norm_cases(full):
     """(case, None, False, launch) of group normalisation at every shape of the published networks."""
     norms = network_norms(NETWORKS)
-    for use in norms if full else [use for use in norms if (use.channels, use.size) in SUBSET_NORMS]:
-        for dtype_name, dtype in DTYPES.items() if full else [("bf16", torch.bfloat16)]:
+    for use in norms if full else filter(_is_in_subset, norms):
+        for dtype_name in DTYPES if full else [SUBSET_NORMS[use.channels, use.size]]:
             for layout, memory_format in MEMORY_FORMATS.items():
-                x = _empty(16, use.channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
-                vector, rows = _empty(use.channels, dtype=dtype), _empty(16, 2 * use.channels, dtype=dtype)
-                scale, shift = rows.chunk(2, dim=1) if use.modulated else (None, None)
-                add = _empty(16, use.channels, dtype=dtype) if use.added else None
-                statistics = _empty(16, use.groups)
                 case = {
                     "event": f"{use.size}x{use.size}x{use.channels}/{use.groups}",
                     "dtype": dtype_name,
                     "layout": layout,
-                    "log_gamma": "silu" * use.silu + " modulated" * use.modulated + " added" * use.added or "plain",
+                    "log_gamma": variant_of(use),
                 }
-                yield (
-                    case,
-                    None,
-                    False,
-                    lambda: norm.group_norm_silu(x, use.groups, vector, vector, 1e-5, use.silu, scale, shift, add),
-                )
-                yield (
-                    case,
-                    None,
-                    False,
-                    lambda: norm.group_norm_silu_backward(
-                        x, x, use.groups, vector, vector, use.silu, scale, shift, add, statistics, statistics
-                    ),
-                )
+                launches = (joined_launches if use.joined else norm_launches)(use, DTYPES[dtype_name], memory_format)
+                yield from ((case, None, False, launch) for launch in launches)
+
+
+def variant_of(use):
+    """What a use of group normalisation has, in words."""
+    said = {
+        "silu": use.silu,
+        "modulated": use.modulated,
+        "added": use.added,
+        "residual": use.residual,
+        "scaled": use.factor != 1,
+        f"beside {use.beside}": use.beside,
+    }
+    return " ".join(word for word, has in said.items() if has) or "plain"
+
+
+def norm_launches(use, dtype, memory_format):
+    """Forward and backward of one use; with and without the gradient of what is added."""
+
+    def of(channels):
+        return _empty(16, channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
+
+    x, vector, rows = of(use.channels), _empty(use.channels, dtype=dtype), _empty(16, 2 * use.channels, dtype=dtype)
+    scale, shift = rows.chunk(2, dim=1) if use.modulated else (None, None)
+    add = _empty(16, use.channels, dtype=dtype) if use.added else None
+    given, statistics = (use.groups, vector, vector), _empty(16, use.groups)
+    yield lambda: norm.group_norm_silu(x, *given, 1e-5, use.silu, scale, shift, add)
+    for with_dadd in (True, False)[: 1 + use.added]:
+        yield lambda: norm.group_norm_silu_backward(
+            x, x, *given, use.silu, scale, shift, add, statistics, statistics, with_dadd
+        )
+
+
+def joined_launches(use, dtype, memory_format):
+    """The same of a use whose input is in parts."""
+
+    def of(channels):
+        return _empty(16, channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
+
+    whole, vector, own = of(use.channels), _empty(use.channels, dtype=dtype), use.channels - use.beside
+    x, beside = of(own), of(use.beside) if use.beside else None
+    add, residual = _empty(16, own, dtype=dtype) if use.added else None, x if use.residual else None
+    given, statistics = (use.groups, vector, vector), _empty(16, use.groups)
+    yield lambda: norm.joined_group_norm_silu(x, *given, 1e-5, use.silu, add, residual, use.factor, beside)
+    for with_dadd in (True, False)[not use.added :]:
+        yield lambda: norm.joined_group_norm_silu_backward(
+            whole, whole, whole, own, *given, use.silu, use.factor, statistics, statistics, with_dadd
+        )
 
 
 def optimizer_cases():
@@ -187,8 +217,22 @@ def integer_cases():
         yield case, 16 if variant == "of seeds" else 8, True, launch
 
 
-# One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest.
-SUBSET_NORMS = {(128, 32), (256, 16), (512, 8), (384, 64), (640, 32), (896, 8)}
+# One of each kind: one pass and split, each number of channels a group that is or is not a power of two, the largest,
+# and what needs the most registers.
+SUBSET_NORMS = {
+    (128, 32): "bf16",
+    (256, 16): "bf16",
+    (512, 8): "bf16",
+    (384, 64): "bf16",
+    (640, 32): "bf16",
+    (896, 8): "bf16",
+    (384, 32): "fp32",
+}
+
+
+def _is_in_subset(use):
+    """Of scaled sums, which are one multiplication more, it has those beside other channels alone."""
+    return (use.channels, use.size) in SUBSET_NORMS and (use.factor == 1 or use.beside > 0)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------

@@ -216,6 +216,61 @@ def norm_cases(device, size, channels, groups, batch, dtype, modulated, added, c
     )
 
 
+def joined_cases(device, size, channels, beside, groups, batch, dtype, channels_last):
+    """What stands at the end of a residual block and before the next one: a bias and a sum, further channels, the norm.
+
+    Both results are used, as by a convolution and by the skip connection. Passes are of a tensor of all channels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def images(count):
+        return randn(batch, count, size, size).to(memory_format=layout)
+
+    every = channels + beside
+    inputs = (images(channels), randn(batch, channels), images(channels), images(beside), randn(every), randn(every))
+    cotangents = images(every), images(every)
+
+    def plain(x, add, residual, beside, weight, bias):
+        whole = torch.cat([x + add[:, :, None, None] + residual, beside], 1)
+        return F.silu(F.group_norm(whole, groups, weight, bias, 1e-5)), whole
+
+    def fused(x, add, residual, beside, weight, bias):
+        parts = {"add": add, "residual": residual, "beside": beside}
+        return ops.joined_group_norm_silu(x, groups, weight, bias, 1e-5, **parts)
+
+    def with_gradients(function, leaves, *cotangents):
+        return torch.autograd.grad(function(*leaves), leaves, cotangents)
+
+    def exact():
+        return plain(*map(_exact, inputs))
+
+    def exact_gradients():
+        return with_gradients(plain, [_leaf(_exact(tensor)) for tensor in inputs], *map(_exact, cotangents))
+
+    order = "channels_last" if channels_last else "row-major"
+    name = f"{batch}x{channels}+{beside}x{size}x{size} {_name(dtype)} {order}"
+    elements, width = batch * every * size * size, inputs[0].element_size()
+    forward = (2 * channels + beside) / every + 2
+    leaves = [_leaf(tensor) for tensor in inputs]
+    for what, ours, theirs, passes, truth in (
+        ("", functools.partial(fused, *inputs), functools.partial(plain, *inputs), forward, exact),
+        (
+            " forward+backward",
+            functools.partial(with_gradients, fused, leaves, *cotangents),
+            functools.partial(with_gradients, plain, leaves, *cotangents),
+            forward + 4,
+            exact_gradients,
+        ),
+    ):
+        moved = int(passes * elements * width)
+        check = _check(ours, truth)
+        yield Case(f"joined_group_norm_silu{what} {name}", ours, theirs, moved, elements, width, check)
+
+
 def noise_cases(device, event, batch):
     """Noise by address against torch.randn."""
     seeds, k = torch.arange(batch, device=device), torch.arange(batch, device=device) % LAYERS + 1
@@ -311,6 +366,9 @@ def gpu_cases(device):
         if index % 4 == 0:
             yield from norm_cases(device, size, channels, 32, 64, f32, modulated, added, True)
             yield from norm_cases(device, size, channels, 32, 64, bf16, modulated, added, False)
+    for size, channels, beside in ((32, 128, 128), (16, 256, 128), (8, 256, 256)):
+        for batch in (16, 64):
+            yield from joined_cases(device, size, channels, beside, 32, batch, bf16, True)
 
 
 def selected_cases(device):
@@ -326,6 +384,7 @@ def selected_cases(device):
         size, channels, modulated, added = NORMS[index]
         dtype = bf16 if gpu else f32  # plain torch rounds each of its steps to bfloat16
         yield from norm_cases(device, size, channels // wide, 32 // wide, batch, dtype, modulated, added, True)
+    yield from joined_cases(device, 16, 256 // wide, 128 // wide, 32 // wide, batch, bf16 if gpu else f32, True)
 
 
 # (height = width, channels, modulated, added): what the published networks spend most of their normalisation on, and

@@ -7,7 +7,7 @@ The first row that is measured on a GPU is to be held against it.
 
 * Counted, on tensors without memory: every operation of a call of the network in bfloat16, forward and backward, with
   its floating-point operations and the bytes of its inputs and results. Group normalisation is one operation, as the
-  kernel is, and attention another.
+  kernel is, and attention another. A convolution's bias is one too: torch adds it after cuDNN's kernel.
 * Assumed of the card: see `Card`.
 
 An operation takes the longer of two times: its arithmetic at the product's rate, and its bytes at the copy's. A
@@ -32,10 +32,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.breakdown import kind_of
+from bench.breakdown import REST, kind_of
 from bench.cluster import F_LEARNING_TIMES, NFE
 from bench.measure import moves_memory, tensor_bytes
 from bench.options import command_line
+from bench.shapes import CudnnLayouts
 from bench.tables import filled, markdown, table_names
 from hsivi_fast import ops
 from hsivi_fast.kernels import adam_step
@@ -112,6 +113,8 @@ class _Operations(TorchDispatchMode):
             # To the input, to the weight and to the bias: a kernel each.
             launches = sum(arguments[-1]) if name == "aten::convolution_backward" else 1
             self.found.append(Operation(kind_of(name), flops, moved, launches, _product_extents(name, result)))
+            if name == "aten::convolution" and arguments[2] is not None:
+                self.found.append(Operation(REST, 0, 2 * tensor_bytes(result)))
         return result
 
 
@@ -126,9 +129,10 @@ def _product_extents(name, result):
 
 @contextmanager
 def as_on_a_gpu():
-    """Group normalisation as the kernel's operator and attention as the flash kernel's, on tensors without memory."""
+    """On tensors without memory: the kernels' operators, the flash kernel's attention, and cuDNN's memory formats."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     with (
+        CudnnLayouts(),
         mock.patch.object(ops, "_resolve", lambda backend, device: "triton"),
         mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v: flash(q, k, v)[0]),
     ):

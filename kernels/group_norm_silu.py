@@ -13,6 +13,15 @@ mean) rstd over the n elements of a group, w' = w (1 + scale) and u the argument
                 dw = sum_B P (1 + scale)   db = sum_B Q (1 + scale)   dscale = w P + b Q   dshift = Q
                 dadd = sum over pixels of dx
 
+The joined form takes its input in parts, and writes it as a whole, which the convolution of a skip connection reads:
+
+    forward     whole = [(x + add + residual) factor, beside]        y = act((whole normalised) w + b)
+    backward    d = dwhole + dx of the above,  dbeside = d of its channels,  dx = dresidual = d factor of the others
+
+residual is like x, and beside [B, C2, *spatial] is channels after x's C1; a group may have channels of both. So the sum
+at the end of a residual block and the concatenation of a UNet's way up have no passes of their own. What is normalised
+is `whole` as it is stored, rounded to its type: the backward reads it.
+
 Two forms. Where a group fits into the registers of one program, it is read once: forward 2 tensor passes, backward 3.
 Larger groups are split over programs of a few pixels each, and so are those that are narrow in memory (see `plan`). One
 kernel makes partial sums, a second finishes and applies them. That reads the input twice: 3 and 5 passes, some of them
@@ -23,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .memory import DTYPES, load_float, store_rounded
+from .memory import DTYPES, as_stored, load_float, store_rounded
 
 # A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger
 # groups are split.
@@ -64,7 +73,10 @@ def _tile(
     GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(group, channel, mask of channels, mask, offset in the tensor) of a tile [pixels, groups, a group's channels]."""
+    """(pixel, group, channel, mask of channels, mask, offset in the tensor) of a tile.
+
+    It is [pixels, groups, a group's channels].
+    """
     pixel = first_pixel + tl.arange(0, PIXEL_TILE)[:, None, None]
     group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
     inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
@@ -73,7 +85,7 @@ def _tile(
     mask = (pixel < PIXELS) & channel_mask
     offset = sample * (PIXELS * GROUPS * GROUP_CHANNELS)
     offset += _offset(pixel, channel, PIXELS, GROUPS * GROUP_CHANNELS, CHANNELS_LAST)
-    return group, channel, channel_mask, mask, offset
+    return pixel, group, channel, channel_mask, mask, offset
 
 
 @triton.jit
@@ -112,6 +124,50 @@ def _load_input(
 
 
 @triton.jit
+def _load_parts(
+    x_ptr,  # [B, X_CHANNELS, *spatial]
+    add_ptr,  # [B, X_CHANNELS], or None
+    residual_ptr,  # like x, or None
+    beside_ptr,  # [B, CHANNELS - X_CHANNELS, *spatial], or None
+    whole_ptr,  # [B, CHANNELS, *spatial], written; None where x + add is all
+    sample, offset, pixel, channel, mask, channel_mask,  # of the tile
+    add_stride,  # of the batch
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,  # of a sample
+    X_CHANNELS: tl.constexpr,
+    FACTOR: tl.constexpr,  # of the sum
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The input of a tile, 0 where masked, put together of its parts and written where there are some.
+
+    Two masked loads: one of pointers into either tensor would be narrow.
+    """
+    if whole_ptr is None:
+        x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    else:
+        if beside_ptr is None:
+            x_mask = mask
+            x_offset = offset
+            x = load_float(x_ptr + offset, mask)
+        else:
+            x_mask = mask & (channel < X_CHANNELS)
+            x_offset = sample * (PIXELS * X_CHANNELS) + _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
+            BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
+            beside_offset = _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
+            x = load_float(x_ptr + x_offset, x_mask)
+            x += load_float(beside_ptr + sample * (PIXELS * BESIDE) + beside_offset, mask & (channel >= X_CHANNELS))
+        if add_ptr is not None:
+            add = load_float(add_ptr + sample * add_stride + channel, channel_mask & (channel < X_CHANNELS))
+            x = tl.where(mask, x + add, 0.0)
+        if residual_ptr is not None:
+            x += load_float(residual_ptr + x_offset, x_mask)
+        if FACTOR != 1:
+            x *= tl.where(channel < X_CHANNELS, FACTOR, 1.0)
+        x = as_stored(x, whole_ptr)
+        store_rounded(whole_ptr + offset, x, mask)
+    return x
+
+
+@triton.jit
 def _activate(u, SILU: tl.constexpr):
     """act(u)."""
     if SILU:
@@ -130,14 +186,16 @@ def _pull_back(dy, u, SILU: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,  # [B, C, *spatial]
-    add_ptr,  # [B, C], or None
+    x_ptr,  # [B, X_CHANNELS, *spatial]
+    add_ptr,  # [B, X_CHANNELS], or None
+    residual_ptr, beside_ptr, whole_ptr,  # see `_load_parts`
     w_ptr, b_ptr,  # [C], or None
     scale_ptr, shift_ptr,  # [B, C], or None
-    y_ptr,  # like x, written
+    y_ptr,  # [B, C, *spatial], written
     mean_ptr, rstd_ptr,  # [B, G], written
     add_stride, scale_stride, shift_stride,  # of the batch
     eps,
+    X_CHANNELS: tl.constexpr, FACTOR: tl.constexpr,  # see `_load_parts`
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
     GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
     SILU: tl.constexpr,
@@ -147,13 +205,22 @@ def _forward_kernel(
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(
+    pixel, group, channel, channel_mask, mask, offset = _tile(
         sample, first_group, 0,
         PIXELS, GROUPS, GROUP_CHANNELS,
         GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
         CHANNELS_LAST,
     )  # fmt: skip
-    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    x = _load_parts(
+        x_ptr,
+        add_ptr,
+        residual_ptr, beside_ptr, whole_ptr,
+        sample, offset, pixel, channel, mask, channel_mask,
+        add_stride,
+        PIXELS, GROUPS * GROUP_CHANNELS,
+        X_CHANNELS, FACTOR,
+        CHANNELS_LAST,
+    )  # fmt: skip
     count = PIXELS * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
     centred = tl.where(mask, x - mean[None, :, None], 0.0)
@@ -172,6 +239,40 @@ def _forward_kernel(
 
 
 @triton.jit
+def _store_gradient(
+    dx,
+    dwhole_ptr,  # [B, C, *spatial], what reaches the whole input otherwise, or None
+    dx_ptr, dbeside_ptr,  # [B, X_CHANNELS, *spatial] and of the other channels, or None, written
+    sample, offset, pixel, channel, mask,  # of the tile
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,  # of a sample
+    X_CHANNELS: tl.constexpr,
+    FACTOR: tl.constexpr,  # of the sum
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a tile's parts; returns it.
+
+    Where there are more tensors, their addresses are made anew: the tile's 64-bit offsets would be kept in registers up
+    to here, and spill.
+    """
+    of_sample = _offset(pixel, channel, PIXELS, CHANNELS, CHANNELS_LAST)
+    if dwhole_ptr is not None:
+        dx += load_float(dwhole_ptr + sample * (PIXELS * CHANNELS) + of_sample, mask)
+    if FACTOR != 1:
+        dx *= tl.where(channel < X_CHANNELS, FACTOR, 1.0)
+    if dbeside_ptr is not None:
+        BESIDE: tl.constexpr = CHANNELS - X_CHANNELS
+        x_offset = _offset(pixel, channel, PIXELS, X_CHANNELS, CHANNELS_LAST)
+        store_rounded(dx_ptr + sample * (PIXELS * X_CHANNELS) + x_offset, dx, mask & (channel < X_CHANNELS))
+        beside_offset = _offset(pixel, channel - X_CHANNELS, PIXELS, BESIDE, CHANNELS_LAST)
+        store_rounded(dbeside_ptr + sample * (PIXELS * BESIDE) + beside_offset, dx, mask & (channel >= X_CHANNELS))
+    elif dwhole_ptr is not None:
+        store_rounded(dx_ptr + sample * (PIXELS * CHANNELS) + of_sample, dx, mask)
+    else:
+        store_rounded(dx_ptr + offset, dx, mask)
+    return dx
+
+
+@triton.jit
 def _backward_kernel(
     dy_ptr,  # like x
     x_ptr,  # [B, C, *spatial]
@@ -179,10 +280,11 @@ def _backward_kernel(
     w_ptr, b_ptr,  # [C], or None
     scale_ptr, shift_ptr,  # [B, C], or None
     mean_ptr, rstd_ptr,  # [B, G]
-    dx_ptr,  # like x, written
+    dwhole_ptr, dx_ptr, dbeside_ptr,  # see `_store_gradient`
     p_ptr, q_ptr,  # [B, C], written
     dadd_ptr,  # [B, C], written, or None
     add_stride, scale_stride, shift_stride,  # of the batch
+    X_CHANNELS: tl.constexpr, FACTOR: tl.constexpr,  # see `_store_gradient`
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
     GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
     SILU: tl.constexpr,
@@ -192,7 +294,7 @@ def _backward_kernel(
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(
+    pixel, group, channel, channel_mask, mask, offset = _tile(
         sample, first_group, 0,
         PIXELS, GROUPS, GROUP_CHANNELS,
         GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
@@ -225,7 +327,15 @@ def _backward_kernel(
     along = tl.sum(p[None, :, :] * w, axis=2)[:, :, None] / count
     across = tl.sum(q[None, :, :] * w, axis=2)[:, :, None] / count
     dx = rstd * (du * w - across - normed * along)
-    store_rounded(dx_ptr + offset, dx, mask)
+    dx = _store_gradient(
+        dx,
+        dwhole_ptr,
+        dx_ptr, dbeside_ptr,
+        sample, offset, pixel, channel, mask,
+        PIXELS, GROUPS * GROUP_CHANNELS,
+        X_CHANNELS, FACTOR,
+        CHANNELS_LAST,
+    )  # fmt: skip
     if dadd_ptr is not None:
         if PIXEL_TILE * CHANNEL_TILE != PIXELS * GROUP_CHANNELS:
             dx = tl.where(mask, dx, 0.0)
@@ -234,11 +344,13 @@ def _backward_kernel(
 
 @triton.jit
 def _split_statistics_kernel(
-    x_ptr,  # [B, C, *spatial]
-    add_ptr,  # [B, C], or None
+    x_ptr,  # [B, X_CHANNELS, *spatial]
+    add_ptr,  # [B, X_CHANNELS], or None
+    residual_ptr, beside_ptr, whole_ptr,  # see `_load_parts`
     mean_ptr, deviation_ptr,  # [B, G, chunks], written
     add_stride,  # of the batch
     chunks,  # chunks of pixels a sample
+    X_CHANNELS: tl.constexpr, FACTOR: tl.constexpr,  # see `_load_parts`
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
     GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
     CHANNELS_LAST: tl.constexpr,
@@ -249,13 +361,22 @@ def _split_statistics_kernel(
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(
+    pixel, group, channel, channel_mask, mask, offset = _tile(
         sample, first_group, chunk * PIXEL_TILE,
         PIXELS, GROUPS, GROUP_CHANNELS,
         GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
         CHANNELS_LAST,
     )  # fmt: skip
-    x = _load_input(x_ptr, add_ptr, sample, offset, channel, mask, channel_mask, add_stride)
+    x = _load_parts(
+        x_ptr,
+        add_ptr,
+        residual_ptr, beside_ptr, whole_ptr,
+        sample, offset, pixel, channel, mask, channel_mask,
+        add_stride,
+        PIXELS, GROUPS * GROUP_CHANNELS,
+        X_CHANNELS, FACTOR,
+        CHANNELS_LAST,
+    )  # fmt: skip
     count = tl.minimum(PIXELS - chunk * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS
     mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
     centred = tl.where(mask, x - mean[None, :, None], 0.0)
@@ -309,7 +430,7 @@ def _split_forward_kernel(
     tl.store(mean_ptr + group_row, mean, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
     tl.store(rstd_ptr + group_row, rstd, mask=(tl.arange(0, GROUPS_HERE) >= 0) & (chunk == 0))
 
-    group, channel, channel_mask, mask, offset = _tile(
+    pixel, group, channel, channel_mask, mask, offset = _tile(
         sample, first_group, chunk * PIXEL_TILE,
         PIXELS, GROUPS, GROUP_CHANNELS,
         GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
@@ -335,11 +456,12 @@ def _split_backward_kernel(
     scale_ptr, shift_ptr,  # [B, C], or None
     mean_ptr, rstd_ptr,  # [B, G]
     along_ptr, across_ptr,  # [B, G], mean_group(w' P / pixels) and of Q; None in the first launch
-    dx_ptr,  # like x, written; None in the first launch
+    dwhole_ptr, dx_ptr, dbeside_ptr,  # see `_store_gradient`; dx None in the first launch
     p_ptr, q_ptr,  # [B, chunks, C], written; None in the second launch
     dadd_ptr,  # [B, chunks, C], written, or None
     add_stride, scale_stride, shift_stride,  # of the batch
     chunks,  # chunks of pixels a sample
+    X_CHANNELS: tl.constexpr, FACTOR: tl.constexpr,  # see `_store_gradient`
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,  # shape of a sample
     GROUPS_HERE: tl.constexpr, PIXEL_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,  # shape of the tile
     SILU: tl.constexpr,
@@ -355,7 +477,7 @@ def _split_backward_kernel(
     rest = program // chunks
     sample = (rest // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (rest % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
-    group, channel, channel_mask, mask, offset = _tile(
+    pixel, group, channel, channel_mask, mask, offset = _tile(
         sample, first_group, chunk * PIXEL_TILE,
         PIXELS, GROUPS, GROUP_CHANNELS,
         GROUPS_HERE, PIXEL_TILE, CHANNEL_TILE,
@@ -386,7 +508,15 @@ def _split_backward_kernel(
         along = tl.load(along_ptr + sample * GROUPS + group)
         across = tl.load(across_ptr + sample * GROUPS + group)
         dx = rstd * (du * w - across - normed * along)
-        store_rounded(dx_ptr + offset, dx, mask)
+        dx = _store_gradient(
+            dx,
+            dwhole_ptr,
+            dx_ptr, dbeside_ptr,
+            sample, offset, pixel, channel, mask,
+            PIXELS, GROUPS * GROUP_CHANNELS,
+            X_CHANNELS, FACTOR,
+            CHANNELS_LAST,
+        )  # fmt: skip
         if dadd_ptr is not None:
             tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
 
@@ -443,22 +573,19 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     }
 
 
-def _arrange(x, groups, direction):
-    """(chunks, tile arguments, grid) for x; ValueError for what no kernel has."""
+def _arrange(x, channels, groups, direction):
+    """(chunks, tile arguments, grid) for x or what is joined to `channels`; ValueError for what no kernel has."""
     if x.dtype not in DTYPES:
         raise ValueError(
             f"kernels: {x.dtype} is not supported; use float32, bfloat16 or float16 (the torch backend takes float64)"
         )
-    if x.is_contiguous():
-        channels_last = False
-    elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        channels_last = True
-    else:
+    channels_last = not x.is_contiguous()
+    if channels_last and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(
             f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} "
             "is neither contiguous nor channels_last; call .contiguous()"
         )
-    tile = plan(x.shape[1], groups, x[0, 0].numel(), x.element_size(), channels_last, direction)
+    tile = plan(channels, groups, x[0, 0].numel(), x.element_size(), channels_last, direction)
     chunks = tile.pop("chunks")
     grid = (len(x) * (tile["GROUPS"] // tile["GROUPS_HERE"]) * chunks,)
     return chunks, {**tile, "CHANNELS_LAST": channels_last}, grid
@@ -485,6 +612,108 @@ def _group_means(sums, factor, groups, elements):
     return weighted.reshape(*sums.shape[:2], groups, -1).sum(3) / elements
 
 
+def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps, silu, scale, shift):
+    """(y, mean, rstd); whole: where the joined input goes, None where x + add is all."""
+    y = torch.empty_like(x if whole is None else whole)
+    chunks, tile, grid = _arrange(x, y.shape[1], groups, FORWARD)
+    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    parts, join = (x, add, residual, beside, whole), {"X_CHANNELS": x.shape[1], "FACTOR": factor}
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
+    if chunks == 1:
+        _forward_kernel[grid](
+            *parts,
+            weight, bias,
+            scale, shift,
+            y,
+            mean, rstd,
+            *strides,
+            eps,
+            **join,
+            **tile,
+            SILU=silu,
+        )  # fmt: skip
+        return y, mean, rstd
+    chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
+    deviation = torch.empty_like(chunk_mean)
+    _split_statistics_kernel[grid](
+        *parts,
+        chunk_mean, deviation,
+        _row_stride(add),
+        chunks,
+        **join,
+        **tile,
+    )  # fmt: skip
+    if whole is not None:  # it is there now
+        x, add = whole, None
+    _split_forward_kernel[grid](
+        x,
+        add,
+        weight, bias,
+        scale, shift,
+        chunk_mean, deviation,
+        y,
+        mean, rstd,
+        _row_stride(add), *strides[1:],
+        eps,
+        chunks,
+        **tile,
+        CHUNK_TILE=triton.next_power_of_2(chunks),
+        SILU=silu,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, dwhole, dx, dbeside, factor, with_dadd):
+    """(P and Q [2, B, C], dadd [B, C] or None); writes dx, and dbeside if that is not None."""
+    chunks, tile, grid = _arrange(x, x.shape[1], groups, BACKWARD)
+    batch, channels = x.shape[:2]
+    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)  # in one, for one reduction
+    dadd = torch.empty_like(sums[0]) if with_dadd else None
+    inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
+    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
+    join = {"X_CHANNELS": dx.shape[1], "FACTOR": factor}
+    if chunks == 1:
+        _backward_kernel[grid](
+            *inputs,
+            dwhole, dx, dbeside,
+            *sums,
+            dadd,
+            *strides,
+            **join,
+            **tile,
+            SILU=silu,
+        )  # fmt: skip
+        return sums[:, :, 0], None if dadd is None else dadd[:, 0]
+    _split_backward_kernel[grid](
+        *inputs,
+        None, None,  # along, across
+        None, None, None,  # dwhole, dx, dbeside
+        *sums,
+        None,  # dadd
+        *strides,
+        chunks,
+        X_CHANNELS=channels, FACTOR=1.0,
+        **tile,
+        SILU=silu,
+    )  # fmt: skip
+    sums = sums.sum(2)
+    along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
+    _split_backward_kernel[grid](
+        *inputs,
+        along, across,
+        dwhole, dx, dbeside,
+        None, None,  # p, q
+        dadd,
+        *strides,
+        chunks,
+        **join,
+        **tile,
+        SILU=silu,
+    )  # fmt: skip
+    return sums, None if dadd is None else dadd.sum(1)
+
+
 # ---- public functions ------------------------------------------------------------------------------------------------
 
 
@@ -498,101 +727,66 @@ def group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add):
 
     Raises ValueError for a layout or type that no kernel has.
     """
-    chunks, tile, grid = _arrange(x, groups, FORWARD)
-    y = torch.empty_like(x)
-    mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
-    if chunks == 1:
-        _forward_kernel[grid](
-            x,
-            add,
-            weight, bias,
-            scale, shift,
-            y,
-            mean, rstd,
-            *strides,
-            eps,
-            **tile,
-            SILU=silu,
-        )  # fmt: skip
-        return y, mean, rstd
-    chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
-    deviation = torch.empty_like(chunk_mean)
-    _split_statistics_kernel[grid](
-        x,
-        add,
-        chunk_mean, deviation,
-        _row_stride(add),
-        chunks,
-        **tile,
-    )  # fmt: skip
-    _split_forward_kernel[grid](
-        x,
-        add,
-        weight, bias,
-        scale, shift,
-        chunk_mean, deviation,
-        y,
-        mean, rstd,
-        *strides,
-        eps,
-        chunks,
-        **tile,
-        CHUNK_TILE=triton.next_power_of_2(chunks),
-        SILU=silu,
-    )  # fmt: skip
-    return y, mean, rstd
+    return _forward(x, add, None, None, 1.0, None, groups, weight, bias, eps, silu, scale, shift)
 
 
-def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
+def group_norm_silu_backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, with_dadd=True):
     """(dx like x, P and Q [2, B, C], dadd [B, C] or None without add), all but dx float32; see the top of the file.
 
     dy is laid out like x. mean and rstd are what the forward returned; the other arguments and errors are as there.
+    with_dadd: whether dadd is wanted.
     """
-    chunks, tile, grid = _arrange(x, groups, BACKWARD)
-    batch, channels = x.shape[:2]
-    dx = torch.empty_like(x)
-    sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)  # in one, for one reduction
-    dadd = None if add is None else torch.empty_like(sums[0])
-    inputs = (dy, x, add, weight, bias, scale, shift, mean, rstd)
-    strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
-    if chunks == 1:
-        _backward_kernel[grid](
-            *inputs,
-            dx,
-            *sums,
-            dadd,
-            *strides,
-            **tile,
-            SILU=silu,
-        )  # fmt: skip
-        return dx, sums[:, :, 0], None if add is None else dadd[:, 0]
-    _split_backward_kernel[grid](
-        *inputs,
-        None, None,  # along, across
-        None,  # dx
-        *sums,
-        None,  # dadd
-        *strides,
-        chunks,
-        **tile,
-        SILU=silu,
-    )  # fmt: skip
-    sums = sums.sum(2)
-    along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
-    _split_backward_kernel[grid](
-        *inputs,
-        along, across,
-        dx,
-        None, None,  # p, q
-        dadd,
-        *strides,
-        chunks,
-        **tile,
-        SILU=silu,
-    )  # fmt: skip
-    return dx, sums, None if add is None else dadd.sum(1)
+    dx, with_dadd = torch.empty_like(x), with_dadd and add is not None
+    sums, dadd = _backward(
+        dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, None, dx, None, 1.0, with_dadd
+    )
+    return dx, sums, dadd
+
+
+def empty_channels(x, channels):
+    """An empty tensor like x, in its memory format, with as many channels."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    shape = (len(x), channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def empty_whole(x, beside):
+    """An empty tensor for the channels of both, in the memory format of x."""
+    return empty_channels(x, x.shape[1] + (0 if beside is None else beside.shape[1]))
+
+
+def joined_group_norm_silu(x, groups, weight, bias, eps, silu, add, residual, factor, beside):
+    """(y, whole, mean [B, groups], rstd [B, groups]) of an input in parts; see the top of the file.
+
+    x              [B, C1, *spatial], row-major or channels_last
+    weight, bias   [C] for the C = C1 + C2 channels of y and whole, or both None
+    add            [B, C1] with contiguous rows, or None
+    residual       like x, or None
+    beside         [B, C2, *spatial] of the type and memory format of x, or None for C2 = 0
+    factor         a number
+
+    Raises ValueError as `group_norm_silu`.
+    """
+    whole = empty_whole(x, beside)
+    y, mean, rstd = _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps, silu, None, None)
+    return y, whole, mean, rstd
+
+
+def joined_group_norm_silu_backward(
+    dy, dwhole, whole, x_channels, groups, weight, bias, silu, factor, mean, rstd, with_dadd
+):
+    """(dx [B, x_channels, *spatial], dbeside or None, P and Q [2, B, C], dadd [B, x_channels] or None).
+
+    dx is the gradient of x and of residual. dy and dwhole are laid out like whole; dwhole is None where y alone is
+    used. with_dadd: whether there is an add whose gradient is wanted. The rest is as of `joined_group_norm_silu`.
+    """
+    beside = whole.shape[1] - x_channels
+    dx, dbeside = empty_channels(whole, x_channels), empty_channels(whole, beside) if beside else None
+    sums, dadd = _backward(
+        *(dy, whole, groups, weight, bias, silu, None, None, None, mean, rstd),
+        *(dwhole, dx, dbeside, factor, with_dadd),
+    )
+    return dx, dbeside, sums, None if dadd is None else dadd[:, :x_channels]
 
 
 def parameter_grads(sums, weight, bias, scale):

@@ -46,17 +46,31 @@ def load_float(pointer, mask):
 
 
 @triton.jit
-def store_rounded(pointer, value, mask):
-    """Store float32 in the pointer's type, rounded to nearest even.
-
-    The interpreter would truncate to bfloat16. There the bits are rounded by hand.
-    """
+def _round_by_hand(value, TYPE: tl.constexpr):
+    """float32 that TYPE holds, to nearest even. The interpreter would truncate to bfloat16: there, the bits."""
     if _INTERPRETED:
-        if pointer.dtype.element_ty == tl.bfloat16:
+        if TYPE == tl.bfloat16:
             bits = value.to(tl.int32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             value = bits.to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Store float32 in the pointer's type, rounded to nearest even."""
+    value = _round_by_hand(value, pointer.dtype.element_ty)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def as_stored(value, pointer):
+    """float32 as it will be read again from where `store_rounded` puts it."""
+    if pointer.dtype.element_ty != tl.float32:
+        value = _round_by_hand(value, pointer.dtype.element_ty)
+        if not (_INTERPRETED and pointer.dtype.element_ty == tl.bfloat16):
+            value = value.to(pointer.dtype.element_ty).to(tl.float32)
+    return value
 
 
 # ---- for the launchers -----------------------------------------------------------------------------------------------

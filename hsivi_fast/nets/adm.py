@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 from .blocks import (
     ConvBeforeNorm,
+    ConvBeforeSum,
     GroupNorm,
+    JoiningNorm,
+    Parts,
     TimeBlock,
     UNet,
     UpsamplingConv,
@@ -18,6 +21,8 @@ from .blocks import (
     class_embedding,
     pixel_attention,
     timestep_frequencies,
+    whole,
+    with_channels,
 )
 
 
@@ -25,6 +30,7 @@ class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding scales and shifts the second normalisation; without `scale_shift` it is added before that.
+    Called with a tensor or `Parts`, it returns (that as a whole, its result as `Parts`).
     """
 
     def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps, scale_shift):
@@ -32,7 +38,7 @@ class ResidualBlock(TimeBlock):
         self.scale_shift = scale_shift
         self.in_layers = nn.ModuleDict(
             {
-                "0": GroupNorm(norm_groups, in_channels, eps=norm_eps),
+                "0": JoiningNorm(norm_groups, in_channels, eps=norm_eps),
                 "2": ConvBeforeNorm(in_channels, out_channels, 3, padding=1),
             }
         )
@@ -42,7 +48,7 @@ class ResidualBlock(TimeBlock):
         self.out_layers = nn.ModuleDict(
             {
                 "0": GroupNorm(norm_groups, out_channels, eps=norm_eps),
-                "3": nn.Conv2d(out_channels, out_channels, 3, padding=1),
+                "3": ConvBeforeSum(out_channels, out_channels, 3, padding=1),
             }
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -57,7 +63,8 @@ class ResidualBlock(TimeBlock):
         return [*into_embedding, (self.skip_connection, self.out_layers["3"])]
 
     def forward(self, x, embedding):
-        h, of_time = self.in_layers["0"](x, silu=True), self.emb_layers["1"](embedding)
+        h, x = self.in_layers["0"](x, silu=True)
+        of_time = self.emb_layers["1"](embedding)
         conv, norm = self.in_layers["2"], self.out_layers["0"]
         if self.scale_shift:
             scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
@@ -66,25 +73,26 @@ class ResidualBlock(TimeBlock):
         else:
             h, add = conv(h, of_time)
             h = norm(h, silu=True, add=add)
-        return self.out_layers["3"](h) + self.skip_connection(x)
+        return x, Parts(*self.out_layers["3"](h), residual=self.skip_connection(x))
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head self-attention over all pixels."""
+    """Multi-head self-attention over all pixels; called as `ResidualBlock`."""
 
     def __init__(self, channels, heads, norm_groups, norm_eps):
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.norm = JoiningNorm(norm_groups, channels, eps=norm_eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x, embedding=None):
+        normed, x = self.norm(x)
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x).flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
+        qkv = self.qkv(normed.flatten(2))  # [B, 3 C, H W]; the heads come first, then q, k, v
         qkv = qkv.reshape(batch, self.heads, 3, channels // self.heads, height * width).permute(2, 0, 1, 3, 4)
         h = pixel_attention(qkv).reshape(batch, channels, height * width)
-        return x + self.proj_out(h).reshape(batch, channels, height, width)
+        return x, Parts(x, residual=self.proj_out(h).reshape(batch, channels, height, width))
 
 
 class ADMUNet(UNet):
@@ -182,7 +190,7 @@ class ADMUNet(UNet):
                 self.output_blocks.append(layers)
 
         self.out = nn.ModuleDict(
-            {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
+            {"0": JoiningNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
     def embedded(self, t, class_labels, dtype):
@@ -195,21 +203,28 @@ class ADMUNet(UNet):
     def through(self, x, embedding):
         h, skips = x, []
         for layers in self.input_blocks:
-            h = _apply(layers, h, embedding)
-            skips.append(h)
-        h = _apply(self.middle_block, h, embedding)
+            given, h = _apply(layers, h, embedding)
+            skips.append(given)
+        given, h = _apply(self.middle_block, h, embedding)
+        skips = [*skips[1:], given]  # what each stage gives: the first is given the image
         for layers in self.output_blocks:
-            h = _apply(layers, torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.out["2"](self.out["0"](h, silu=True))[:, : x.shape[1]]
+            _, h = _apply(layers, with_channels(h, skips.pop()), embedding)
+        h, _ = self.out["0"](h, silu=True)
+        return self.out["2"](h)[:, : x.shape[1]]
 
 
 def _apply(layers, h, embedding):
-    """Run the layers of a stage in order: a convolution, residual blocks, attention, a change of resolution."""
+    """Run the layers of a stage in order: a convolution, residual blocks, attention, a change of resolution.
+
+    h is a tensor or `Parts`. Returns (h as a whole, the result, which may be `Parts`).
+    """
+    all_given = []
     for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            h = layer(h)
-        elif isinstance(layer, nn.ModuleDict):
-            h = layer["op" if "op" in layer else "conv"](h)  # half or double the resolution
+        if isinstance(layer, (nn.Conv2d, nn.ModuleDict)):
+            given = whole(h)
+            # A convolution, or half or double the resolution.
+            h = (layer if isinstance(layer, nn.Conv2d) else layer["op" if "op" in layer else "conv"])(given)
         else:
-            h = layer(h, embedding)
-    return h
+            given, h = layer(h, embedding)
+        all_given.append(given)
+    return all_given[0], h

@@ -5,6 +5,7 @@ timestep embeddings and upsampling.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -108,6 +109,76 @@ class GroupNorm(nn.GroupNorm):
         return ops.group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, scale=scale, shift=shift, add=add
         )
+
+
+class Parts(NamedTuple):
+    """A feature map that is not put together yet: [(x + add + residual) factor, beside], see `ops.joined`.
+
+    The normalisation after it does that on its way (`JoiningNorm`), and `whole` does where none follows. It is a tuple
+    because ZeRO-3 looks for the tensors that modules are given and return, and sees into tuples.
+
+    x, residual: [B, C1, H, W]; add: [B, C1]; beside: [B, C2, H, W]. All but x may be None.
+    """
+
+    x: torch.Tensor
+    add: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    factor: float = 1.0
+    beside: torch.Tensor | None = None
+
+
+def whole(x):
+    """A feature map [B, C, H, W] of a tensor, which is one, or of `Parts`."""
+    return ops.joined(*x) if isinstance(x, Parts) else x
+
+
+def with_channels(x, beside):
+    """`Parts` of a feature map x, a tensor or `Parts` without such channels, and the channels of a tensor after it."""
+    return (x if isinstance(x, Parts) else Parts(x))._replace(beside=beside)
+
+
+class JoiningNorm(GroupNorm):
+    """`GroupNorm` of a feature map that may be in parts."""
+
+    def forward(self, x, silu=False):
+        """(y, x as a whole), both [B, C, H, W]; x: a tensor or `Parts`."""
+        parts = x if isinstance(x, Parts) else Parts(x)
+        return ops.joined_group_norm_silu(
+            parts.x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            silu=silu,
+            add=parts.add,
+            residual=parts.residual,
+            factor=parts.factor,
+            beside=parts.beside,
+        )
+
+
+class NoNorm(nn.Module):
+    """What stands where a network has no normalisation; it is called as `JoiningNorm`."""
+
+    def forward(self, x):
+        """(x as a whole) twice."""
+        x = whole(x)
+        return x, x
+
+
+class ConvBeforeSum(nn.Conv2d):
+    """`nn.Conv2d` before a sum that a normalisation's kernel makes, which adds the bias too.
+
+    Most libraries of a GPU add it in a pass over the tensor of its own. Torch's sum would have another pass instead,
+    so there the convolution keeps its bias.
+    """
+
+    def forward(self, x):
+        """(the convolution of x [B, D, H, W], its bias [B, D] or None where it is added)."""
+        if self.bias is None or ops.running_backend(x.device) == "torch":
+            return super().forward(x), None
+        h = self._conv_forward(x, self.weight, None)
+        return h, self.bias.to(h.dtype).expand(len(h), -1)
 
 
 class BeforeNorm:

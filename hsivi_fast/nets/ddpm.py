@@ -10,7 +10,11 @@ from torch.nn import functional as F
 
 from .blocks import (
     ConvBeforeNorm,
+    ConvBeforeSum,
     GroupNorm,
+    JoiningNorm,
+    NoNorm,
+    Parts,
     TimeBlock,
     UNet,
     UpsamplingConv,
@@ -18,6 +22,8 @@ from .blocks import (
     class_embedding,
     pixel_attention,
     timestep_frequencies,
+    whole,
+    with_channels,
 )
 
 
@@ -25,16 +31,17 @@ class ResidualBlock(TimeBlock):
     """conv(SiLU(norm)) twice, and a skip connection.
 
     The time embedding is added in between. With `scale_shift` it scales and shifts the second normalisation instead.
+    Called with a tensor or `Parts`, it returns (that as a whole, its result as `Parts`).
     """
 
     def __init__(self, in_channels, out_channels, embed_channels, norm_groups, norm_eps, scale_shift):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.norm1 = JoiningNorm(norm_groups, in_channels, eps=norm_eps)
         self.conv1 = ConvBeforeNorm(in_channels, out_channels, 3, padding=1)
         self.fc = nn.Linear(embed_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = ConvBeforeSum(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     @property
@@ -47,7 +54,8 @@ class ResidualBlock(TimeBlock):
         return [*into_embedding, (self.skip, self.conv2)]
 
     def forward(self, x, embedding):
-        h, of_time = self.norm1(x, silu=True), self.fc(embedding)
+        h, x = self.norm1(x, silu=True)
+        of_time = self.fc(embedding)
         if self.scale_shift:
             scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
             h, add = self.conv1(h)  # [B, out_channels, H, W], [B, out_channels]
@@ -55,24 +63,29 @@ class ResidualBlock(TimeBlock):
         else:
             h, add = self.conv1(h, of_time)
             h = self.norm2(h, silu=True, add=add)
-        return self.conv2(h) + self.skip(x)
+        return x, Parts(*self.conv2(h), residual=self.skip(x))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels, by one head or several; `norm_groups` 0 is no normalisation before it."""
+    """Self-attention over all pixels, by one head or several; `norm_groups` 0 is no normalisation before it.
+
+    Called as `ResidualBlock`.
+    """
 
     def __init__(self, channels, heads, norm_groups, norm_eps):
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps) if norm_groups else nn.Identity()
+        self.norm = JoiningNorm(norm_groups, channels, eps=norm_eps) if norm_groups else NoNorm()
         self.project_in = nn.Conv2d(channels, 3 * channels, 1)
-        self.project_out = nn.Conv2d(channels, channels, 1)
+        self.project_out = ConvBeforeSum(channels, channels, 1)
 
     def forward(self, x, embedding=None):
+        normed, x = self.norm(x)
         batch, channels, height, width = x.shape
-        qkv = self.project_in(self.norm(x)).flatten(2)  # [B, 3 C, H W]: q, k, v come first, then the heads
+        qkv = self.project_in(normed).flatten(2)  # [B, 3 C, H W]: q, k, v come first, then the heads
         qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, height * width).transpose(0, 1)
-        return x + self.project_out(pixel_attention(qkv).reshape(batch, channels, height, width))
+        projected, add = self.project_out(pixel_attention(qkv).reshape(batch, channels, height, width))
+        return x, Parts(x, add, residual=projected)
 
 
 class DDPMUNet(UNet):
@@ -212,7 +225,7 @@ class DDPMUNet(UNet):
         self.upsamples = nn.ModuleDict({name: upsamples[name] for name in sorted(upsamples)})
 
         self.out_conv = nn.ModuleDict(
-            {"0": GroupNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
+            {"0": JoiningNorm(norm_groups, width, eps=norm_eps), "2": nn.Conv2d(width, out_channels, 3, padding=1)}
         )
 
     def embedded(self, t, class_labels, dtype):
@@ -226,34 +239,40 @@ class DDPMUNet(UNet):
 
     def through(self, x, embedding):
         h = self.in_conv(2 * x - 1 if self.center_input else x)
-        skips = [h]
+        skips = []  # what each layer on the way down is given, and what the last one gives
         for layers in self.downsamples.values():
             for layer in layers:
                 if isinstance(layer, nn.ModuleDict):
+                    skip = whole(h)
                     # Without padding of its own: the "same" padding of a stride-2 convolution on an even size.
-                    h = layer["1"](h if self.down_padding else F.pad(h, (0, 1, 0, 1)))
+                    h = layer["1"](skip if self.down_padding else F.pad(skip, (0, 1, 0, 1)))
                 else:
-                    h = _apply(layer, h, embedding)
-                skips.append(h)
+                    skip, h = _apply(layer, h, embedding)
+                skips.append(skip)
 
-        for layer in self.middle:
-            h = layer(h, embedding)
+        skip = h = h if len(self.middle) else whole(h)
+        for index, layer in enumerate(self.middle):
+            given, h = layer(h, embedding)
+            skip = skip if index else given
             if self.middle_scale != 1:
-                h = h / self.middle_scale
+                h = whole(h) / self.middle_scale
+        skips.append(skip)
 
         for name in reversed(self.upsamples.keys()):
             for layer in self.upsamples[name]:
                 if isinstance(layer, nn.ModuleDict):
-                    h = layer["1"](h)
+                    h = layer["1"](whole(h))
                 else:
-                    h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+                    _, h = _apply(layer, with_channels(h, skips.pop()), embedding)
 
-        h = self.out_conv["2"](self.out_conv["0"](h, silu=True))
+        h, _ = self.out_conv["0"](h, silu=True)
+        h = self.out_conv["2"](h)
         return h[:, : x.shape[1]] if h.shape[1] > x.shape[1] else h
 
 
 def _apply(layer, h, embedding):
-    """Run a residual block, or a list of a residual block and its attention."""
-    for block in layer if isinstance(layer, nn.ModuleList) else [layer]:
-        h = block(h, embedding)
-    return h
+    """Run a residual block, or a list of a residual block and its attention; returns as the block does."""
+    given, h = (layer[0] if isinstance(layer, nn.ModuleList) else layer)(h, embedding)
+    if isinstance(layer, nn.ModuleList):
+        _, h = layer[1](h, embedding)
+    return given, h

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import BeforeNorm, ConvBeforeNorm, GroupNorm, TimeBlock, pixel_attention, upsample
+from .blocks import (
+    BeforeNorm,
+    ConvBeforeNorm,
+    ConvBeforeSum,
+    GroupNorm,
+    JoiningNorm,
+    Parts,
+    TimeBlock,
+    pixel_attention,
+    upsample,
+)
 
 FOURIER_SCALE = 16  # standard deviation of random frequencies
 
@@ -70,6 +80,7 @@ class Block(TimeBlock):
     The embedding scales and shifts the second normalisation (`adaptive`), or is added before it. `change` is None,
     "down" or "up". Both sums are multiplied by `skip_scale`. The skip connection is a convolution where the width
     changes, and with `project_skip` where the resolution does too.
+    Called with a tensor or `Parts`, it returns (that as a whole, its result as `Parts`).
     """
 
     def __init__(
@@ -87,23 +98,23 @@ class Block(TimeBlock):
     ):
         super().__init__()
         self.adaptive, self.skip_scale, self.heads = adaptive, skip_scale, heads
-        self.norm0 = norm(in_channels, norm_eps)
+        self.norm0 = norm(in_channels, norm_eps, JoiningNorm)
         if change is None:
             self.conv0 = ConvBeforeNorm(in_channels, out_channels, 3, padding=1)
         else:
             self.conv0 = ResamplingConvBeforeNorm(in_channels, out_channels, 3, change, taps)
         self.affine = nn.Linear(embed_channels, out_channels * (2 if adaptive else 1))
-        self.norm1 = norm(out_channels, norm_eps)
-        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = norm(out_channels, norm_eps, GroupNorm)
+        self.conv1 = ConvBeforeSum(out_channels, out_channels, 3, padding=1)
         projects = project_skip or in_channels != out_channels
         if change is not None:
             self.skip = ResamplingConv(in_channels, out_channels, 1 if projects else 0, change, taps)
         else:
             self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         if heads:
-            self.norm2 = norm(out_channels, norm_eps)
+            self.norm2 = norm(out_channels, norm_eps, JoiningNorm)
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
-            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+            self.proj = ConvBeforeSum(out_channels, out_channels, 1)
 
     @property
     def of_embedding(self):
@@ -115,7 +126,8 @@ class Block(TimeBlock):
         return [*into_embedding, (self.skip, self.conv1)]
 
     def forward(self, x, embedding):
-        h, of_time = self.norm0(x, silu=True), self.affine(embedding)
+        h, x = self.norm0(x, silu=True)
+        of_time = self.affine(embedding)
         if self.adaptive:
             scale, shift = of_time.chunk(2, dim=1)  # each [B, out_channels]
             h, add = self.conv0(h)  # [B, out_channels, H, W] of the new resolution, [B, out_channels]
@@ -123,13 +135,15 @@ class Block(TimeBlock):
         else:
             h, add = self.conv0(h, of_time)
             h = self.norm1(h, silu=True, add=add)
-        h = (self.conv1(h) + self.skip(x)) * self.skip_scale
+        parts = Parts(*self.conv1(h), residual=self.skip(x), factor=self.skip_scale)
         if self.heads:
+            normed, h = self.norm2(parts)
             batch, channels, height, width = h.shape
-            qkv = self.qkv(self.norm2(h)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
+            qkv = self.qkv(normed).reshape(batch, self.heads, channels // self.heads, 3, height * width)
             attended = pixel_attention(qkv.permute(3, 0, 1, 2, 4))  # q, k, v alternate, after the heads
-            h = (h + self.proj(attended.reshape(batch, channels, height, width))) * self.skip_scale
-        return h
+            projected, add = self.proj(attended.reshape(batch, channels, height, width))
+            parts = Parts(h, add, residual=projected, factor=self.skip_scale)
+        return x, parts
 
 
 class FourierFrequencies(nn.Module):
@@ -146,12 +160,12 @@ class FourierFrequencies(nn.Module):
         return t[:, None] * (2 * math.pi * (self.freqs.detach() + 0 * self.freqs))
 
 
-def norm(channels, eps):
-    """Group normalisation with 32 groups, or fewer groups of 4 channels where a level is narrow."""
+def norm(channels, eps, kind):
+    """`GroupNorm` or `JoiningNorm` (`kind`) with 32 groups, or fewer groups of 4 channels where a level is narrow."""
     groups = min(32, channels // 4)
     if not groups or channels % groups:
         raise ValueError(
             f"network.channels: a width of {channels} cannot be cut into {max(groups, 1)} groups of at least 4 "
             "channels; use a multiple of 32, or of 4 where all widths are below 128"
         )
-    return GroupNorm(groups, channels, eps=eps)
+    return kind(groups, channels, eps=eps)

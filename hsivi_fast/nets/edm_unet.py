@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .blocks import UNet, check_class_labels, check_halvings, timestep_frequencies
+from .blocks import JoiningNorm, UNet, check_class_labels, check_halvings, timestep_frequencies, whole, with_channels
 from .edm_blocks import Block, FourierFrequencies, ResamplingConv, norm
 
 HEAD_CHANNELS = 64  # of one attention head of `DhariwalUNet`
@@ -82,18 +82,21 @@ class EDMUNet(UNet):
         return width
 
     def _down_and_up(self, x, embedding):
-        """The blocks of `enc` and `dec`: x [B, C, H, W], embedding [B, D] -> [B, width, H, W]."""
-        h, side, skips = x, x, []
+        """The blocks of `enc` and `dec`: x [B, C, H, W], embedding [B, D] -> [B, width, H, W], or `Parts` of it."""
+        h, side, skips = x, x, []  # skips: what each block on the way down is given, and what the last one gives
         for layer in self.enc.values():
-            if isinstance(layer, ResamplingConv):  # the residual connection changes what was just put aside
-                h = side = (h + layer(side)) * math.sqrt(0.5)
-                skips[-1] = h
+            if isinstance(layer, ResamplingConv):  # the residual connection
+                h = side = (whole(h) + layer(side)) * math.sqrt(0.5)
+            elif isinstance(layer, Block):
+                skip, h = layer(h, embedding)
+                skips.append(skip)
             else:
-                h = layer(h, embedding) if isinstance(layer, Block) else layer(h)
-                skips.append(h)
+                h = layer(h)
         for name, layer in self.dec.items():
             if isinstance(layer, Block):
-                h = layer(torch.cat([h, skips.pop()], dim=1) if "_block" in name else h, embedding)
+                skip, h = layer(with_channels(h, skips.pop()) if "_block" in name else h, embedding)
+                if name.endswith("_in0"):
+                    skips.append(skip)
         return h
 
     def _labels(self, t, class_labels, dtype):
@@ -161,7 +164,7 @@ class SongUNet(EDMUNet):
             first=channels,
             residual_taps=resample_filter if encoder == "residual" else None,
         )
-        self.dec[f"{_place(image_size)}_aux_norm"] = norm(width, norm_eps)
+        self.dec[f"{_place(image_size)}_aux_norm"] = norm(width, norm_eps, JoiningNorm)
         self.dec[f"{_place(image_size)}_aux_conv"] = nn.Conv2d(width, image_channels, 3, padding=1)
 
     def embedded(self, t, class_labels, dtype):
@@ -180,7 +183,8 @@ class SongUNet(EDMUNet):
     def through(self, x, embedding):
         h = self._down_and_up(x, embedding)
         place = _place(self.sizes[0])
-        return self.dec[f"{place}_aux_conv"](self.dec[f"{place}_aux_norm"](h, silu=True))
+        h, _ = self.dec[f"{place}_aux_norm"](h, silu=True)
+        return self.dec[f"{place}_aux_conv"](h)
 
 
 class DhariwalUNet(EDMUNet):
@@ -211,7 +215,7 @@ class DhariwalUNet(EDMUNet):
         )
         widths = [channels * multiplier for multiplier in multipliers]
         width = self._build(block, _heads, widths, res_blocks, attention, attend_all_up=True)
-        self.out_norm = norm(width, norm_eps)
+        self.out_norm = norm(width, norm_eps, JoiningNorm)
         self.out_conv = nn.Conv2d(width, image_channels, 3, padding=1)
 
     def embedded(self, t, class_labels, dtype):
@@ -226,7 +230,8 @@ class DhariwalUNet(EDMUNet):
 
     def through(self, x, embedding):
         h = self._down_and_up(x, embedding)
-        return self.out_conv(self.out_norm(h, silu=True))
+        h, _ = self.out_norm(h, silu=True)
+        return self.out_conv(h)
 
 
 def _place(size):

@@ -21,6 +21,7 @@ import torch
 
 from . import library, philox, reference
 from .noise import Noise
+from .reference import joined
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "HSIVI_BACKEND"
@@ -39,6 +40,8 @@ __all__ = [
     "integers",
     "integers_below",
     "integers_of_seeds",
+    "joined",
+    "joined_group_norm_silu",
     "old_capability",
     "running_backend",
     "triton_is_interpreted",
@@ -179,9 +182,42 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
     x: [B, C, *spatial]; weight, bias: [C] or None; scale, shift, add: [B, C] or None.
     Raises ValueError for what does not fit.
     """
+    _check_norm(x, groups, weight, bias, scale, shift, add)
+    if _resolve(backend, x.device) == "torch":
+        return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
+    scale, shift, add = map(_dense_rows, (scale, shift, add))
+    return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
+
+
+def joined_group_norm_silu(
+    x, groups, weight, bias, eps, silu=True, add=None, residual=None, factor=1.0, beside=None, backend=None
+):
+    """GroupNorm, and SiLU where `silu`, of whole = [(x + add + residual) factor, beside], an input in parts.
+
+    Returns (y, whole), both [B, C1 + C2, *spatial] and differentiable in all tensors.
+    x, residual: [B, C1, *spatial]; beside: [B, C2, *spatial]; weight, bias: [C1 + C2] or None; add: [B, C1].
+    residual, add and beside may be None. x itself is `whole` where it has no other parts.
+    The kernel takes parts of one type and memory format. Torch adds or concatenates others before it.
+    Raises ValueError for what does not fit.
+    """
+    _check_norm(x, groups, weight, bias, None, None, add, residual, beside)
+    by_kernel = _resolve(backend, x.device) == "triton"
+    if not by_kernel or not _lie_alike(x, residual):
+        x, add, residual, factor = joined(x, add, residual, factor), None, None, 1.0
+    if not by_kernel or not _lie_alike(x, beside):
+        x, add, residual, factor, beside = joined(x, add, residual, factor, beside), None, None, 1.0, None
+    if all(part is None for part in (add, residual, beside)) and factor == 1:
+        return group_norm_silu(x, groups, weight, bias, eps, silu, backend=backend), x
+    arguments = (x, groups, weight, bias, eps, silu, _dense_rows(add), residual, factor, beside)
+    return library.joined_group_norm_silu(*arguments)[:2]
+
+
+def _check_norm(x, groups, weight, bias, scale, shift, add, residual=None, beside=None):
+    """What a caller of group normalisation can get wrong."""
     if x.ndim < 2 or 0 in x.shape:
         raise ValueError(f"ops: a tensor of shape {tuple(x.shape)} has nothing to normalise")
-    channels = x.shape[1]
+    batch, own, *spatial = x.shape
+    channels = own if beside is None else own + beside.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"ops: {channels} channels cannot be cut into {groups} groups")
     if (weight is None) != (bias is None) or (scale is None) != (shift is None):
@@ -189,9 +225,11 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
     for name, tensor, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
-        ("scale", scale, (len(x), channels)),
-        ("shift", shift, (len(x), channels)),
-        ("add", add, (len(x), channels)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+        ("add", add, (batch, own)),
+        ("residual", residual, (batch, own, *spatial)),
+        ("beside", beside, (batch, channels - own, *spatial)),
     ):
         if tensor is None:
             continue
@@ -199,10 +237,17 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
             raise ValueError(
                 f"ops: {name} of shape {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}"
             )
-    if _resolve(backend, x.device) == "torch":
-        return reference.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
-    scale, shift, add = map(_dense_rows, (scale, shift, add))
-    return library.group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)[0]
+
+
+def _lie_alike(x, other):
+    """Whether two tensors [B, C, *spatial] have one type and both are row-major or channels_last; other may be None."""
+    if other is None:
+        return True
+    if x.dtype != other.dtype:
+        return False
+    if x.is_contiguous() and other.is_contiguous():
+        return True
+    return x.ndim == 4 and all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, other))
 
 
 def _dense_rows(tensor):

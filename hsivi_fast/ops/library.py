@@ -254,41 +254,140 @@ def group_norm_silu_backward(
     add: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    with_dadd: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _device_of(x):
         dx, sums, dadd = kernels("group_norm_silu").group_norm_silu_backward(
-            dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd
+            dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, with_dadd
         )
     return dx, sums, sums.new_empty(0) if dadd is None else dadd
 
 
 @group_norm_silu_backward.register_fake
-def _(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd):
+def _(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, with_dadd):
     sums = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(x), sums, sums.new_empty(0) if add is None else torch.empty_like(sums[0])
+    return torch.empty_like(x), sums, torch.empty_like(sums[0]) if with_dadd else sums.new_empty(0)
 
 
 def _save_norm(ctx, inputs, output):
     x, groups, weight, bias, eps, silu, scale, shift, add = inputs
     y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # of mean and rstd: zeros, which nothing reads
     ctx.save_for_backward(x, weight, bias, scale, shift, add, mean, rstd)
     ctx.groups, ctx.silu = groups, silu
 
 
 def _norm_gradients(ctx, dy, _mean, _rstd):
     x, weight, bias, scale, shift, add, mean, rstd = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 9
+    with_dadd = add is not None and ctx.needs_input_grad[8]
     dx, sums, dadd = group_norm_silu_backward(
-        _laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd
+        _laid_out_like(dy, x), x, ctx.groups, weight, bias, ctx.silu, scale, shift, add, mean, rstd, with_dadd
     )
     others = (None,) * 4
     if any(ctx.needs_input_grad[index] for index in (2, 3, 6, 7)):  # not in a pull-back to the input alone
         others = kernels("group_norm_silu").parameter_grads(sums, weight, bias, scale)
     dweight, dbias, dscale, dshift = others
-    return dx, None, dweight, dbias, None, None, dscale, dshift, None if add is None else dadd.to(add.dtype)
+    return dx, None, dweight, dbias, None, None, dscale, dshift, dadd.to(add.dtype) if with_dadd else None
 
 
 group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+@torch.library.custom_op("hsivi_fast::joined_group_norm_silu", mutates_args=())
+def joined_group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    residual: Tensor | None,
+    factor: float,
+    beside: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _device_of(x):
+        return kernels("group_norm_silu").joined_group_norm_silu(
+            x, groups, weight, bias, eps, silu, add, residual, factor, beside
+        )
+
+
+@joined_group_norm_silu.register_fake
+def _(x, groups, weight, bias, eps, silu, add, residual, factor, beside):
+    whole = kernels("group_norm_silu").empty_whole(x, beside)
+    mean = x.new_empty(len(x), groups, dtype=torch.float32)
+    return torch.empty_like(whole), whole, mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("hsivi_fast::joined_group_norm_silu_backward", mutates_args=())
+def joined_group_norm_silu_backward(
+    dy: Tensor,
+    dwhole: Tensor | None,
+    whole: Tensor,
+    x_channels: int,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    silu: bool,
+    factor: float,
+    mean: Tensor,
+    rstd: Tensor,
+    with_dadd: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _device_of(whole):
+        dx, dbeside, sums, dadd = kernels("group_norm_silu").joined_group_norm_silu_backward(
+            dy, dwhole, whole, x_channels, groups, weight, bias, silu, factor, mean, rstd, with_dadd
+        )
+    dbeside, dadd = (sums.new_empty(0) if gradient is None else gradient for gradient in (dbeside, dadd))
+    return dx, dbeside, sums, dadd
+
+
+@joined_group_norm_silu_backward.register_fake
+def _(dy, dwhole, whole, x_channels, groups, weight, bias, silu, factor, mean, rstd, with_dadd):
+    like, (batch, channels) = kernels("group_norm_silu").empty_channels, whole.shape[:2]
+    sums = whole.new_empty(2, batch, channels, dtype=torch.float32)
+    dbeside = like(whole, channels - x_channels) if x_channels < channels else sums.new_empty(0)
+    dadd = sums.new_empty_strided((batch, x_channels), (channels, 1)) if with_dadd else sums.new_empty(0)
+    return like(whole, x_channels), dbeside, sums, dadd
+
+
+def _save_joined(ctx, inputs, output):
+    x, groups, weight, bias, eps, silu, add, residual, factor, beside = inputs
+    y, whole, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(whole, weight, bias, mean, rstd)
+    ctx.groups, ctx.silu, ctx.factor, ctx.x_channels = groups, silu, factor, x.shape[1]
+    ctx.add_type = None if add is None else add.dtype
+
+
+def _joined_gradients(ctx, dy, dwhole, _mean, _rstd):
+    whole, weight, bias, mean, rstd = ctx.saved_tensors
+    if dy is None and dwhole is None:
+        return (None,) * 10
+    dy = torch.zeros_like(whole) if dy is None else _laid_out_like(dy, whole)
+    dwhole = None if dwhole is None else _laid_out_like(dwhole, whole)
+    dx, dbeside, sums, dadd = joined_group_norm_silu_backward(
+        *(dy, dwhole, whole, ctx.x_channels, ctx.groups, weight, bias, ctx.silu, ctx.factor, mean, rstd),
+        ctx.needs_input_grad[6],
+    )
+    dweight = dbias = None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        dweight, dbias, _, _ = kernels("group_norm_silu").parameter_grads(sums, weight, bias, None)
+    needs_dadd, needs_dresidual, needs_dbeside = (ctx.needs_input_grad[index] for index in (6, 7, 9))
+    return (
+        *(dx, None, dweight, dbias, None, None),
+        dadd.to(ctx.add_type) if needs_dadd else None,
+        dx if needs_dresidual else None,
+        None,
+        dbeside if needs_dbeside else None,
+    )
+
+
+joined_group_norm_silu.register_autograd(_joined_gradients, setup_context=_save_joined)
 
 
 # ---- the optimizer step ----------------------------------------------------------------------------------------------

@@ -90,6 +90,20 @@ def group_norm_silu(x, groups, weight, bias, eps, silu=True, scale=None, shift=N
     return F.silu(y) if silu else y
 
 
+def joined(x, add=None, residual=None, factor=1.0, beside=None):
+    """[(x + add + residual) factor, beside]: [B, C1 + C2, ...].
+
+    x, residual: [B, C1, ...]; add: [B, C1]; beside: [B, C2, ...]. All but x may be None.
+    """
+    if add is not None:
+        x = x + add.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+    if residual is not None:
+        x = x + residual
+    if factor != 1:
+        x = x * factor
+    return x if beside is None else torch.cat([x, beside], dim=1)
+
+
 def _compute_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -21,8 +21,14 @@ def test_plain_formulas_give_the_operations_results(backend, device, per_pixel, 
         case.check()
         if not case.name.startswith("affine_noise_step 3x"):  # that one draws torch.randn in the plain formula
             torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
-    for modulated, added in ((True, False), (False, True)):
-        for case in bench_ops.norm_cases(torch.device(device), 4, 8, 2, 3, torch.float32, modulated, added, True):
+    device = torch.device(device)
+    norms = [
+        *bench_ops.norm_cases(device, 4, 8, 2, 3, torch.float32, True, False, True),
+        *bench_ops.norm_cases(device, 4, 8, 2, 3, torch.float32, False, True, True),
+        *bench_ops.joined_cases(device, 4, 5, 7, 2, 3, torch.float32, True),
+    ]
+    if not per_pixel:
+        for case in norms:
             case.check()
             torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
 
@@ -47,8 +53,9 @@ def test_an_operation_whose_check_fails_is_not_timed():
 
 def test_the_selection_has_all_kinds_and_is_short():
     names = [case.name for case in bench_ops.selected_cases(torch.device("cpu"))]
-    kinds = ["draw_noise", *["affine_noise_step", "denoising", "fisher", "group_norm_silu forward+backward"] * 3]
-    assert len(names) == len(set(names)) == 21 and all(sum(kind in name for name in names) for kind in kinds)
+    kinds = ["draw_noise", "affine_noise_step", "denoising", "fisher", "joined_group_norm_silu"]
+    kinds += ["group_norm_silu forward+backward", "joined_group_norm_silu forward+backward"]
+    assert len(names) == len(set(names)) == 23 and all(sum(kind in name for name in names) for kind in kinds)
 
 
 def test_the_cases_and_the_traffic_are_those_of_the_committed_rows():

@@ -6,8 +6,10 @@ import torch
 from bench import roofline
 from bench.measure import counted_flops
 from bench.roofline import Card, Operation, call_operations, counted, cycle_operations, terms, whole
+from bench.shapes import CudnnLayouts
 from bench.tables import table_names
 from hsivi_fast.nets import build_unet
+from hsivi_fast.nets.blocks import ConvBeforeNorm, ConvBeforeSum
 from hsivi_fast.nets.ddpm import AttentionBlock
 from hsivi_fast.nets.prepared import Prepared
 
@@ -71,6 +73,34 @@ def test_bytes_are_of_bfloat16(small):
     (first,) = [each for each in small.forward if each.kind == "convolution"][:1]
     assert first.bytes == 2 * (2 * 3 * 64 + 32 * 3 * 9 + 32 + 2 * 32 * 64)
     assert first.outputs == (2 * 64, 32) and first.flops == 2 * 2 * 64 * 32 * 27
+
+
+def test_a_bias_of_a_convolution_is_a_pass_over_its_result(small):
+    """But for those that a normalisation adds."""
+    index = next(index for index, each in enumerate(small.forward) if each.kind == "convolution")
+    bias = small.forward[index + 1]
+    assert (bias.kind, bias.launches, bias.bytes) == ("all else", 1, 2 * 2 * 2 * 32 * 64)
+    network = build_unet(SMALL)
+    left = sum(isinstance(module, (ConvBeforeNorm, ConvBeforeSum)) for module in network.modules())
+    skips = sum(isinstance(getattr(module, "skip", None), torch.nn.Conv2d) for module in network.modules())
+    convs = sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    # The biases of skip connections are in those of the convolutions that they are added to. A bias and a sum stand
+    # before each of the two changes of resolution. Two read the table, and one lays the image out.
+    assert terms(small.forward)["all else"]["launches"] == convs - left - skips + 2 * 2 + 3
+
+
+def test_convolutions_are_laid_out_as_on_a_gpu():
+    """As tensors with memory are, and their gradients too."""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        strides = []
+        for device in ("cpu", "meta"):
+            x = torch.empty(2, 4, 5, 6, device=device).to(memory_format=layout).requires_grad_()
+            conv = torch.nn.Conv2d(4, 8, 3, device=device).to(memory_format=layout)
+            with CudnnLayouts():
+                y = conv(x)
+                gradients = torch.autograd.grad(y, (x, *conv.parameters()), torch.empty_like(y))
+            strides.append([tensor.stride() for tensor in (y, *gradients)])
+        assert strides[0] == strides[1]
 
 
 def test_a_backward_pass_is_two_forward_ones_and_to_the_input_one(small):

@@ -460,6 +460,72 @@ def _norm_magnitudes(x, dy, groups, weight, bias, silu, scale, shift, add):
     }
 
 
+def _check_joined(
+    channels,
+    beside,
+    size,
+    groups,
+    dtype=torch.float32,
+    layout=torch.channels_last,
+    silu=True,
+    added=True,
+    residual=True,
+    factor=1.0,
+    used=True,
+    batch=1,
+):
+    """`channels` of x and `beside` of the other tensor; used: whether a gradient comes in of the whole input too.
+
+    What is normalised is the whole input as it is stored, so it is that in what y and the gradients are held to.
+    """
+    of_x = _norm_inputs(channels, size, dtype, layout, False, added, batch)
+    x, add, residual = of_x[0], of_x[-1], of_x[1] if residual else None
+    rows = torch.linspace(-1, 2, beside)[:, None, None]
+    other = (x[:, :1].cpu() + rows).to(x).contiguous(memory_format=layout) if beside else None
+    dwhole, dy, weight, bias, *_ = _norm_inputs(channels + beside, size, dtype, layout, False, False, batch)
+    parts = (x, add, residual, factor, other)
+
+    y, whole, mean, rstd = norm.joined_group_norm_silu(x, groups, weight, bias, 1e-5, silu, *parts[1:])
+    assert_as_good_as_torch(whole, reference.joined(*_cast(parts, torch.float32)).to(dtype), _joined_exactly(parts))
+    dx, dother, sums, dadd = norm.joined_group_norm_silu_backward(
+        *(dy, dwhole if used else None, whole, channels, groups, weight, bias, silu, factor, mean, rstd, added)
+    )
+    dweight, dbias, *_ = norm.parameter_grads(sums, weight, bias, None)
+    assert y.stride() == whole.stride() == dy.stride() and dx.stride() == x.stride()
+    assert (dother is None) == (other is None) and (dadd is None) == (add is None)
+
+    def plain(precision):
+        leaf, w, b = (tensor.detach().to(precision).requires_grad_() for tensor in (whole, weight, bias))
+        result = reference.group_norm_silu(leaf, groups, w, b, 1e-5, silu)
+        d, dw, db = torch.autograd.grad(result, (leaf, w, b), dy.to(precision))
+        d = d + dwhole.to(precision) if used else d
+        dx, dother = d[:, :channels] * factor, d[:, channels:]
+        found = {"y": result.detach(), "x": dx, "beside": dother, "weight": dw, "bias": db, "add": dx.sum((2, 3))}
+        return found
+
+    sizes = _norm_magnitudes(whole, dy, groups, weight, bias, silu, None, None, None)
+    d_size = sizes["x"] + (dwhole.abs() if used else 0)
+    many = 16 if memory.INTERPRETED else 2
+    sizes |= {"x": d_size[:, :channels], "beside": d_size[:, channels:]}
+    sizes["add"] = many * sizes["x"].sum((2, 3))
+    float32, exact = plain(torch.float32), plain(torch.float64)
+    values = {"y": y, "x": dx, "beside": dother, "weight": dweight, "bias": dbias}
+    values["add"] = None if dadd is None else dadd.to(dtype)
+    for name, value in values.items():
+        if value is not None:
+            truth = exact[name]
+            magnitude = sizes[name] if dtype == torch.float32 else truth.abs()
+            assert_as_good_as_torch(value, float32[name].to(value.dtype), truth, magnitude)
+
+
+def _cast(parts, dtype):
+    return [part.to(dtype) if isinstance(part, torch.Tensor) else part for part in parts]
+
+
+def _joined_exactly(parts):
+    return reference.joined(*_cast(parts, torch.float64))
+
+
 @pytest.mark.parametrize(
     "use",
     NORMS,
@@ -468,13 +534,21 @@ def _norm_magnitudes(x, dy, groups, weight, bias, silu, scale, shift, add):
         + "-silu" * use.silu
         + "-modulated" * use.modulated
         + "-added" * use.added
+        + "-residual" * use.residual
+        + "-scaled" * (use.factor != 1)
+        + (f"-beside{use.beside}" if use.beside else "")
     ),
 )
 def test_group_norm_at_every_shape_of_the_networks(use):
     layout = torch.channels_last if (use.channels // use.groups + use.silu) % 2 else torch.contiguous_format
     groups = _groups_enough(use, layout) if memory.INTERPRETED else use.groups
     channels = use.channels // use.groups * groups
-    _check_norm(channels, use.size, groups, torch.float32, layout, use.silu, use.modulated, use.added)
+    if use.joined:
+        beside = use.beside * groups // use.groups
+        parts = {"added": use.added, "residual": use.residual, "factor": use.factor}
+        _check_joined(channels - beside, beside, use.size, groups, torch.float32, layout, use.silu, **parts)
+    else:
+        _check_norm(channels, use.size, groups, torch.float32, layout, use.silu, use.modulated, use.added)
 
 
 def _groups_enough(use, layout):
@@ -540,6 +614,38 @@ def test_group_norm_in_the_split_form(dtype, layout, monkeypatch):
         assert norm.plan(24, 3, 45, dtype.itemsize, layout == torch.channels_last, direction)["chunks"] == 3
     for modulated, added in ((True, False), (False, True)):
         _check_norm(24, (9, 5), 3, dtype, layout, True, modulated, added, batch=2)
+
+
+JOINED = [  # (channels, beside, added, residual, factor, used) of 24 in 3 groups; 11 and 13 share the one between them
+    (11, 13, True, True, 0.7, True),
+    (11, 13, False, False, 1.0, True),
+    (16, 8, True, True, 1.0, False),
+    (24, 0, True, True, 0.7, True),
+    (24, 0, False, True, 1.0, False),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["row-major", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels, beside, added, residual, factor, used", JOINED)
+def test_group_norm_of_parts(dtype, layout, channels, beside, added, residual, factor, used, monkeypatch):
+    """In one pass and split; a group may have channels of both tensors. Nothing here is a power of two."""
+    _check_joined(channels, beside, (7, 5), 3, dtype, layout, factor < 1, added, residual, factor, used, batch=2)
+    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 64)
+    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 128)
+    _check_joined(channels, beside, (9, 5), 3, dtype, layout, True, added, residual, factor, used)
+
+
+def test_the_whole_of_one_part_is_that_part_and_the_parts_in_a_row():
+    """To the bit: nothing but the address of an element is new."""
+    x, other, weight, bias, *_ = _norm_inputs(24, 7, torch.bfloat16, torch.channels_last, False, False, 2)
+    one, two = (tensor[:, :11].contiguous(memory_format=torch.channels_last) for tensor in (x, other))
+    last = x[:, 11:].contiguous(memory_format=torch.channels_last)
+    plain = norm.group_norm_silu(x, 3, weight, bias, 1e-5, True, None, None, None)
+    y, whole, *statistics = norm.joined_group_norm_silu(one, 3, weight, bias, 1e-5, True, None, None, 1.0, last)
+    assert torch.equal(whole, x) and all(torch.equal(a, b) for a, b in zip((y, *statistics), plain, strict=True))
+    _, whole, *_ = norm.joined_group_norm_silu(one, 3, weight, bias, 1e-5, True, None, two, 1.0, last)
+    assert torch.equal(whole, torch.cat([one + two, last], 1))
 
 
 def test_narrow_segments_are_split():

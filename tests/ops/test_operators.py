@@ -104,6 +104,70 @@ def test_opcheck_of_group_normalisation(modulated, layout):
     torch.library.opcheck(library.group_norm_silu, (x, 2, randn(8), randn(8), 1e-5, True, *rows))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("beside, added", [(0, True), (6, True), (6, False)])
+def test_opcheck_of_group_normalisation_of_parts(beside, added, layout):
+
+    def randn(*size):
+        return torch.randn(*size, device=KERNEL_DEVICE).contiguous(memory_format=layout).requires_grad_()
+
+    x, residual = randn(2, 10, 4, 4), randn(2, 10, 4, 4)
+    weight, bias, add = (
+        torch.randn(*size, device=KERNEL_DEVICE).requires_grad_() for size in ((10 + beside,),) * 2 + ((2, 10),)
+    )
+    parts = (add if added else None, residual, 0.5, randn(2, beside, 4, 4) if beside else None)
+    torch.library.opcheck(library.joined_group_norm_silu, (x, 2, weight, bias, 1e-5, True, *parts))
+
+
+@pytest.mark.parametrize("uses", ["y", "whole", "both"])
+def test_parts_have_the_gradients_of_what_they_are_joined_to(uses):
+    """With both backends, where one of the results or both are used."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 3, 4), (2, 5), (2, 5, 3, 4), (2, 7, 3, 4), (12,), (12,)]
+    given = [torch.randn(*shape, generator=generator).to(KERNEL_DEVICE) for shape in shapes]
+    cotangents = [torch.randn(2, 12, 3, 4, generator=generator).to(KERNEL_DEVICE) for _ in range(2)]
+    results = []
+    for backend in ("torch", "triton"):
+        x, add, residual, beside, weight, bias = leaves = [tensor.clone().requires_grad_() for tensor in given]
+        parts = {"add": add, "residual": residual, "factor": 0.7, "beside": beside}
+        found = ops.joined_group_norm_silu(x, 3, weight, bias, 1e-5, **parts, backend=backend)
+        names = ("y", "whole")
+        used = [(y * c).sum() for name, y, c in zip(names, found, cotangents) if uses in (name, "both")]
+        results.append((*found, *torch.autograd.grad(sum(used), leaves, materialize_grads=True)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_several_types_or_memory_formats_are_joined_before_the_kernel():
+    """As they always were: by torch, whose rules say what comes out."""
+    x, y, beside = (torch.randn(2, 4, 3, 5, device=KERNEL_DEVICE) for _ in range(3))
+    weight, bias = torch.ones(2, 8, device=KERNEL_DEVICE)
+    for residual in (y.bfloat16(), y.contiguous(memory_format=torch.channels_last)):
+        parts = {"residual": residual, "beside": beside, "backend": "triton"}
+        found, whole = ops.joined_group_norm_silu(x, 2, weight, bias, 1e-5, **parts)
+        expected = torch.cat([x + residual, beside], 1)
+        assert torch.equal(whole, expected)
+        assert torch.equal(found, ops.group_norm_silu(expected, 2, weight, bias, 1e-5, backend="triton"))
+
+
+def test_the_gradient_of_what_is_added_is_made_where_it_is_wanted(monkeypatch):
+    made, backward = [], library.kernels("group_norm_silu")._backward
+
+    def noted(*arguments):
+        result = backward(*arguments)
+        made.append(result[1] is not None)
+        return result
+
+    monkeypatch.setattr(library.kernels("group_norm_silu"), "_backward", noted)
+    x, add = torch.randn(2, 4, 3, 5, device=KERNEL_DEVICE), torch.randn(2, 4, device=KERNEL_DEVICE)
+    weight, bias = torch.ones(2, 4, device=KERNEL_DEVICE)
+    for wanted in (False, True):
+        leaves = [x.requires_grad_(), add.requires_grad_(wanted)][: 1 + wanted]
+        y = ops.group_norm_silu(x, 2, weight, bias, 1e-5, add=add, backend="triton")
+        whole, _ = ops.joined_group_norm_silu(x, 2, weight, bias, 1e-5, add=add, backend="triton")
+        torch.autograd.grad(y.sum() + whole.sum(), leaves)
+    assert made == [False, False, True, True]
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_compiled_is_eager(backend, device):
     """One graph, no breaks, forward and backward; the noise is in it, which Inductor would get wrong if it saw it."""
@@ -114,6 +178,9 @@ def test_compiled_is_eager(backend, device):
     def step(x, e, log_gamma):
         y = ops.affine_noise_step(torch.tanh(x), e, i["a"], i["b"], i["s"], log_gamma, noise)
         y = ops.group_norm_silu(y, 2, i["a"][:2], i["b"][:2], 1e-5)
+        parts = {"residual": torch.tanh(e), "beside": e, "factor": 0.5}
+        normed, whole = ops.joined_group_norm_silu(y, 2, i["a"][:4], i["b"][:4], 1e-5, **parts)
+        y = y + normed[:, :2] * whole[:, 2:]
         tables = (i["weight"], i["s"], log_gamma.detach(), noise)
         losses, grad = ops.denoising_loss_and_grads(y.detach(), *tables)
         fisher = [ops.fisher_loss_and_grads(y.detach(), e.detach(), *tables, alpha) for alpha in (0.5, 1.2)]

@@ -151,6 +151,29 @@ def test_group_norm_silu_is_its_equation(silu, modulated):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_normalisation_of_parts_is_its_equation(backend):
+    """The whole is [(x + add + residual) factor, beside]; parts that are not there are zeros, one, or no channels."""
+    generator = torch.Generator().manual_seed(1)
+    x, residual, beside, add, weight, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((3, 4, 4, 5), (3, 4, 4, 5), (3, 8, 4, 5), (3, 4), (12,), (12,))
+    )
+    for parts, expected in (
+        ({}, x),
+        ({"residual": residual, "factor": 0.5}, (x + residual) * 0.5),
+        ({"add": add, "beside": beside}, torch.cat([x + add[:, :, None, None], beside], 1)),
+        (
+            {"add": add, "residual": residual, "factor": 0.5, "beside": beside},
+            torch.cat([(x + add[:, :, None, None] + residual) * 0.5, beside], 1),
+        ),
+    ):
+        w, b = weight[: expected.shape[1]], bias[: expected.shape[1]]
+        y, whole = ops.joined_group_norm_silu(x, 2, w, b, 1e-5, silu=False, **parts, backend=backend)
+        torch.testing.assert_close(whole, expected)
+        torch.testing.assert_close(y, torch.nn.functional.group_norm(expected, 2, w, b), rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_is_computed_in_float32():
     i = _inputs((1, 1), torch.float32)
     low = [i[name].to(torch.bfloat16) for name in ("x", "e")]
@@ -206,6 +229,23 @@ def test_what_cannot_be_normalised_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.group_norm_silu(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"groups": 5}, "9 channels cannot be cut into 5 groups"),
+        ({"weight": torch.ones(6)}, r"weight of shape \(6,\)"),
+        ({"add": torch.ones(2, 9)}, r"add of shape \(2, 9\)"),
+        ({"residual": torch.ones(2, 6, 4, 5)}, r"residual of shape \(2, 6, 4, 5\)"),
+        ({"beside": torch.ones(1, 3, 4, 4)}, r"beside of shape \(1, 3, 4, 4\)"),
+        ({"residual": torch.ones(2, 6, 4, 4, device="meta")}, "on meta"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(change, message):
+    arguments = {"x": torch.ones(2, 6, 4, 4), "groups": 3, "weight": torch.ones(9), "bias": torch.ones(9), "eps": 1e-5}
+    with pytest.raises(ValueError, match=message):
+        ops.joined_group_norm_silu(**{**arguments, "beside": torch.ones(2, 3, 4, 4), **change})
 
 
 def test_the_torch_backend_makes_no_host_wait():

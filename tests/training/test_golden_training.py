@@ -49,7 +49,9 @@ def test_six_iterations_agree_with_the_published_code(name, backend_device, monk
     """
     device = backend_device
     if ops.triton_is_interpreted():
-        monkeypatch.setattr(ops, "group_norm_silu", functools.partial(ops.group_norm_silu, backend="torch"))
+        for name_of_norm in ("group_norm_silu", "joined_group_norm_silu"):
+            plain = functools.partial(getattr(ops, name_of_norm), backend="torch")
+            monkeypatch.setattr(ops, name_of_norm, plain)
         if name == "train_shared_image_gamma":
             monkeypatch.setattr(ops, "running_backend", lambda device: "torch")
     golden = load_golden(name)
