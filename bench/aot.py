@@ -44,6 +44,7 @@ from hsivi_fast.nets import NETWORKS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
+PAPER = ("cifar10", "celeba64", "imagenet64")  # the networks that HSIVI-SM was published with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVENTS = {"cifar10": (3, 32, 32), "celeba64": (3, 64, 64), "digits": (1, 8, 8), "odd": (3, 17, 5)}
 MEMORY_FORMATS = {"row-major": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -129,10 +130,16 @@ def method_cases(full):
 
 
 def norm_cases(full):
-    """(case, None, False, launch) of group normalisation at every shape of the published networks."""
-    norms = network_norms(NETWORKS)
+    """(case, None, False, launch) of group normalisation at every shape of the networks.
+
+    Where the input is in parts there are so many that they are of the paper's networks alone, in the types that
+    networks compute in.
+    """
+    alone = [use for use in network_norms(NETWORKS) if not use.joined]
+    norms = alone + [use for use in network_norms(PAPER) if use.joined]
     for use in norms if full else filter(_is_in_subset, norms):
-        for dtype_name in DTYPES if full else [SUBSET_NORMS[use.channels, use.size]]:
+        of_all = ("fp32", "bf16") if use.joined else DTYPES
+        for dtype_name in of_all if full else [SUBSET_NORMS[use.channels, use.size]]:
             for layout, memory_format in MEMORY_FORMATS.items():
                 case = {
                     "event": f"{use.size}x{use.size}x{use.channels}/{use.groups}",
@@ -231,8 +238,9 @@ SUBSET_NORMS = {
 
 
 def _is_in_subset(use):
-    """Of scaled sums, which are one multiplication more, it has those beside other channels alone."""
-    return (use.channels, use.size) in SUBSET_NORMS and (use.factor == 1 or use.beside > 0)
+    """Of those whose input is in parts it has the ones with a sum beside other channels, and one with a sum alone."""
+    is_full = use.residual and (use.beside > 0 or use.size == 16)
+    return (use.channels, use.size) in SUBSET_NORMS and (is_full or not use.joined)
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_the_plan_of_a_gpu_runs(like_a_gpu, tmp_path, monkeypatch, capsys):
     assert cases["sampling_gpu_16"] == ["sampling_bf16_graphs", "sampling_tf32"]
     assert cases["sampling_gpu_32"] == ["sampling_bf16_graphs"]
     assert cases["train_step_gpu_4"] == cases["train_step_gpu_2"] == ["train_cycle_bf16_graphs", "train_cycle_tf32"]
-    assert len(cases["ops_gpu"]) == 21 and cases["fid_gpu"] == ["fid_64"]
+    assert len(cases["ops_gpu"]) == 23 and cases["fid_gpu"] == ["fid_64"]
     assert cases["ablation_gpu"] == [
         *(f"call: {name}" for name in ("published", *in_call)),
         *(f"sampling: {name}" for name in ("published", "eager fp32", "graphs")),
