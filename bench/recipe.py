@@ -1,6 +1,6 @@
 """Which recipe for few evaluations? Runs that differ in how a student starts and what follows, over several seeds.
 
-    python -m bench.recipe --json bench/results/recipe.jsonl       two hours on 1 core
+    python -m bench.recipe --json bench/results/recipe.jsonl       seven hours on 1 core
     python -m bench.recipe --json bench/results/recipe.jsonl --table         the table of the rows that are there
 
 With five evaluations: on digits, by the Frechet distance of 4,000 images, and in the plane, by the Jensen-Shannon
