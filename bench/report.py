@@ -275,7 +275,7 @@ def _draw_ratios(axes, rows):
     axes.plot(counted, range(len(rows)), "|", **mark, label="counted work")
     axes.axvline(1, color="0.5", linewidth=0.8)
     axes.set_xlabel("times as fast as the published step or sampler")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _draw_techniques(axes, rows):
