@@ -104,6 +104,15 @@ LONGEST_FIRST = [
     "test_evaluation.py",
     "test_inception.py",
     "test_cli.py",
+    "test_improvement.py",
+    "test_resume.py",
+    "test_sampler.py",
+    "test_bench_scripts.py",
+    "test_bench_ablation.py",
+    "test_bench_train_step.py",
+    "test_golden_training.py",
+    "test_command_line_faults.py",
+    "test_journal.py",
 ]
 
 
