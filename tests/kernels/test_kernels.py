@@ -532,8 +532,10 @@ CHECKED = set()  # shapes, in this process: networks share many
 @pytest.mark.parametrize("name", UNETS)
 def test_group_norm_at_every_shape_of_a_network(name):
     for use in network_norms([name]):
-        if use not in CHECKED:
-            CHECKED.add(use)
+        # Interpreted, one of each shape of parts: the ways to join them are in other tests.
+        key = (use.size, use.channels, use.groups, use.beside) if use.joined and memory.INTERPRETED else use
+        if key not in CHECKED:
+            CHECKED.add(key)
             print(use)  # shown where it fails
             _check_use(use)
 
