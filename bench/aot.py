@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -36,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from bench.shapes import network_norms
+from bench.shapes import PAPER, network_norms
 from hsivi_fast.kernels import adam_step, noise_scale, philox, score_losses
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
@@ -44,7 +45,6 @@ from hsivi_fast.nets import NETWORKS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
-PAPER = ("cifar10", "celeba64", "imagenet64")  # the networks that HSIVI-SM was published with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVENTS = {"cifar10": (3, 32, 32), "celeba64": (3, 64, 64), "digits": (1, 8, 8), "odd": (3, 17, 5)}
 MEMORY_FORMATS = {"row-major": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -164,12 +164,13 @@ def variant_of(use):
     return " ".join(word for word, has in said.items() if has) or "plain"
 
 
+def _empty_images(size, dtype, memory_format, channels):
+    return _empty(16, channels, size, size, dtype=dtype).to(memory_format=memory_format)
+
+
 def norm_launches(use, dtype, memory_format):
     """Forward and backward of one use; with and without the gradient of what is added."""
-
-    def of(channels):
-        return _empty(16, channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
-
+    of = functools.partial(_empty_images, use.size, dtype, memory_format)
     x, vector, rows = of(use.channels), _empty(use.channels, dtype=dtype), _empty(16, 2 * use.channels, dtype=dtype)
     scale, shift = rows.chunk(2, dim=1) if use.modulated else (None, None)
     add = _empty(16, use.channels, dtype=dtype) if use.added else None
@@ -183,10 +184,7 @@ def norm_launches(use, dtype, memory_format):
 
 def joined_launches(use, dtype, memory_format):
     """The same of a use whose input is in parts."""
-
-    def of(channels):
-        return _empty(16, channels, use.size, use.size, dtype=dtype).to(memory_format=memory_format)
-
+    of = functools.partial(_empty_images, use.size, dtype, memory_format)
     whole, vector, own = of(use.channels), _empty(use.channels, dtype=dtype), use.channels - use.beside
     x, beside = of(own), of(use.beside) if use.beside else None
     add, residual = _empty(16, own, dtype=dtype) if use.added else None, x if use.residual else None

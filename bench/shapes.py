@@ -10,6 +10,8 @@ from hsivi_fast import ops
 from hsivi_fast.nets import build_unet
 from hsivi_fast.ops import library
 
+PAPER = ("cifar10", "celeba64", "imagenet64")  # the networks that HSIVI-SM was published with
+
 
 @dataclass(frozen=True, order=True)
 class Norm:

@@ -13,7 +13,7 @@ import triton.language as tl
 from devices import KERNEL_DEVICE
 from random123 import KNOWN_ANSWERS
 
-from bench.shapes import network_norms
+from bench.shapes import PAPER, network_norms
 from hsivi_fast.kernels import adam_step, memory, noise_scale, philox, score_losses
 from hsivi_fast.kernels import affine_noise_step as step
 from hsivi_fast.kernels import group_norm_silu as norm
@@ -524,7 +524,6 @@ def _joined_exactly(parts):
     return reference.joined(*_cast(parts, torch.float64))
 
 
-PUBLISHED = ["cifar10", "celeba64", "imagenet64"]
 UNETS = [name for name, settings in NETWORKS.items() if settings["family"] != "mlp"]
 CHECKED = set()  # shapes, in this process: networks share many
 
@@ -532,10 +531,8 @@ CHECKED = set()  # shapes, in this process: networks share many
 @pytest.mark.parametrize("name", UNETS)
 def test_group_norm_at_every_shape_of_a_network(name):
     for use in network_norms([name]):
-        # Interpreted, one of each shape of parts: the ways to join them are in other tests.
-        key = (use.size, use.channels, use.groups, use.beside) if use.joined and memory.INTERPRETED else use
-        if key not in CHECKED:
-            CHECKED.add(key)
+        if use not in CHECKED:
+            CHECKED.add(use)
             print(use)  # shown where it fails
             _check_use(use)
 
@@ -573,7 +570,7 @@ def _groups_enough(use, layout):
 
 def test_the_list_of_shapes_is_complete():
     """Found by running the networks; what the three published ones use is known."""
-    published = network_norms(PUBLISHED)
+    published = network_norms(PAPER)
     assert {use.channels // use.groups for use in published} == {4, 8, 12, 16, 20, 24, 28, 32}
     assert {use.size for use in published} == {4, 8, 16, 32, 64} and {use.groups for use in published} == {32}
     shapes = {(use.size, use.channels) for use in published}
@@ -581,7 +578,7 @@ def test_the_list_of_shapes_is_complete():
         shapes >= {(64, 384), (64, 256), (32, 640), (32, 384)}
         and max(size * size * channels for size, channels in shapes) == 64 * 64 * 384
     )
-    assert set(PUBLISHED) <= set(UNETS)
+    assert set(PAPER) <= set(UNETS)
     assert (
         any(use.modulated for use in published)
         and any(use.added for use in published)

@@ -149,7 +149,7 @@ def _train(folder, file, *overrides):
     train(density_config(file, *overrides), folder)
 
 
-@pytest.mark.parametrize("ranks, zero", [(2, 0), (2, 3)])
+@pytest.mark.parametrize("ranks, zero", [(2, 0), (2, 1), (2, 3)])
 def test_ranks_and_stages_give_the_same_run(straight, file, tmp_path, ranks, zero):
     pieces = tmp_path / "pieces.json"
     pieces.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
