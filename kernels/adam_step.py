@@ -88,7 +88,7 @@ def _update_block(
 
 
 @triton.jit
-def _update_kernel(
+def _adam_update_kernel(
     block_ptr,  # [programs, 2] int32: the number of a parameter, and of a block in it
     size_ptr,  # [P] int64, elements of each parameter
     factor_ptr,  # [P], of the rate
@@ -206,7 +206,7 @@ def adam_step(parameters, gradients, norm, numbers, table, aligned, clip, beta1,
             addresses[0, start:],
             COUNT=WRITTEN, num_warps=1,
         )  # fmt: skip
-    _update_kernel[(len(blocks),)](
+    _adam_update_kernel[(len(blocks),)](
         blocks,
         sizes,
         factors,

@@ -34,7 +34,7 @@ from .noise_scale import (
 
 
 @triton.jit
-def _forward_kernel(
+def _affine_forward_kernel(
     x_ptr,  # [B, *event]
     e_ptr,  # like x, or None
     y_ptr,  # like x, written
@@ -111,7 +111,7 @@ def _backward_sample(
 
 
 @triton.jit
-def _backward_kernel(
+def _affine_backward_kernel(
     dy_ptr, de_ptr,  # [B, *event]; de written, or None
     b_ptr, s_ptr,  # tables [layers + 1]
     log_gamma_ptr,  # [1 or layers, 1 or size]
@@ -190,7 +190,7 @@ def affine_noise_step(x, e, a, b, s, log_gamma, seeds, stream, draw, noise, bloc
     layouts = layout_arguments(x=x, e=e, y=y)
     size, blocks, block, warps = cut_samples(x, block)
     kind, noise = (NONE, None) if s is None else noise_source(noise)
-    _forward_kernel[(len(x) * blocks,)](
+    _affine_forward_kernel[(len(x) * blocks,)](
         x,
         e,
         y,
@@ -217,7 +217,7 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw, nois
     size, blocks, block, warps = cut_samples(dy, block)
     order, first, last, first_group, partial = prepare_sum(stream, log_gamma, size, blocks)
     kind, noise = noise_source(noise)
-    _backward_kernel[(len(partial) * blocks,)](
+    _affine_backward_kernel[(len(partial) * blocks,)](
         dy, de,
         b, s,
         log_gamma,

@@ -185,7 +185,7 @@ def _pull_back(dy, u, SILU: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _group_norm_forward_kernel(
     x_ptr,  # [B, X_CHANNELS, *spatial]
     add_ptr,  # [B, X_CHANNELS], or None
     residual_ptr, beside_ptr, whole_ptr,  # see `_load_parts`
@@ -273,7 +273,7 @@ def _store_gradient(
 
 
 @triton.jit
-def _backward_kernel(
+def _group_norm_backward_kernel(
     dy_ptr,  # like x
     x_ptr,  # [B, C, *spatial]
     add_ptr,  # [B, C], or None
@@ -290,7 +290,7 @@ def _backward_kernel(
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: as `_forward_kernel`. It writes dx, the sums P and Q and, where there is an add, dadd."""
+    """One program: as `_group_norm_forward_kernel`. It writes dx, the sums P and Q and, where there is an add, dadd."""
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
@@ -343,7 +343,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _split_statistics_kernel(
+def _group_norm_split_statistics_kernel(
     x_ptr,  # [B, X_CHANNELS, *spatial]
     add_ptr,  # [B, X_CHANNELS], or None
     residual_ptr, beside_ptr, whole_ptr,  # see `_load_parts`
@@ -386,7 +386,7 @@ def _split_statistics_kernel(
 
 
 @triton.jit
-def _split_forward_kernel(
+def _group_norm_split_forward_kernel(
     x_ptr,  # [B, C, *spatial]
     add_ptr,  # [B, C], or None
     w_ptr, b_ptr,  # [C], or None
@@ -448,7 +448,7 @@ def _split_forward_kernel(
 
 
 @triton.jit
-def _split_backward_kernel(
+def _group_norm_split_backward_kernel(
     dy_ptr,  # like x
     x_ptr,  # [B, C, *spatial]
     add_ptr,  # [B, C], or None
@@ -621,7 +621,7 @@ def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps,
     parts, join = (x, add, residual, beside, whole), {"X_CHANNELS": x.shape[1], "FACTOR": factor}
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     if chunks == 1:
-        _forward_kernel[grid](
+        _group_norm_forward_kernel[grid](
             *parts,
             weight, bias,
             scale, shift,
@@ -636,7 +636,7 @@ def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps,
         return y, mean, rstd
     chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
     deviation = torch.empty_like(chunk_mean)
-    _split_statistics_kernel[grid](
+    _group_norm_split_statistics_kernel[grid](
         *parts,
         chunk_mean, deviation,
         _row_stride(add),
@@ -646,7 +646,7 @@ def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps,
     )  # fmt: skip
     if whole is not None:  # it is there now
         x, add = whole, None
-    _split_forward_kernel[grid](
+    _group_norm_split_forward_kernel[grid](
         x,
         add,
         weight, bias,
@@ -674,7 +674,7 @@ def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, 
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     join = {"X_CHANNELS": dx.shape[1], "FACTOR": factor}
     if chunks == 1:
-        _backward_kernel[grid](
+        _group_norm_backward_kernel[grid](
             *inputs,
             dwhole, dx, dbeside,
             *sums,
@@ -685,7 +685,7 @@ def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, 
             SILU=silu,
         )  # fmt: skip
         return sums[:, :, 0], None if dadd is None else dadd[:, 0]
-    _split_backward_kernel[grid](
+    _group_norm_split_backward_kernel[grid](
         *inputs,
         None, None,  # along, across
         None, None, None,  # dwhole, dx, dbeside
@@ -699,7 +699,7 @@ def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, 
     )  # fmt: skip
     sums = sums.sum(2)
     along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
-    _split_backward_kernel[grid](
+    _group_norm_split_backward_kernel[grid](
         *inputs,
         along, across,
         dwhole, dx, dbeside,

@@ -1,0 +1,195 @@
+"""Which kernels a GPU runs in the fastest way, and where they take longer than the model on paper: torch's profiler.
+
+    python -m bench.trace                       sampling and a training cycle, with batches of 16 and of 128
+    python -m bench.trace --json bench/results/trace_h100.jsonl
+
+Everything is replayed from CUDA graphs: bfloat16, channels_last, compiled, with the kernels of this package. Times by
+kind of kernel stand beside those of `bench.roofline`. What is left of the measured time is a gap between kernels.
+"""
+
+import statistics
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+if not __package__:  # started by its path: `bench` is found from the root of the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.breakdown import REST
+from bench.measure import Row, describe, print_rows, row_of, synchronized_seconds, write_rows
+from bench.options import command_line
+from bench.roofline import (
+    CASTS,
+    H100,
+    OPTIMIZER,
+    call_operations,
+    counted,
+    optimizer_operations,
+    terms,
+    whole,
+)
+from bench.sampling import CASES, OurSampling
+from bench.tables import Column
+from bench.train_step import GRAPHS, OurTraining, small_teacher
+from hsivi_fast.build import choose_device
+from hsivi_fast.training.telemetry import gpu_clocks
+
+NFE, F_LEARNING_TIMES = 10, 20
+BATCHES = (16, 128)
+ELEMENTWISE = "elementwise, copies"
+KERNELS = {  # kind -> parts of kernels' names, the first that fits
+    "the method's own": ("_affine_", "_denoising_", "_fisher_", "_draw_kernel", "_integers", "_sum_groups"),
+    "normalisation, SiLU": ("_group_norm_",),
+    OPTIMIZER: ("_adam_", "_write_addresses", "multi_tensor", "lpnorm"),
+    "attention": ("flash", "fmha", "attention"),
+    ELEMENTWISE: ("triton_", "memcpy", "memset", "elementwise", "copy", "catarray", "nchwtonhwc", "nhwctonchw"),
+    "convolution": ("fprop", "dgrad", "wgrad", "conv", "cudnn"),
+    "matrix product": ("gemm", "nvjet", "cublas", "splitk", "gemv", "cutlass"),
+}
+OF_MODEL = {REST: ELEMENTWISE, CASTS: ELEMENTWISE}  # kinds of the model that one kernel of the compiler's may hold
+GAPS = "between kernels"
+MOST_NAMED = 12  # kernels of a part that a row names
+COLUMNS = [
+    Column("part", "{case}"),
+    Column("kind", "{kind}"),
+    Column("launches", "{launches}"),
+    Column("ms", "{ms:.3f}"),
+    Column("launches, model", "{model_launches}"),
+    Column("ms, model", "{model_ms:.3f}"),
+    Column("longer by", "{gap:.3f}"),
+]
+
+
+def kind_of_kernel(name):
+    """The kind of a kernel, by its name in the driver's records."""
+    name = name.lower()
+    return next((kind for kind, parts in KERNELS.items() if any(part in name for part in parts)), REST)
+
+
+def kernels_of(function, device):
+    """[(name, microseconds)] of every kernel and copy of one call."""
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize(device)
+    events = profiler.profiler.kineto_results.events()
+    return [(event.name(), event.duration_ns() / 1e3) for event in events if event.device_type() == DeviceType.CUDA]
+
+
+def by_kind(kernels):
+    """{kind: {launches, ms}} of [(name, microseconds)]."""
+    table = defaultdict(lambda: {"launches": 0, "ms": 0.0})
+    for name, microseconds in kernels:
+        row = table[kind_of_kernel(name)]
+        row["launches"] += 1
+        row["ms"] += microseconds / 1e3
+    return dict(table)
+
+
+def longest(kernels):
+    """[[name, launches, ms]] of the kernels that take most."""
+    count, spent = Counter(name for name, _ in kernels), Counter()
+    for name, microseconds in kernels:
+        spent[name] += microseconds / 1e3
+    return [[name[:120], count[name], milliseconds] for name, milliseconds in spent.most_common(MOST_NAMED)]
+
+
+def model_by_kind(operations):
+    """The same of the model's operations, in a graph."""
+    table = defaultdict(lambda: {"launches": 0, "ms": 0.0})
+    for kind, term in terms(operations).items():
+        if kind != "all":
+            row = table[OF_MODEL.get(kind, kind)]
+            row["launches"] += term["launches"]
+            row["ms"] += 1e3 * term["seconds"]
+    return dict(table)
+
+
+def compared(kernels, seconds, operations):
+    """Rows of a table: of each kind what was measured and what the model says, the largest difference first.
+
+    seconds: of the whole part, measured without the profiler.
+    """
+    measured, model = by_kind(kernels), model_by_kind(operations)
+    nothing = {"launches": 0, "ms": 0.0}
+    in_kernels = sum(row["ms"] for row in measured.values())
+    measured[GAPS] = {"launches": 0, "ms": max(0.0, 1e3 * seconds - in_kernels)}
+    own = sum(row["ms"] for row in model.values())
+    model[GAPS] = {"launches": 0, "ms": max(0.0, 1e3 * whole(operations, H100.graph) - own)}
+    rows = []
+    for kind in {**measured, **model}:
+        ours, theirs = measured.get(kind, nothing), model.get(kind, nothing)
+        rows.append(
+            {
+                "kind": kind,
+                "launches": ours["launches"],
+                "ms": ours["ms"],
+                "model_launches": theirs["launches"],
+                "model_ms": theirs["ms"],
+                "gap": ours["ms"] - theirs["ms"],
+            }
+        )
+    return sorted(rows, key=lambda row: -row["gap"])
+
+
+def parts_of(network, batch, device):
+    """{part: (function of nothing, the model's operations)}, compiled and recorded."""
+    sizes = counted(network["name"], batch)
+    call, step = call_operations(sizes, batch), optimizer_operations(sizes)
+    sampling = OurSampling(network, NFE, device, **CASES["sampling_bf16_graphs"])
+    training = OurTraining("trace", GRAPHS, small_teacher(network, device), network, batch, NFE, F_LEARNING_TIMES)
+    parts, warm_up = {"sampling": lambda: sampling.draw(batch, batch), **training.parts()}, sampling.warm_up
+    for _ in range(warm_up + 1):
+        for function in parts.values():
+            function()
+    operations = {
+        "sampling": call * NFE,
+        "rollout": call * F_LEARNING_TIMES,
+        "student": sizes.with_backward + 2 * sizes.with_input_backward + step,
+        "score_net": sizes.with_backward + step,
+    }
+    return {name: (function, operations[name]) for name, function in parts.items()}
+
+
+def measure(case, function, operations, device, facts, extras):
+    """The row of one part."""
+    seconds = statistics.median(synchronized_seconds(function, device) for _ in range(7))
+    kernels = kernels_of(function, device)
+    assert kernels, "the profiler saw no kernel"
+    kinds = compared(kernels, seconds, operations)
+    extras = {**extras, "seconds": seconds, "model_seconds": whole(operations, H100.graph), "kinds": kinds}
+    return Row(case, extras={**extras, "longest": longest(kernels), "clocks": gpu_clocks(device)}, **facts)
+
+
+def main(given=None):
+    parser = command_line(__doc__, json=None)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="samples of an update")
+    arguments = parser.parse_args(given)
+    device = choose_device("auto")
+    if device.type != "cuda":
+        parser.error("it needs a GPU: bench.breakdown does the same for a CPU")
+    network, facts, rows = {"name": "cifar10"}, describe(device), []
+    for batch in arguments.batches:
+        extras = {"network": network, "batch": batch}
+        for name, (function, operations) in parts_of(network, batch, device).items():
+            case = f"{name}, {batch}"
+            work = (case, function, operations, device, facts, extras)
+            rows.append(row_of(case, lambda work=work: measure(*work), facts, f"--batches {batch}; use fewer"))
+            write_rows(arguments.json, rows)
+    return print_rows(rows, [Column("part", "{case}"), Column("ms", _milliseconds), Column("kinds", _kinds)])
+
+
+def _milliseconds(row):
+    return f"{1e3 * row['seconds']:.2f} (model {1e3 * row['model_seconds']:.2f})"
+
+
+def _kinds(row):
+    return "; ".join(f"{kind['kind']} {kind['ms']:.2f} ({kind['model_ms']:.2f})" for kind in row["kinds"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
