@@ -73,12 +73,12 @@ def test_the_recommended_way_is_the_eager_one(device, compile, recording, backen
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_attention_is_one_kernel(layout):
     """Torch raises where none but its plain products would do."""
-    qkv = torch.randn(2, 3 * 64, 16, 16, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
-    q, k, v = (tensor.reshape(2, 1, 64, 256) for tensor in qkv.chunk(3, dim=1))
+    images = torch.randn(2, 3 * 64, 16, 16, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    qkv = images.unflatten(1, (3, 1, 64)).flatten(4).transpose(0, 1)  # [3, B, heads, d, N]
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        ours = pixel_attention(q, k, v)
+        ours = pixel_attention(qkv)
     with sdpa_kernel(SDPBackend.MATH):
-        plain = pixel_attention(q.float(), k.float(), v.float())
+        plain = pixel_attention(qkv.float())
     assert float((ours.float() - plain).abs().max()) < 0.02
 
 
