@@ -28,6 +28,7 @@ from .noise_scale import (
     noise_source,
     prepare_sum,
     table_entry,
+    warps_of_sums,
 )
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
@@ -217,6 +218,7 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw, nois
     size, blocks, block, warps = cut_samples(dy, block)
     order, first, last, first_group, partial = prepare_sum(stream, log_gamma, size, blocks)
     kind, noise = noise_source(noise)
+    wide = dy.element_size() == 2
     _affine_backward_kernel[(len(partial) * blocks,)](
         dy, de,
         b, s,
@@ -229,6 +231,6 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw, nois
         size=size, blocks=blocks, layers=len(s) - 1,
         NOISE=kind,
         **gamma_shape(log_gamma),
-        BLOCK=block, WIDE=dy.element_size() == 2, num_warps=warps,
+        BLOCK=block, WIDE=wide, num_warps=warps_of_sums(block, wide, warps),
     )  # fmt: skip
     return de, finish_sum(partial, first_group, stream, log_gamma, exponential=True)

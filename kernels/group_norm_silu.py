@@ -38,15 +38,17 @@ from .memory import DTYPES, as_stored, load_float, store_rounded
 # groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-# (elements a thread, elements that a program joins of several groups, most warps)
-FORWARD, BACKWARD = (16, 16384, 8), (16, 8192, 16)
+# (elements that a program joins of several groups, most warps)
+FORWARD, BACKWARD = (16384, 8), (8192, 16)
+ELEMENTS_A_THREAD = 32
 # Registers of a multiprocessor, and of a thread at most. A program may have all registers that its warps can have.
 # Left to itself the assembler squeezes some variants to the next step of occupancy, and spills 8 bytes for it.
 REGISTERS, MOST_REGISTERS = 65536, 255
-LEAST_ELEMENTS = 1024
+LEAST_ELEMENTS = 512
 SECTOR_BYTES = 32
 # Memory moves whole sectors. One pass over 8 bytes of each moves 4 times its bytes: 8 transfers forward and 12
-# backward, where the split form has 3 and 5. From 16 bytes on it is 4 and 6, and the split form has more launches.
+# backward, where the split form has 3 and 5. From 16 bytes on it is 4 and 6, of which the second-level cache spares
+# some: on an H200 programs of 16 bytes were faster than those of whole sectors, which are fewer and larger.
 LEAST_SEGMENT = 16
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
@@ -528,14 +530,12 @@ def _joined_groups(groups, column, limit, least, segment, wanted):
     """How many groups a program takes: a divisor of them, doubled until the tile and its segments are large enough.
 
     column: elements that one more group adds to the tile; limit, least: of the tile.
-    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: of these, in whole sectors.
+    segment: bytes that one more group adds to what lies beside each other, or 0; wanted: how many of them are enough.
     """
     here = 1
-    while (
-        groups % (2 * here) == 0
-        and 2 * here * column <= limit
-        and (here * column < least or 0 < here * segment < wanted or here * segment % SECTOR_BYTES)
-    ):
+    while groups % (2 * here) == 0 and 2 * here * column <= limit:
+        if here * column >= least and (segment == 0 or here * segment >= wanted):
+            break
         here *= 2
     return here
 
@@ -544,22 +544,22 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
-    group are a few bytes in each pixel's row. There a program takes groups until it uses whole sectors of 32 bytes,
-    as far as its registers go. Where they end below LEAST_SEGMENT bytes, the group is split although it would fit.
+    group are a few bytes in each pixel's row. There a program takes groups until it uses LEAST_SEGMENT bytes, as far as
+    its registers go. Where they end below that, the group is split although it would fit.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
     segment = group_channels * element_size if channels_last else 0  # bytes of a group in a pixel's row; 0: no matter
-    elements_a_thread, joined, most_warps = direction
-    groups_here = _joined_groups(groups, pixel_tile * channel_tile, joined, LEAST_ELEMENTS, segment, SECTOR_BYTES)
+    joined, most_warps = direction
+    groups_here = _joined_groups(groups, pixel_tile * channel_tile, joined, LEAST_ELEMENTS, segment, LEAST_SEGMENT)
     narrow = channels_last and groups_here < groups and groups_here * segment < LEAST_SEGMENT
     if pixel_tile * channel_tile > ONE_PASS_ELEMENTS or narrow:
         limit = max(SPLIT_ELEMENTS, channel_tile)
         groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, 4 * SECTOR_BYTES)
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
-    warps = min(most_warps, max(1, elements // (32 * elements_a_thread)))
+    warps = min(most_warps, max(1, elements // (32 * ELEMENTS_A_THREAD)))
     return {
         "PIXELS": pixels,
         "GROUPS": groups,

@@ -114,6 +114,15 @@ def noise_source(noise):
     return (ADDRESSED, None) if noise is None else (GIVEN, noise.contiguous())
 
 
+def warps_of_sums(block, wide, warps):
+    """Warps of a program that sums over samples; wide: whether its lanes take 8 elements beside each other.
+
+    Those have 8 elements a thread and not 16. With 16 and blocks of 1024, what Triton 3.6 made for sm_90 got many sums
+    wrong, each time the sixth of 8: measured on an H200, in `affine_noise_step_backward`.
+    """
+    return max(1, block // 256) if wide else warps
+
+
 def gamma_shape(log_gamma):
     """The two switches of log_gamma's four shapes, as kernel arguments."""
     rows, columns = (1, 1) if log_gamma is None else log_gamma.shape

@@ -26,7 +26,16 @@ import triton
 import triton.language as tl
 
 from .memory import cut_samples, element_offset, layout_arguments, load_float, store_rounded
-from .noise_scale import finish_sum, gamma_shape, load_log_gamma, load_noise, noise_source, prepare_sum, table_entry
+from .noise_scale import (
+    finish_sum,
+    gamma_shape,
+    load_log_gamma,
+    load_noise,
+    noise_source,
+    prepare_sum,
+    table_entry,
+    warps_of_sums,
+)
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -291,6 +300,7 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, n
     size, blocks, block, warps = cut_samples(f, block)
     order, first, last, first_group, partial = prepare_sum(stream, log_gamma, size, blocks)
     kind, noise = noise_source(noise)
+    wide = f.element_size() == 2
     losses = torch.empty(len(f), blocks, dtype=torch.float32, device=f.device)
     _fisher_kernel[(len(partial) * blocks,)](
         f, e,
@@ -308,6 +318,6 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, n
         beta=None if alpha == 0.5 else 1.0 - 2.0 * alpha,
         NOISE=kind,
         **gamma_shape(log_gamma),
-        BLOCK=block, WIDE=f.element_size() == 2, num_warps=warps,
+        BLOCK=block, WIDE=wide, num_warps=warps_of_sums(block, wide, warps),
     )  # fmt: skip
     return losses.sum(1), df, de, finish_sum(partial, first_group, stream, log_gamma, exponential=False)

@@ -11,6 +11,7 @@ from operator_recording import OperatorRecording
 from ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.ops import joined_cases, method_cases, norm_cases
 from hsivi_fast import load_config, ops, train
 from hsivi_fast.build import build_context, build_score_net, build_student, in_form_of
 from hsivi_fast.execution import EAGER, WARM_UP, CudaRecording, Execution, GraphedCall
@@ -104,6 +105,19 @@ def test_tensors_that_begin_between_16_bytes_give_the_same(dtype):
         call = GraphedCall(function, CudaRecording("cuda"))
         for number in range(WARM_UP + 3):
             assert torch.equal(call(inputs[number % 2]), expected[number % 2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_operations_at_real_sizes_are_as_in_float64(dtype):
+    """What a compiler makes of a kernel depends on its tile, so the tiles are those of CIFAR-10's network."""
+    device = torch.device("cuda")
+    cases = [*method_cases(device, (3, 32, 32), 128, dtype, True), *method_cases(device, (3, 32, 32), 32, dtype, False)]
+    for size, channels in ((32, 128), (32, 384), (16, 256), (8, 512), (4, 256)):
+        cases += norm_cases(device, size, channels, 32, 8, dtype, False, True, True)
+    cases += joined_cases(device, 16, 256, 128, 32, 8, dtype, True)
+    for case in cases:
+        case.check()
 
 
 def nccl_of_one():

@@ -20,6 +20,7 @@ what the blocks make of it is a table (`Prepared.at`).
 import copy
 import itertools
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -54,8 +55,12 @@ class Prepared(nn.Module):
     @torch.no_grad()
     def refresh(self):
         """Take over the weights that the network has now."""
-        if self._own:
-            torch._foreach_copy_([own for own, _, _ in self._own], [make(*sources) for _, sources, make in self._own])
+        alike = defaultdict(list)  # torch copies a list with one kernel where all of it is of one form
+        for own, sources, make in self._own:
+            made = make(*sources)
+            alike[own.dtype, made.dtype, own.stride() == made.stride()].append((own, made))
+        for pairs in alike.values():
+            torch._foreach_copy_(*map(list, zip(*pairs)))
 
     def at(self, times):
         """The same weights for calls at some timesteps alone, int [n]; its `refresh` is that of both.
