@@ -5,8 +5,9 @@
     python bench/all.py --minutes 8 --outdir DIR      the results files elsewhere than in bench/results
 
 On a GPU the tests that need one come first. Every job runs in a process of its own and writes each case as it is done.
-So what the time did not suffice for is all that is missing; it is named at the end. The expected minutes are guesses:
-nearly all of them are compiling, which the next call finds on the disk.
+So what the time did not suffice for is all that is missing; it is named at the end. Most of a GPU's minutes are
+compiling. Where there are cores enough, the compilers of all jobs run beside each other first, with the tests. Then
+nothing runs beside what is timed. `--one-by-one` leaves that out: a small GPU's memory does not hold all jobs at once.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +34,8 @@ from hsivi_fast.training.telemetry import nvml_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTEST = 5.0  # seconds; with less left, nothing is started
+MANY_CORES = 8  # from so many on, jobs are prepared beside each other
+PREPARING = 0.4  # of the time, at most
 COLUMNS = [
     Column("job", "{name}"),
     Column("minutes", "{minutes:g}"),
@@ -47,6 +51,7 @@ class Job:
     name: the stem of its results file; module: of bench, or pytest; options: its arguments without the file.
     minutes: how long it is expected to take; share: of the time that is left when it begins, what it may take.
     needs: packages beside torch and those that every command of hsivi_fast imports.
+    prepares: whether a first run of it, which nobody looks at, spares the second one much compiling.
     """
 
     name: str
@@ -55,18 +60,24 @@ class Job:
     minutes: float
     share: float = 1.0
     needs: tuple = ()
+    prepares: bool = False
+
+    @property
+    def tests(self):
+        """Whether it is the tests', which are not timed."""
+        return self.module == "pytest"
 
     def command(self, outdir):
         """(command line, file that its output goes into or None)."""
         start = [sys.executable, "-m"]
-        if self.module == "pytest":
+        if self.tests:
             return [*start, "pytest", *self.options], outdir / f"{self.name}.txt"
         return [*start, f"bench.{self.module}", *self.options, "--json", str(outdir / f"{self.name}.jsonl")], None
 
     def row(self):
         """What `--list` says of it."""
         needs = [package if find_spec(package) else f"{package} (missing)" for package in self.needs]
-        command = "pytest -m gpu" if self.module == "pytest" else " ".join([f"bench.{self.module}", *self.options])
+        command = "pytest -m gpu" if self.tests else " ".join([f"bench.{self.module}", *self.options])
         return {"name": self.name, "minutes": self.minutes, "needs": ", ".join(needs) or "-", "command": command}
 
 
@@ -112,11 +123,12 @@ def gpu_jobs(card, size=None):
     ablation = [*size.network, *size.cycle, "--batch", str(small), "--images", str(few), "--rounds", "2"]
     return [
         Job(f"gpu_tests_{card}", "pytest", gpu_test_options(), 3, share=0.35, needs=("pytest",)),
-        Job(f"sampling_{card}_{few}", "sampling", [*size.network, *sampling], 2, share=0.5),
-        Job(f"sampling_{card}_{many}", "sampling", [*size.network, *many_images], 1.5, share=0.5),
-        Job(f"train_step_{card}_{large}", "train_step", ["--batch", str(large), *cycle], 3),
-        Job(f"train_step_{card}_{small}", "train_step", ["--batch", str(small), *cycle], 3),
-        Job(f"ops_{card}", "ops", ["--selection", "--replay", *size.kernels], 2),
+        Job(f"sampling_{card}_{few}", "sampling", [*size.network, *sampling], 2, share=0.5, prepares=True),
+        Job(f"train_step_{card}_{large}", "train_step", ["--batch", str(large), *cycle], 3, prepares=True),
+        Job(f"train_step_{card}_{small}", "train_step", ["--batch", str(small), *cycle], 3, prepares=True),
+        Job(f"sampling_{card}_{many}", "sampling", [*size.network, *many_images], 1.5, prepares=True),
+        Job(f"trace_{card}", "trace", ["--batches", str(small), str(large)], 2, prepares=True),
+        Job(f"ops_{card}", "ops", ["--selection", "--replay", *size.kernels], 2, prepares=True),
         fid_job(card, size.measured),
         Job(f"ablation_{card}", "ablation", ablation, 15),
     ]
@@ -135,6 +147,8 @@ def gpu_test_options():
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     files = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
     options = ["-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if find_spec("xdist"):
+        options += ["-n", str(min(6, os.cpu_count()))]
     return [*options, "-m", "gpu", *files]
 
 
@@ -161,22 +175,67 @@ def problem_of(device, needs_clocks):
     return None
 
 
-def run(job, outdir, seconds):
-    """Run a job: its exit code, or None where it was ended after so many seconds, with all that it had started."""
+@contextlib.contextmanager
+def started(job, outdir, quiet=False):
+    """The process of a job; at the end it is killed with all that it has started. quiet: what it says is dropped."""
     command, output = job.command(outdir)
-    with open(output, "w") if output else contextlib.nullcontext() as file:
+    with open(output or os.devnull, "w") if output or quiet else contextlib.nullcontext() as file:
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=file, stderr=file)
         try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            yield process
         finally:  # after Ctrl-C too
             with contextlib.suppress(ProcessLookupError):  # the compilers that it has started may outlive it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def run(job, outdir, seconds):
+    """Run a job: its exit code, or None where it was ended after so many seconds, with all that it had started."""
+    with started(job, outdir) as process:
+        code = waited(process, seconds)
+    show(job, outdir)
+    return code
+
+
+def waited(process, seconds):
+    """The exit code of a process, or None where it runs after so many seconds."""
+    try:
+        return process.wait(timeout=max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def show(job, outdir):
+    """Print the end of what a job wrote, where that went into a file."""
+    _, output = job.command(outdir)
     if output:
         print("\n".join(output.read_text().splitlines()[-20:]))
+
+
+def prepare(plan, outdir, seconds):
+    """Run the jobs that compile much beside each other, into a folder that is dropped, and the tests.
+
+    Returns the tests' exit code; None where they were ended, or where there are none.
+    """
+    print("\n== compiling for all jobs, and the tests", flush=True)
+    end, code = time.monotonic() + seconds, None
+    with tempfile.TemporaryDirectory() as dropped, contextlib.ExitStack() as running:
+        jobs = [job for job in plan if (job.prepares or job.tests) and not lacking(job)]
+        folders = [outdir if job.tests else Path(dropped) for job in jobs]
+        processes = [running.enter_context(started(*each, quiet=True)) for each in zip(jobs, folders)]
+        for job, process in zip(jobs, processes):
+            result = waited(process, end - time.monotonic())
+            if job.tests:
+                code = result
+    for job in jobs:
+        if job.tests:
+            show(job, outdir)
     return code
+
+
+def lacking(job):
+    """The packages that a job needs and that are not there."""
+    return [package for package in job.needs if not find_spec(package)]
 
 
 def main(given=None):
@@ -188,6 +247,7 @@ def main(given=None):
         help="when to stop; a job that runs then is ended, and keeps the cases that it has written",
     )
     parser.add_argument("--outdir", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--one-by-one", action="store_true", help="compile for a job when its turn comes")
     parser.add_argument("--list", action="store_true", help="print the plan, and run nothing")
     parser.add_argument("--without-clocks", action="store_true", help="go on where the driver tells no clocks")
     arguments = parser.parse_args(given)
@@ -200,19 +260,27 @@ def main(given=None):
         print(f"all.py: {problem}", file=sys.stderr)
         return 2
     arguments.outdir.mkdir(parents=True, exist_ok=True)
-    return run_all(plan, arguments.outdir.resolve(), 60 * arguments.minutes)
+    beside = device.type == "cuda" and os.cpu_count() >= MANY_CORES and not arguments.one_by_one
+    return run_all(plan, arguments.outdir.resolve(), 60 * arguments.minutes, beside)
 
 
-def run_all(plan, outdir, seconds):
-    """Run a plan within so many seconds; the exit code, 1 where a job had an error."""
+def run_all(plan, outdir, seconds, beside=False):
+    """Run a plan within so many seconds; the exit code, 1 where a job had an error.
+
+    beside: whether the jobs are prepared beside each other first.
+    """
     end, missing, failed = time.monotonic() + seconds, [], False
+    if beside and seconds >= SHORTEST:
+        code = prepare(plan, outdir, PREPARING * seconds)
+        failed = bool(code)
+        if code is not None:
+            plan = [job for job in plan if not job.tests]
     for job in plan:
         left = end - time.monotonic()
-        lacking = [package for package in job.needs if not find_spec(package)]
         if left < SHORTEST:
             missing.append(job.name)
-        elif lacking:
-            missing.append(f"{job.name} (needs {', '.join(lacking)})")
+        elif packages := lacking(job):
+            missing.append(f"{job.name} (needs {', '.join(packages)})")
         else:
             print(f"\n== {job.name}: {job.row()['command']}", flush=True)
             code = run(job, outdir, left * job.share)

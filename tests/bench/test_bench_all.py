@@ -48,7 +48,7 @@ def like_a_gpu(monkeypatch):
 
 def _in_this_process(job, outdir, seconds):
     """What `run` does of a job, without a process."""
-    if job.module == "pytest":
+    if job.tests or job.module == "trace":  # it reads what a driver records of a GPU
         return 0
     command, _ = job.command(outdir)
     return importlib.import_module(command[2]).main(command[3:])
@@ -67,7 +67,7 @@ def test_the_plan_of_a_gpu_runs(like_a_gpu, tmp_path, monkeypatch, capsys):
     plan = run_all.gpu_jobs("gpu", TINY)
     assert run_all.run_all(plan, tmp_path, 600) == 0, capsys.readouterr()
     cases = {file.stem: [row["case"] for row in read_records(file)] for file in tmp_path.iterdir()}
-    assert cases.keys() == {job.name for job in plan} - {"gpu_tests_gpu"}
+    assert cases.keys() == {job.name for job in plan} - {"gpu_tests_gpu", "trace_gpu"}
     assert cases["sampling_gpu_16"] == ["sampling_bf16_graphs", "sampling_tf32"]
     assert cases["sampling_gpu_32"] == ["sampling_bf16_graphs"]
     assert cases["train_step_gpu_4"] == cases["train_step_gpu_2"] == ["train_cycle_bf16_graphs", "train_cycle_tf32"]
@@ -91,10 +91,10 @@ def test_the_plan_is_in_order_and_says_what_it_needs(monkeypatch, capsys):
     assert run_all.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == [
-        *("gpu_tests_h100", "sampling_h100_128", "sampling_h100_512", "train_step_h100_128", "train_step_h100_16"),
-        *("ops_h100", "fid_h100", "ablation_h100"),
+        *("gpu_tests_h100", "sampling_h100_128", "train_step_h100_128", "train_step_h100_16", "sampling_h100_512"),
+        *("trace_h100", "ops_h100", "fid_h100", "ablation_h100"),
     ]
-    assert "torch_fidelity (missing), scipy, PIL" in lines[6] and lines[6].split()[1] == "1"
+    assert "torch_fidelity (missing), scipy, PIL" in lines[7] and lines[7].split()[1] == "1"
     assert [job.name for job in run_all.gpu_jobs("h100") if "torch_fidelity" in job.needs] == ["fid_h100"]
 
 
@@ -122,6 +122,36 @@ def test_what_a_package_lacks_or_time_does_not_allow_is_named(tmp_path, monkeypa
     assert seconds == [200.5, 100.5, 50.5]
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "NOT RUN for want of time or packages: d (needs no_such_package), the rest of b, late"
+
+
+class Said(run_all.Job):
+    """A job that says its options and then sleeps as many seconds as they begin with."""
+
+    def command(self, outdir):
+        code = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(float(sys.argv[1])); sys.exit(3)"
+        file = outdir / f"{self.name}.txt"
+        return [sys.executable, "-c", code, *self.options], file
+
+
+def test_jobs_are_prepared_beside_each_other_with_the_tests(tmp_path, capsys):
+    """What they write is dropped, but for the tests'; the tests are not run again unless they were cut short."""
+    slow, other = Said("slow", "ops", ["60"], 1, prepares=True), Said("other", "ops", ["60"], 1)
+    for seconds, expected in (("0.1", 3), ("60", None)):
+        tests, start = Said("tests", "pytest", [seconds], 1), time.monotonic()
+        assert run_all.prepare([tests, slow, other], tmp_path, 3.0) == expected
+        assert time.monotonic() - start < 20
+        assert [file.name for file in tmp_path.iterdir()] == ["tests.txt"]
+        assert capsys.readouterr().out.splitlines()[-1] == f"['{seconds}']"
+
+
+@pytest.mark.parametrize("code, run_again", [(0, False), (1, False), (None, True)])
+def test_tests_that_were_cut_short_while_others_compile_are_run_again(code, run_again, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(run_all, "prepare", lambda plan, outdir, seconds: code)
+    monkeypatch.setattr(run_all, "run", lambda job, outdir, seconds: ran.append(job.name) or 0)
+    plan = [run_all.Job("tests", "pytest", [], 1), run_all.Job("a", "sampling", [], 1)]
+    assert run_all.run_all(plan, tmp_path, 600, beside=True) == int(code == 1)
+    assert ran == (["tests", "a"] if run_again else ["a"])
 
 
 def test_a_job_that_is_cut_short_is_ended_with_what_it_has_started(tmp_path):
@@ -183,7 +213,7 @@ def test_a_gpu_that_cannot_run_the_plan_is_told(capability, driver, options, mes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
-    monkeypatch.setattr(run_all, "run_all", lambda plan, outdir, seconds: 0)
+    monkeypatch.setattr(run_all, "run_all", lambda plan, outdir, seconds, beside: 0)
     code, said = run_all.main(["--outdir", str(tmp_path), *options]), capsys.readouterr().err.splitlines()
     assert code == (2 if message else 0) and len(said) == bool(message)
     assert not message or said[0].startswith(f"all.py: {message}")
