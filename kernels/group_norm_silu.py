@@ -77,10 +77,11 @@ def _tile(
 ):  # fmt: skip
     """(pixel, group, channel, mask of channels, mask, offset in the tensor) of a tile.
 
-    It is [pixels, groups, a group's channels].
+    It is [groups, pixels, a group's channels]. The groups come first: of axes that are equally far apart in memory the
+    compiler gives neighbouring threads to the first, and groups lie beside each other in a pixel's row.
     """
-    pixel = first_pixel + tl.arange(0, PIXEL_TILE)[:, None, None]
-    group = first_group + tl.arange(0, GROUPS_HERE)[None, :, None]
+    pixel = first_pixel + tl.arange(0, PIXEL_TILE)[None, :, None]
+    group = first_group + tl.arange(0, GROUPS_HERE)[:, None, None]
     inner = tl.arange(0, CHANNEL_TILE)[None, None, :]
     channel = group * GROUP_CHANNELS + inner
     channel_mask = inner < GROUP_CHANNELS
@@ -203,7 +204,7 @@ def _group_norm_forward_kernel(
     SILU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS_HERE whole groups of one sample, in a tile [pixels, groups, channels of a group]."""
+    """One program: GROUPS_HERE whole groups of one sample, in a tile [groups, pixels, channels of a group]."""
     program = tl.program_id(0)
     sample = (program // (GROUPS // GROUPS_HERE)).to(tl.int64)
     first_group = (program % (GROUPS // GROUPS_HERE)) * GROUPS_HERE
@@ -224,9 +225,9 @@ def _group_norm_forward_kernel(
         CHANNELS_LAST,
     )  # fmt: skip
     count = PIXELS * GROUP_CHANNELS
-    mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
-    centred = tl.where(mask, x - mean[None, :, None], 0.0)
-    variance = tl.sum(tl.sum(centred * centred, axis=0), axis=1) / count
+    mean = tl.sum(tl.sum(x, axis=2), axis=1) / count  # [GROUPS_HERE]
+    centred = tl.where(mask, x - mean[:, None, None], 0.0)
+    variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / count
     rstd = 1.0 / tl.sqrt(variance + eps)
     w, b = _modulation(
         w_ptr, b_ptr,
@@ -234,7 +235,7 @@ def _group_norm_forward_kernel(
         sample, channel, channel_mask,
         scale_stride, shift_stride,
     )  # fmt: skip
-    store_rounded(y_ptr + offset, _activate(centred * rstd[None, :, None] * w + b, SILU), mask)
+    store_rounded(y_ptr + offset, _activate(centred * rstd[:, None, None] * w + b, SILU), mask)
     statistics = sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)
     tl.store(mean_ptr + statistics, mean)
     tl.store(rstd_ptr + statistics, rstd)
@@ -313,8 +314,8 @@ def _group_norm_backward_kernel(
         scale_stride, shift_stride,
     )  # fmt: skip
     du = _pull_back(load_float(dy_ptr + offset, mask), normed * w + b, SILU)
-    p = tl.sum(du * normed, axis=0)  # [GROUPS_HERE, CHANNEL_TILE]
-    q = tl.sum(du, axis=0)
+    p = tl.sum(du * normed, axis=1)  # [GROUPS_HERE, CHANNEL_TILE]
+    q = tl.sum(du, axis=1)
     flat_inner = tl.arange(0, CHANNEL_TILE)[None, :]
     flat = (
         sample * (GROUPS * GROUP_CHANNELS)
@@ -326,8 +327,8 @@ def _group_norm_backward_kernel(
     tl.store(q_ptr + flat, q, mask=flat_mask)
     # Indexing with None: tl.reshape gives the compiler a replicated layout and a 38 KB stack here (Triton 3.8.0).
     count = PIXELS * GROUP_CHANNELS
-    along = tl.sum(p[None, :, :] * w, axis=2)[:, :, None] / count
-    across = tl.sum(q[None, :, :] * w, axis=2)[:, :, None] / count
+    along = tl.sum(p[:, None, :] * w, axis=2)[:, :, None] / count
+    across = tl.sum(q[:, None, :] * w, axis=2)[:, :, None] / count
     dx = rstd * (du * w - across - normed * along)
     dx = _store_gradient(
         dx,
@@ -341,7 +342,7 @@ def _group_norm_backward_kernel(
     if dadd_ptr is not None:
         if PIXEL_TILE * CHANNEL_TILE != PIXELS * GROUP_CHANNELS:
             dx = tl.where(mask, dx, 0.0)
-        tl.store(dadd_ptr + flat, tl.sum(dx, axis=0), mask=flat_mask)
+        tl.store(dadd_ptr + flat, tl.sum(dx, axis=1), mask=flat_mask)
 
 
 @triton.jit
@@ -380,11 +381,11 @@ def _group_norm_split_statistics_kernel(
         CHANNELS_LAST,
     )  # fmt: skip
     count = tl.minimum(PIXELS - chunk * PIXEL_TILE, PIXEL_TILE) * GROUP_CHANNELS
-    mean = tl.sum(tl.sum(x, axis=0), axis=1) / count  # [GROUPS_HERE]
-    centred = tl.where(mask, x - mean[None, :, None], 0.0)
+    mean = tl.sum(tl.sum(x, axis=2), axis=1) / count  # [GROUPS_HERE]
+    centred = tl.where(mask, x - mean[:, None, None], 0.0)
     target = (sample * GROUPS + first_group + tl.arange(0, GROUPS_HERE)) * chunks + chunk
     tl.store(mean_ptr + target, mean)
-    tl.store(deviation_ptr + target, tl.sum(tl.sum(centred * centred, axis=0), axis=1))
+    tl.store(deviation_ptr + target, tl.sum(tl.sum(centred * centred, axis=2), axis=1))
 
 
 @triton.jit
@@ -445,7 +446,7 @@ def _group_norm_split_forward_kernel(
         sample, channel, channel_mask,
         scale_stride, shift_stride,
     )  # fmt: skip
-    normed = (x - mean[None, :, None]) * rstd[None, :, None]
+    normed = (x - mean[:, None, None]) * rstd[:, None, None]
     store_rounded(y_ptr + offset, _activate(normed * w + b, SILU), mask)
 
 
@@ -504,8 +505,8 @@ def _group_norm_split_backward_kernel(
     )
     flat_mask = (flat_inner < GROUP_CHANNELS) & (tl.arange(0, GROUPS_HERE)[:, None] >= 0)
     if dx_ptr is None:
-        tl.store(p_ptr + flat, tl.sum(du * normed, axis=0), mask=flat_mask)
-        tl.store(q_ptr + flat, tl.sum(du, axis=0), mask=flat_mask)
+        tl.store(p_ptr + flat, tl.sum(du * normed, axis=1), mask=flat_mask)
+        tl.store(q_ptr + flat, tl.sum(du, axis=1), mask=flat_mask)
     else:
         along = tl.load(along_ptr + sample * GROUPS + group)
         across = tl.load(across_ptr + sample * GROUPS + group)
@@ -520,7 +521,7 @@ def _group_norm_split_backward_kernel(
             CHANNELS_LAST,
         )  # fmt: skip
         if dadd_ptr is not None:
-            tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=0), mask=flat_mask)
+            tl.store(dadd_ptr + flat, tl.sum(tl.where(mask, dx, 0.0), axis=1), mask=flat_mask)
 
 
 # ---- for the launchers -----------------------------------------------------------------------------------------------
