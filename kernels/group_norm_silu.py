@@ -28,28 +28,42 @@ kernel makes partial sums, a second finishes and applies them. That reads the in
 from the cache. Sums have a fixed order and no atomics.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from .memory import DTYPES, as_stored, load_float, store_rounded
 
-# A program holds at most this many elements of one group, padded to powers of two: 32 a thread of 16 warps. Larger
-# groups are split.
+# A program holds at most this many elements, padded to powers of two. Larger groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
-# (elements that a program joins of several groups, most warps)
-FORWARD, BACKWARD = (16384, 8), (8192, 16)
-ELEMENTS_A_THREAD = 32
+MOST_WARPS = 16
 # Registers of a multiprocessor, and of a thread at most. A program may have all registers that its warps can have.
 # Left to itself the assembler squeezes some variants to the next step of occupancy, and spills 8 bytes for it.
 REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 512
-SECTOR_BYTES = 32
-# Memory moves whole sectors. One pass over 8 bytes of each moves 4 times its bytes: 8 transfers forward and 12
-# backward, where the split form has 3 and 5. From 16 bytes on it is 4 and 6, of which the second-level cache spares
-# some: on an H200 programs of 16 bytes were faster than those of whole sectors, which are fewer and larger.
-LEAST_SEGMENT = 16
+LARGE_TILE = 8192  # from so many elements on, a thread takes twice as many
+# Bytes beside each other of a pixel's row: two sectors, which are what memory moves. A program of the split form has
+# more. With fewer the same sectors are moved again by the next program.
+SEGMENT, SPLIT_SEGMENT = 64, 128
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How the forward's and the backward's programs are cut. The numbers are those that were fastest on an H200.
+
+    elements: of a thread, below LARGE_TILE.
+    least_segment: bytes of a pixel's row below which a group is split although it would fit. Split, the forward reads
+    twice, and the backward has three launches.
+    """
+
+    elements: int
+    least_segment: int
+
+
+FORWARD, BACKWARD = Direction(16, 32), Direction(32, 16)
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -545,22 +559,23 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
-    group are a few bytes in each pixel's row. There a program takes groups until it uses LEAST_SEGMENT bytes, as far as
-    its registers go. Where they end below that, the group is split although it would fit.
+    group are a few bytes in each pixel's row. There a program takes groups until it uses SEGMENT bytes of the row, as
+    far as its registers go. See `Direction` for where they end too early.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
     segment = group_channels * element_size if channels_last else 0  # bytes of a group in a pixel's row; 0: no matter
-    joined, most_warps = direction
-    groups_here = _joined_groups(groups, pixel_tile * channel_tile, joined, LEAST_ELEMENTS, segment, LEAST_SEGMENT)
-    narrow = channels_last and groups_here < groups and groups_here * segment < LEAST_SEGMENT
-    if pixel_tile * channel_tile > ONE_PASS_ELEMENTS or narrow:
+    column = pixel_tile * channel_tile
+    groups_here = _joined_groups(groups, column, ONE_PASS_ELEMENTS, LEAST_ELEMENTS, segment, SEGMENT)
+    narrow = channels_last and groups_here < groups and groups_here * segment < direction.least_segment
+    if column > ONE_PASS_ELEMENTS or narrow:
         limit = max(SPLIT_ELEMENTS, channel_tile)
-        groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, 4 * SECTOR_BYTES)
+        groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, SPLIT_SEGMENT)
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
-    warps = min(most_warps, max(1, elements // (32 * ELEMENTS_A_THREAD)))
+    a_thread = direction.elements * (2 if elements >= LARGE_TILE else 1)
+    warps = min(MOST_WARPS, max(1, elements // (32 * a_thread)))
     return {
         "PIXELS": pixels,
         "GROUPS": groups,

@@ -656,12 +656,15 @@ def test_narrow_segments_are_split():
     f32, bf16 = torch.float32, torch.bfloat16
     for direction in (norm.FORWARD, norm.BACKWARD):
         assert segment_and_chunks(64, 128, bf16, direction) == (128, 64)  # one pass would have 8 bytes
-        assert segment_and_chunks(64, 128, f32, direction) == (16, 1)
         assert segment_and_chunks(64, 128, bf16, direction, channels_last=False)[1] == 1
-        assert segment_and_chunks(32, 384, bf16, direction) == (24, 1)
-        assert segment_and_chunks(32, 128, bf16, direction) == (16, 1)  # two groups; one is 8 bytes
-        for channels, segment in ((768, 48), (896, 56), (256, 16), (512, 32)):  # groups that are wide enough
+        assert segment_and_chunks(32, 128, bf16, direction) == (32, 1)  # as far as registers go
+        for channels, segment in ((768, 96), (896, 112), (256, 64), (512, 64)):
             assert segment_and_chunks(8, channels, bf16, direction) == (segment, 1)
+    # 24 and 16 bytes: worth three launches less, but not worth one less.
+    assert segment_and_chunks(32, 384, bf16, norm.BACKWARD) == (24, 1)
+    assert segment_and_chunks(32, 384, bf16, norm.FORWARD) == (192, 32)
+    assert segment_and_chunks(64, 128, f32, norm.BACKWARD) == (16, 1)
+    assert segment_and_chunks(64, 128, f32, norm.FORWARD) == (128, 32)
     assert norm.plan(4, 1, 64, 2, True)["chunks"] == 1  # the row has no more
 
 
@@ -669,7 +672,7 @@ def test_narrow_segments_are_split():
 def test_group_norm_of_narrow_segments(modulated, monkeypatch):
     """Split although a group fits into one program."""
     for direction in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(norm, direction, (128, 8))
+        monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 256)
         monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 256)
         assert norm.plan(16, 4, 48, 2, True, getattr(norm, direction))["chunks"] == 3
     _check_norm(16, (8, 6), 4, torch.bfloat16, torch.channels_last, True, modulated, not modulated, batch=2)
