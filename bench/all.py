@@ -27,6 +27,7 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 import torch
 
+from bench.measure import TURN
 from bench.options import command_line
 from bench.tables import Column, text_table
 from hsivi_fast import ops
@@ -35,7 +36,7 @@ from hsivi_fast.training.telemetry import nvml_problem
 ROOT = Path(__file__).resolve().parent.parent
 SHORTEST = 5.0  # seconds; with less left, nothing is started
 MANY_CORES = 8  # from so many on, jobs are prepared beside each other
-PREPARING = 0.4  # of the time, at most
+PREPARING = 0.45  # of the time, at most
 COLUMNS = [
     Column("job", "{name}"),
     Column("minutes", "{minutes:g}"),
@@ -51,7 +52,7 @@ class Job:
     name: the stem of its results file; module: of bench, or pytest; options: its arguments without the file.
     minutes: how long it is expected to take; share: of the time that is left when it begins, what it may take.
     needs: packages beside torch and those that every command of hsivi_fast imports.
-    prepares: whether a first run of it, which nobody looks at, spares the second one much compiling.
+    prepares: whether it compiles much, and waits then for its turn (`bench.measure.wait_for_turn`).
     """
 
     name: str
@@ -113,22 +114,31 @@ def cpu_jobs(device):
 def gpu_jobs(card, size=None):
     """The jobs of a GPU, at full width by default.
 
-    A batch that is new is compiled anew. So each job has one batch, and its important cases alone.
+    A batch that is new is compiled anew. So each job has one batch and one case.
     """
     size = size or Size()
     (few, many), (large, small) = size.images, size.batches
-    sampling = ["--images", str(few), "--rounds", "3", *cases("sampling_bf16_graphs", "sampling_tf32")]
-    many_images = ["--images", str(many), "--rounds", "3", *cases("sampling_bf16_graphs")]
-    cycle = [*size.network, *size.cycle, "--rounds", "2", *cases("train_cycle_bf16_graphs", "train_cycle_tf32")]
     ablation = [*size.network, *size.cycle, "--batch", str(small), "--images", str(few), "--rounds", "2"]
+
+    def sampling(images, suffix, case, **options):
+        arguments = [*size.network, "--images", str(images), "--rounds", "3", "--case", case]
+        return Job(f"sampling_{card}_{images}{suffix}", "sampling", arguments, 1.5, **options)
+
+    def cycle(batch, suffix, case, **options):
+        arguments = ["--batch", str(batch), *size.network, *size.cycle, "--rounds", "2", "--case", case]
+        return Job(f"train_step_{card}_{batch}{suffix}", "train_step", arguments, 2, **options)
+
     return [
         Job(f"gpu_tests_{card}", "pytest", gpu_test_options(), 3, share=0.35, needs=("pytest",)),
-        Job(f"sampling_{card}_{few}", "sampling", [*size.network, *sampling], 2, share=0.5, prepares=True),
-        Job(f"train_step_{card}_{large}", "train_step", ["--batch", str(large), *cycle], 3, prepares=True),
-        Job(f"train_step_{card}_{small}", "train_step", ["--batch", str(small), *cycle], 3, prepares=True),
-        Job(f"sampling_{card}_{many}", "sampling", [*size.network, *many_images], 1.5, prepares=True),
-        Job(f"trace_{card}", "trace", ["--batches", str(small), str(large)], 2, prepares=True),
+        sampling(few, "", "sampling_bf16_graphs", prepares=True),
+        cycle(large, "", "train_cycle_bf16_graphs", prepares=True),
+        cycle(small, "", "train_cycle_bf16_graphs", prepares=True),
+        sampling(many, "", "sampling_bf16_graphs", prepares=True),
+        Job(f"trace_{card}", "trace", ["--batches", str(small), str(large)], 3, prepares=True),
         Job(f"ops_{card}", "ops", ["--selection", "--replay", *size.kernels], 2, prepares=True),
+        sampling(few, "_tf32", "sampling_tf32"),
+        cycle(large, "_tf32", "train_cycle_tf32"),
+        cycle(small, "_tf32", "train_cycle_tf32"),
         fid_job(card, size.measured),
         Job(f"ablation_{card}", "ablation", ablation, 15),
     ]
@@ -176,17 +186,23 @@ def problem_of(device, needs_clocks):
 
 
 @contextlib.contextmanager
-def started(job, outdir, quiet=False):
-    """The process of a job; at the end it is killed with all that it has started. quiet: what it says is dropped."""
+def started(job, outdir, turn=None):
+    """The process of a job; at the end it is killed with all that it has started. turn: see `bench.measure.TURN`."""
     command, output = job.command(outdir)
-    with open(output or os.devnull, "w") if output or quiet else contextlib.nullcontext() as file:
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=file, stderr=file)
+    environment = os.environ if turn is None else {**os.environ, TURN: str(turn)}
+    with open(output, "w") if output else contextlib.nullcontext() as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=file, stderr=file)
         try:
             yield process
         finally:  # after Ctrl-C too
-            with contextlib.suppress(ProcessLookupError):  # the compilers that it has started may outlive it
-                os.killpg(process.pid, signal.SIGKILL)
+            signalled(process, signal.SIGKILL)  # the compilers that it has started may outlive it
             process.wait()
+
+
+def signalled(process, number):
+    """Send a signal to a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def run(job, outdir, seconds):
@@ -212,25 +228,42 @@ def show(job, outdir):
         print("\n".join(output.read_text().splitlines()[-20:]))
 
 
-def prepare(plan, outdir, seconds):
-    """Run the jobs that compile much beside each other, into a folder that is dropped, and the tests.
+class Beside:
+    """Jobs that compile beside each other, and beside the tests, until each has its turn.
 
-    Returns the tests' exit code; None where they were ended, or where there are none.
+    turns: an empty folder.
     """
-    print("\n== compiling for all jobs, and the tests", flush=True)
-    end, code = time.monotonic() + seconds, None
-    with tempfile.TemporaryDirectory() as dropped, contextlib.ExitStack() as running:
+
+    def __init__(self, plan, outdir, turns, running):
+        self.outdir, self.turns = outdir, turns
         jobs = [job for job in plan if (job.prepares or job.tests) and not lacking(job)]
-        folders = [outdir if job.tests else Path(dropped) for job in jobs]
-        processes = [running.enter_context(started(*each, quiet=True)) for each in zip(jobs, folders)]
-        for job, process in zip(jobs, processes):
-            result = waited(process, end - time.monotonic())
-            if job.tests:
-                code = result
-    for job in jobs:
-        if job.tests:
-            show(job, outdir)
-    return code
+        self.processes = {
+            job.name: running.enter_context(started(job, outdir, None if job.tests else turns / job.name))
+            for job in jobs
+        }
+
+    def wait(self, seconds):
+        """Until all are ready and the tests are done, or so many seconds. Those that go on then are halted."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not all(map(self._is_ready, self.processes)):
+            time.sleep(0.05)
+        for process in self.processes.values():
+            signalled(process, signal.SIGSTOP)
+
+    def _is_ready(self, name):
+        return self.processes[name].poll() is not None or (self.turns / f"{name}.ready").exists()
+
+    def run(self, job, seconds):
+        """As `run`, of a job that has compiled already."""
+        process = self.processes[job.name]
+        (self.turns / f"{job.name}.go").touch()
+        if not job.tests:  # those are not taken up again: they were to run beside others
+            signalled(process, signal.SIGCONT)
+        code = waited(process, 0 if job.tests else seconds)
+        signalled(process, signal.SIGKILL)
+        process.wait()
+        show(job, self.outdir)
+        return code
 
 
 def lacking(job):
@@ -267,26 +300,30 @@ def main(given=None):
 def run_all(plan, outdir, seconds, beside=False):
     """Run a plan within so many seconds; the exit code, 1 where a job had an error.
 
-    beside: whether the jobs are prepared beside each other first.
+    beside: whether the jobs compile beside each other first.
     """
-    end, missing, failed = time.monotonic() + seconds, [], False
-    if beside and seconds >= SHORTEST:
-        code = prepare(plan, outdir, PREPARING * seconds)
-        failed = bool(code)
-        if code is not None:
-            plan = [job for job in plan if not job.tests]
-    for job in plan:
-        left = end - time.monotonic()
-        if left < SHORTEST:
-            missing.append(job.name)
-        elif packages := lacking(job):
-            missing.append(f"{job.name} (needs {', '.join(packages)})")
-        else:
-            print(f"\n== {job.name}: {job.row()['command']}", flush=True)
-            code = run(job, outdir, left * job.share)
-            failed |= bool(code)
-            if code is None:
-                missing.append(f"the rest of {job.name}")
+    end, missing, failed, compiled = time.monotonic() + seconds, [], False, None
+    with contextlib.ExitStack() as running:
+        if beside and seconds >= SHORTEST:
+            print("\n== compiling for all jobs, and the tests", flush=True)
+            turns = Path(running.enter_context(tempfile.TemporaryDirectory()))
+            compiled = Beside(plan, outdir, turns, running)
+            compiled.wait(PREPARING * seconds)
+        for job in plan:
+            left = end - time.monotonic()
+            if left < SHORTEST:
+                missing.append(job.name)
+            elif packages := lacking(job):
+                missing.append(f"{job.name} (needs {', '.join(packages)})")
+            else:
+                print(f"\n== {job.name}: {job.row()['command']}", flush=True)
+                if compiled and job.name in compiled.processes:
+                    code = compiled.run(job, left * job.share)
+                else:
+                    code = run(job, outdir, left * job.share)
+                failed |= bool(code)
+                if code is None:
+                    missing.append(f"the rest of {job.name}")
     if missing:
         print(f"\nNOT RUN for want of time or packages: {', '.join(missing)}")
     return int(failed)

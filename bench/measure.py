@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,6 +27,8 @@ from hsivi_fast.training.telemetry import EnergyMeter, commit, gpu_clocks, packa
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# The path that `bench/all.py` gives a process which is to wait for its turn: "PATH.ready" and "PATH.go" are files.
+TURN = "HSIVI_BENCH_TURN"
 FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -89,6 +93,8 @@ def use_modes_of(context):
     tf32 = context.config.precision == "tf32"
     _use_tf32(products=tf32, convolutions=tf32)
     context.execution.choose_convolutions()
+    if not _has_turn():  # the times of cuDNN's algorithms mean nothing beside other work
+        torch.backends.cudnn.benchmark = False
     ops.choose_backend(context.config.backend, context.device)
 
 
@@ -96,6 +102,35 @@ def _use_tf32(products, convolutions):
     torch.set_float32_matmul_precision("high" if products else "highest")
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.backends.cudnn.benchmark = False  # torch's default
+
+
+_waited = TURN not in os.environ
+
+
+def _has_turn():
+    """Whether nothing else uses the device, as far as this is known."""
+    return _waited
+
+
+def wait_for_turn(functions, device):
+    """Call functions of nothing, which compiles them, and wait until this process has the device to itself.
+
+    So `bench/all.py` has several processes compile beside each other. In a process that was started otherwise, and at
+    a second call, nothing is done: then the first call of what is timed compiles it.
+    """
+    global _waited
+    if _waited:
+        return
+    for function in functions:
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    place = os.environ[TURN]
+    Path(f"{place}.ready").touch()
+    while not Path(f"{place}.go").exists():
+        time.sleep(0.02)
+    _waited = True
 
 
 def has_fast_bfloat16():

@@ -10,6 +10,7 @@ with torch.randn and keeps it, as the published implementation does. An operatio
 the exit code is 1.
 """
 
+import contextlib
 import functools
 import sys
 import time
@@ -32,6 +33,7 @@ from bench.measure import (
     print_rows,
     replayed,
     row_of,
+    wait_for_turn,
     write_rows,
 )
 from bench.options import command_line
@@ -451,6 +453,15 @@ def _allowed_error(value, truth):
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
+def compile_for(case, compiled, replay=None):
+    """Have on the disk what the measurement of a case compiles; what is wrong with it is said there."""
+    with contextlib.suppress(Exception):
+        case.ours()
+        if compiled:
+            torch._dynamo.reset()
+            torch.compile(case.plain, dynamic=False)()
+
+
 def measure(case, device, bandwidth, facts, compiled=True, replay=None):
     """The row of a case; AssertionError where its check fails.
 
@@ -533,15 +544,15 @@ def main(given=None):
     if arguments.replay and device.type != "cuda" and GRAPHS is CudaRecording:
         parser.error(f"--replay needs a CUDA device, the device is {device}; leave it out")
     backend = ops.choose_backend("auto", device)
-    facts = describe(device)
+    facts, cases = describe(device), (selected_cases if arguments.selection else all_cases)(device)
+    cases = [case for case in cases if arguments.only in case.name]
+    options = {"compiled": not arguments.without_compiled, "replay": GRAPHS if arguments.replay else None}
+    wait_for_turn([functools.partial(compile_for, case, **options) for case in cases], device)
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
     copies = f", whose copy moves {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""
     print(f"ours: backend {backend}, on {facts['device']}{copies}", flush=True)
-    options = {"compiled": not arguments.without_compiled, "replay": GRAPHS if arguments.replay else None}
     rows, left_out, start = [], [], time.monotonic()
-    for case in (selected_cases if arguments.selection else all_cases)(device):
-        if arguments.only not in case.name:
-            continue
+    for case in cases:
         if time.monotonic() - start > 60 * arguments.minutes:
             left_out.append(case.name)
             continue

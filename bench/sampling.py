@@ -35,6 +35,7 @@ from bench.measure import (
     use_full_float32,
     use_modes_of,
     use_torch_defaults,
+    wait_for_turn,
     warmed_up,
 )
 from bench.options import add_cases, command_line
@@ -139,10 +140,11 @@ def measure(case, network, images, nfe, rounds, facts, upstream=None):
         use_torch_defaults()
         return their_sample(published, images)
 
+    sides = {"ours": functools.partial(ours.draw, images, batch), "published": draw_published}
+    wait_for_turn([sides["ours"]], device)
     noise = noise_of_seeds(images, nfe, teacher.event_shape, device)
     use_full_float32()
     expected = their_sample(published, images, *noise)
-    sides = {"ours": functools.partial(ours.draw, images, batch), "published": draw_published}
     our_peak = warmed_up([sides["ours"]], ours.warm_up, device)
     published_peak = warmed_up([draw_published], 1, device)
     difference, equal = ours.check(images, batch, expected)

@@ -7,6 +7,7 @@ Everything is replayed from CUDA graphs: bfloat16, channels_last, compiled, with
 kind of kernel stand beside those of `bench.roofline`. What is left of the measured time is a gap between kernels.
 """
 
+import functools
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -20,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.breakdown import REST
-from bench.measure import Row, describe, print_rows, row_of, synchronized_seconds, write_rows
+from bench.measure import Row, describe, print_rows, row_of, synchronized_seconds, wait_for_turn, write_rows
 from bench.options import command_line
 from bench.roofline import (
     CASTS,
@@ -36,6 +37,7 @@ from bench.sampling import CASES, OurSampling
 from bench.tables import Column
 from bench.train_step import GRAPHS, OurTraining, small_teacher
 from hsivi_fast.build import choose_device
+from hsivi_fast.execution import WARM_UP
 from hsivi_fast.training.telemetry import gpu_clocks
 
 NFE, F_LEARNING_TIMES = 10, 20
@@ -53,15 +55,6 @@ KERNELS = {  # kind -> parts of kernels' names, the first that fits
 OF_MODEL = {REST: ELEMENTWISE, CASTS: ELEMENTWISE}  # kinds of the model that one kernel of the compiler's may hold
 GAPS = "between kernels"
 MOST_NAMED = 12  # kernels of a part that a row names
-COLUMNS = [
-    Column("part", "{case}"),
-    Column("kind", "{kind}"),
-    Column("launches", "{launches}"),
-    Column("ms", "{ms:.3f}"),
-    Column("launches, model", "{model_launches}"),
-    Column("ms, model", "{model_ms:.3f}"),
-    Column("longer by", "{gap:.3f}"),
-]
 
 
 def kind_of_kernel(name):
@@ -137,15 +130,12 @@ def compared(kernels, seconds, operations):
 
 
 def parts_of(network, batch, device):
-    """{part: (function of nothing, the model's operations)}, compiled and recorded."""
+    """{part: (function of nothing, the model's operations)}; `WARM_UP` + 1 calls of each compile and record it."""
     sizes = counted(network["name"], batch)
     call, step = call_operations(sizes, batch), optimizer_operations(sizes)
     sampling = OurSampling(network, NFE, device, **CASES["sampling_bf16_graphs"])
     training = OurTraining("trace", GRAPHS, small_teacher(network, device), network, batch, NFE, F_LEARNING_TIMES)
-    parts, warm_up = {"sampling": lambda: sampling.draw(batch, batch), **training.parts()}, sampling.warm_up
-    for _ in range(warm_up + 1):
-        for function in parts.values():
-            function()
+    parts = {"sampling": lambda: sampling.draw(batch, batch), **training.parts()}
     operations = {
         "sampling": call * NFE,
         "rollout": call * F_LEARNING_TIMES,
@@ -173,12 +163,17 @@ def main(given=None):
     if device.type != "cuda":
         parser.error("it needs a GPU: bench.breakdown does the same for a CPU")
     network, facts, rows = {"name": "cifar10"}, describe(device), []
-    for batch in arguments.batches:
+    parts = {batch: parts_of(network, batch, device) for batch in arguments.batches}
+    wait_for_turn([function for of_batch in parts.values() for function, _ in of_batch.values()], device)
+    for batch, of_batch in parts.items():
+        for _ in range(WARM_UP + 1):
+            for function, _ in of_batch.values():
+                function()
         extras = {"network": network, "batch": batch}
-        for name, (function, operations) in parts_of(network, batch, device).items():
+        for name, (function, operations) in of_batch.items():
             case = f"{name}, {batch}"
-            work = (case, function, operations, device, facts, extras)
-            rows.append(row_of(case, lambda work=work: measure(*work), facts, f"--batches {batch}; use fewer"))
+            work = functools.partial(measure, case, function, operations, device, facts, extras)
+            rows.append(row_of(case, work, facts, f"--batches {batch}; use fewer"))
             write_rows(arguments.json, rows)
     return print_rows(rows, [Column("part", "{case}"), Column("ms", _milliseconds), Column("kinds", _kinds)])
 

@@ -40,6 +40,7 @@ from bench.measure import (
     use_full_float32,
     use_modes_of,
     use_torch_defaults,
+    wait_for_turn,
     warmed_up,
 )
 from bench.options import add_cases, command_line
@@ -256,6 +257,7 @@ def measure(case, network, batch, nfe, f_learning_times, rounds, facts, upstream
     except AssertionError as error:
         return Row(case, failed=str(error), **facts)
     mine, theirs = ours.parts(), published_parts(published, batch)
+    wait_for_turn(mine.values(), device)
     our_peak = warmed_up([*mine.values()], ours.warm_up, device)
     published_peak = warmed_up([*theirs.values()], 1, device)
     sides = {("ours", part): (function, CALLS[part]) for part, function in mine.items()}

@@ -68,9 +68,10 @@ def test_the_plan_of_a_gpu_runs(like_a_gpu, tmp_path, monkeypatch, capsys):
     assert run_all.run_all(plan, tmp_path, 600) == 0, capsys.readouterr()
     cases = {file.stem: [row["case"] for row in read_records(file)] for file in tmp_path.iterdir()}
     assert cases.keys() == {job.name for job in plan} - {"gpu_tests_gpu", "trace_gpu"}
-    assert cases["sampling_gpu_16"] == ["sampling_bf16_graphs", "sampling_tf32"]
-    assert cases["sampling_gpu_32"] == ["sampling_bf16_graphs"]
-    assert cases["train_step_gpu_4"] == cases["train_step_gpu_2"] == ["train_cycle_bf16_graphs", "train_cycle_tf32"]
+    assert cases["sampling_gpu_16"] == cases["sampling_gpu_32"] == ["sampling_bf16_graphs"]
+    assert cases["sampling_gpu_16_tf32"] == ["sampling_tf32"]
+    assert cases["train_step_gpu_4"] == cases["train_step_gpu_2"] == ["train_cycle_bf16_graphs"]
+    assert cases["train_step_gpu_4_tf32"] == cases["train_step_gpu_2_tf32"] == ["train_cycle_tf32"]
     assert len(cases["ops_gpu"]) == 23 and cases["fid_gpu"] == ["fid_64"]
     assert cases["ablation_gpu"] == [
         *(f"call: {name}" for name in ("published", *in_call)),
@@ -92,9 +93,10 @@ def test_the_plan_is_in_order_and_says_what_it_needs(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == [
         *("gpu_tests_h100", "sampling_h100_128", "train_step_h100_128", "train_step_h100_16", "sampling_h100_512"),
-        *("trace_h100", "ops_h100", "fid_h100", "ablation_h100"),
+        *("trace_h100", "ops_h100", "sampling_h100_128_tf32", "train_step_h100_128_tf32", "train_step_h100_16_tf32"),
+        *("fid_h100", "ablation_h100"),
     ]
-    assert "torch_fidelity (missing), scipy, PIL" in lines[7] and lines[7].split()[1] == "1"
+    assert "torch_fidelity (missing), scipy, PIL" in lines[10] and lines[10].split()[1] == "1"
     assert [job.name for job in run_all.gpu_jobs("h100") if "torch_fidelity" in job.needs] == ["fid_h100"]
 
 
@@ -124,34 +126,35 @@ def test_what_a_package_lacks_or_time_does_not_allow_is_named(tmp_path, monkeypa
     assert said == "NOT RUN for want of time or packages: d (needs no_such_package), the rest of b, late"
 
 
-class Said(run_all.Job):
-    """A job that says its options and then sleeps as many seconds as they begin with."""
+TURN_TAKER = """
+import os, sys, time
+from pathlib import Path
+from bench.measure import wait_for_turn
+import torch
+wait_for_turn([lambda: time.sleep(float(sys.argv[1]))], torch.device("cpu"))
+start = time.time()
+time.sleep(0.3)
+print(start, time.time())
+"""
+
+
+class TakingTurns(run_all.Job):
+    """A job that compiles for as many seconds as its options begin with, and says when it was timed."""
 
     def command(self, outdir):
-        code = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(float(sys.argv[1])); sys.exit(3)"
-        file = outdir / f"{self.name}.txt"
-        return [sys.executable, "-c", code, *self.options], file
+        code = "import time; time.sleep(60)" if self.tests else TURN_TAKER
+        return [sys.executable, "-c", code, *self.options], outdir / f"{self.name}.txt"
 
 
-def test_jobs_are_prepared_beside_each_other_with_the_tests(tmp_path, capsys):
-    """What they write is dropped, but for the tests'; the tests are not run again unless they were cut short."""
-    slow, other = Said("slow", "ops", ["60"], 1, prepares=True), Said("other", "ops", ["60"], 1)
-    for seconds, expected in (("0.1", 3), ("60", None)):
-        tests, start = Said("tests", "pytest", [seconds], 1), time.monotonic()
-        assert run_all.prepare([tests, slow, other], tmp_path, 3.0) == expected
-        assert time.monotonic() - start < 20
-        assert [file.name for file in tmp_path.iterdir()] == ["tests.txt"]
-        assert capsys.readouterr().out.splitlines()[-1] == f"['{seconds}']"
-
-
-@pytest.mark.parametrize("code, run_again", [(0, False), (1, False), (None, True)])
-def test_tests_that_were_cut_short_while_others_compile_are_run_again(code, run_again, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(run_all, "prepare", lambda plan, outdir, seconds: code)
-    monkeypatch.setattr(run_all, "run", lambda job, outdir, seconds: ran.append(job.name) or 0)
-    plan = [run_all.Job("tests", "pytest", [], 1), run_all.Job("a", "sampling", [], 1)]
-    assert run_all.run_all(plan, tmp_path, 600, beside=True) == int(code == 1)
-    assert ran == (["tests", "a"] if run_again else ["a"])
+def test_jobs_compile_beside_each_other_and_are_timed_one_by_one(tmp_path, monkeypatch, capsys):
+    """One that is not ready in time is halted, and goes on when its turn comes; the tests are not taken up again."""
+    monkeypatch.setattr(run_all, "PREPARING", 0.25)
+    jobs = [TakingTurns(name, "ops", [seconds], 1, prepares=True) for name, seconds in (("a", "0.1"), ("b", "12"))]
+    jobs += [TakingTurns("c", "ops", ["0"], 1), TakingTurns("tests", "pytest", [], 1)]
+    assert run_all.run_all(jobs, tmp_path, 60, beside=True) == 0
+    spans = [tuple(map(float, (tmp_path / f"{name}.txt").read_text().split())) for name in "abc"]
+    assert all(first[1] < second[0] for first, second in zip(spans, spans[1:]))
+    assert capsys.readouterr().out.splitlines()[-1].endswith("the rest of tests")
 
 
 def test_a_job_that_is_cut_short_is_ended_with_what_it_has_started(tmp_path):
