@@ -19,7 +19,8 @@ if not __package__:  # started by its path: `bench` is found from the root of th
 
 from matplotlib.figure import Figure
 
-from bench import breakdown, density, error_sources, quality, recipe, scaling, solvers, time_to_quality
+from bench import breakdown, density, error_sources, quality, recipe, scaling, solvers, time_to_quality, trace
+from bench.breakdown import REST
 from bench.measure import read_records
 from bench.options import command_line
 from bench.tables import Column, filled, markdown, markdown_table, peak_megabytes, table_names
@@ -82,6 +83,7 @@ def train_step_columns(rows):
     """The columns of a table of training cycles."""
     return [
         Column("case", "`{case}`"),
+        *([Column("batch", "{batch}")] if len({row["batch"] for row in rows}) > 1 else []),
         Column("seconds a cycle (quartiles)", our_quartiles),
         Column("published", published_quartiles),
         Column("ratio", "**{ratio:.2f}**"),
@@ -169,6 +171,28 @@ def ops_columns(rows):
     return columns
 
 
+def trace_columns(rows):
+    """The columns of a table of a GPU's kernels: milliseconds of each kind, and those of the model in brackets."""
+
+    def of_kind(*kinds):
+        def cell(row):
+            found = [kind for kind in row["kinds"] if kind["kind"] in kinds]
+            return f"{sum(kind['ms'] for kind in found):.2f} ({sum(kind['model_ms'] for kind in found):.2f})"
+
+        return cell
+
+    shown = {
+        "convolution, product": ("convolution", "matrix product", trace.PRODUCTS),
+        "normalisation, SiLU": ("normalisation, SiLU",),
+        "attention": ("attention",),
+        "elementwise, copies": (trace.ELEMENTWISE, REST),
+        "optimizer": (trace.OPTIMIZER,),
+        "between kernels": (trace.GAPS,),
+    }
+    whole = Column("ms (model)", lambda row: f"{1e3 * row['seconds']:.2f} ({1e3 * row['model_seconds']:.2f})")
+    return [Column("part, batch", "{case}"), whole, *(Column(title, of_kind(*kinds)) for title, kinds in shown.items())]
+
+
 KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "train_step": train_step_columns,
     "sampling": sampling_columns,
@@ -178,6 +202,7 @@ KINDS = {  # how the stem of a results file begins -> the columns of its rows
     "breakdown": breakdown_columns,
     "scaling": scaling_columns,
     "ops": ops_columns,
+    "trace": trace_columns,
 }
 
 

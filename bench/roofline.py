@@ -3,7 +3,7 @@
     python -m bench.roofline                    prints the tables and fills them into bench/roofline.md
     python -m bench.roofline --network celeba64 prints those of another network
 
-The first row that is measured on a GPU is to be held against it.
+`python -m bench.trace` measures the same terms on a GPU, and sets them beside these.
 
 * Counted, on tensors without memory: every operation of a call of the network in bfloat16, forward and backward, with
   its floating-point operations and the bytes of its inputs and results. Group normalisation is one operation, as the

@@ -42,17 +42,17 @@ from hsivi_fast.training.telemetry import gpu_clocks
 
 NFE, F_LEARNING_TIMES = 10, 20
 BATCHES = (16, 128)
-ELEMENTWISE = "elementwise, copies"
+ELEMENTWISE, PRODUCTS = "elementwise, copies", "convolution, product"
 KERNELS = {  # kind -> parts of kernels' names, the first that fits
     "the method's own": ("_affine_", "_denoising_", "_fisher_", "_draw_kernel", "_integers", "_sum_groups"),
     "normalisation, SiLU": ("_group_norm_",),
     OPTIMIZER: ("_adam_", "_write_addresses", "multi_tensor", "lpnorm"),
     "attention": ("flash", "fmha", "attention"),
     ELEMENTWISE: ("triton_", "memcpy", "memset", "elementwise", "copy", "catarray", "nchwtonhwc", "nhwctonchw"),
-    "convolution": ("fprop", "dgrad", "wgrad", "conv", "cudnn"),
-    "matrix product": ("gemm", "nvjet", "cublas", "splitk", "gemv", "cutlass"),
+    PRODUCTS: ("fprop", "dgrad", "wgrad", "conv", "cudnn", "gemm", "nvjet", "cublas", "splitk", "gemv", "cutlass"),
 }
-OF_MODEL = {REST: ELEMENTWISE, CASTS: ELEMENTWISE}  # kinds of the model that one kernel of the compiler's may hold
+# Kinds of the model that one kernel may hold; a convolution of single pixels is a product to the libraries.
+OF_MODEL = {REST: ELEMENTWISE, CASTS: ELEMENTWISE, "convolution": PRODUCTS, "matrix product": PRODUCTS}
 GAPS = "between kernels"
 MOST_NAMED = 12  # kernels of a part that a row names
 
@@ -133,12 +133,13 @@ def parts_of(network, batch, device):
     """{part: (function of nothing, the model's operations)}; `WARM_UP` + 1 calls of each compile and record it."""
     sizes = counted(network["name"], batch)
     call, step = call_operations(sizes, batch), optimizer_operations(sizes)
+    rolled = F_LEARNING_TIMES * batch // NFE  # trajectories of a rollout, each of which gives K samples
     sampling = OurSampling(network, NFE, device, **CASES["sampling_bf16_graphs"])
     training = OurTraining("trace", GRAPHS, small_teacher(network, device), network, batch, NFE, F_LEARNING_TIMES)
     parts = {"sampling": lambda: sampling.draw(batch, batch), **training.parts()}
     operations = {
         "sampling": call * NFE,
-        "rollout": call * F_LEARNING_TIMES,
+        "rollout": call_operations(counted(network["name"], rolled), rolled) * NFE,
         "student": sizes.with_backward + 2 * sizes.with_input_backward + step,
         "score_net": sizes.with_backward + step,
     }

@@ -188,24 +188,30 @@ def test_the_headline_of_the_readme_has_the_figures_of_the_results():
     digits = {nfe: students[key][0] for nfe, key in recipe.FEWER.items()}
     best = {row["nfe"]: row["frechet_distance"] for row in committed("solvers") if row["sampler"] == "best"}
     ratios = {row["case"]: row["ratio"] for row in [*committed("train_step_cpu"), *committed("sampling_cpu")]}
+    (trained,) = [row for row in committed("train_step_h200") if row["batch"] == 128]
+    (drawn,) = [row for row in committed("sampling_h200") if row["images"] == 512]
+    drawn = f"{drawn['ours_images_per_second']:.0f} images/s, {drawn['ratio']:.1f} times as fast"
     wanted = {
         "fewer-evaluations": f"at 1 evaluation | {digits[1]:.2f} | best solver: {best[1]:.2f} |",
         "": f"at 2 evaluations | {digits[2]:.2f} | best solver: {best[2]:.2f} |",
         " ": f"at 5 evaluations | {digits[5]:.2f} | best solver: {best[5]:.2f}; with 10: {best[10]:.2f} |",
         "training": f"bfloat16 | {ratios['train_cycle_bf16']:.2f} times as fast |",
         "sampling": f"{ratios['sampling_bf16_eager']:.1f} to {ratios['sampling_bf16']:.1f} times as fast |",
+        "on-a-gpu": f"cycle, batch 128 (2) | {trained['ratio']:.1f} times as fast | published, TF32 | one H200 |",
+        "on-a-gpu) ": f"512 images (2) | {drawn} | published, TF32 | one H200 |",
     }
     headline = (ROOT / "README.md").read_text().partition("## What it gets you")[2].partition("\n## ")[0]
     lines = [line for line in headline.splitlines() if line.startswith("|")][2:]
     assert len(lines) == len(wanted)
     for line, (section, figures) in zip(lines, wanted.items()):
-        assert (f"](bench/README.md#{section})" in line or not section.strip()) and figures in line
+        section = section.rstrip(") ")
+        assert (f"](bench/README.md#{section})" in line or not section) and figures in line
 
 
 def test_every_file_that_the_jobs_of_a_machine_write_can_be_printed():
     for job in [*run_all.gpu_jobs("h100"), *run_all.cpu_jobs("cpu")]:
         if job.module != "pytest":
-            rows = committed(f"{job.module}_cpu")
+            rows = committed("trace_h200" if job.module == "trace" else f"{job.module}_cpu")
             assert report.table(job.name, rows).count("\n") == 2 + len(rows)
     on_a_gpu = [{**row, "share_of_copy": 0.91, "gigabytes_per_second": 3000.4} for row in committed("ops_cpu")]
     assert report.table("ops_h100", on_a_gpu).splitlines()[2].endswith("| 3950 | 3000 | 91% |")
@@ -214,7 +220,7 @@ def test_every_file_that_the_jobs_of_a_machine_write_can_be_printed():
 FACTS = {"case", "ours", "published", "ratio", "unit", "counted_ratio", "commit", "device", "versions"}
 
 
-@pytest.mark.parametrize("name", ["train_step_cpu", "sampling_cpu", "fid_cpu"])
+@pytest.mark.parametrize("name", ["train_step_cpu", "sampling_cpu", "fid_cpu", "train_step_h200", "sampling_h200"])
 def test_no_committed_case_failed(name):
     rows = committed(name)
     assert rows
@@ -226,7 +232,7 @@ def test_no_committed_case_failed(name):
 # figures of a row that have to fit each other.
 
 
-@pytest.mark.parametrize("row", committed("train_step_cpu"), ids=lambda row: row["case"])
+@pytest.mark.parametrize("row", committed("train_step_cpu") + committed("train_step_h200"), ids=lambda row: row["case"])
 def test_a_committed_cycle_is_the_sum_of_its_parts_and_its_work_is_the_known_one(row):
     for side in ("ours", "published"):
         parts = {part.removeprefix(f"{side} "): value for part, value in row["parts"].items() if part.startswith(side)}
@@ -243,7 +249,7 @@ def test_a_committed_cycle_is_the_sum_of_its_parts_and_its_work_is_the_known_one
     assert row["ours_images_per_second"] == pytest.approx(batch * updates / row["ours"])
 
 
-@pytest.mark.parametrize("row", committed("sampling_cpu"), ids=lambda row: row["case"])
+@pytest.mark.parametrize("row", committed("sampling_cpu") + committed("sampling_h200"), ids=lambda row: row["case"])
 def test_committed_samples_are_as_equal_as_is_asked_today_and_took_no_more_work(row):
     precision = sampling.CASES[row["case"]].get("precision", "fp32")
     assert row["difference"] <= sampling.EQUAL[precision] and 0.999 < row["counted_ratio"] < 1.1
