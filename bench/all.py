@@ -156,7 +156,8 @@ def gpu_test_options():
     """
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     files = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
-    options = ["-o", "addopts=", "-v", "-rs", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-o", "addopts=", "-v", "-rs", "--tb=short", "--no-header", "--continue-on-collection-errors"]
+    options += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     if find_spec("xdist"):
         options += ["-n", str(min(6, os.cpu_count()))]
     return [*options, "-m", "gpu", *files]
