@@ -352,6 +352,14 @@ def _compile_in_process(arguments):
 WORK = []
 
 
+def name_of(function):
+    """A kernel's file and its own name, without the words that both begin with: "group_norm_silu_split_forward"."""
+    file = function.__module__.rpartition(".")[2].split("_")
+    own = function.__name__.strip("_").removesuffix("_kernel").split("_")
+    same = next(index for index, (one, other) in enumerate(zip([*file, None], own)) if one != other)
+    return "_".join([*file, *own[same:]])
+
+
 def collect(full):
     """The distinct launches of all cases: dicts of case, kernel, launch, bytes an element, are wide accesses due."""
     seen, work = set(), []
@@ -374,7 +382,7 @@ def collect(full):
                 if key in seen:
                     continue
                 seen.add(key)
-                name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__.removesuffix("_kernel")
+                name = name_of(kernel.fn)
                 helps = kernel in (noise_scale._sum_groups_kernel, adam_step._write_addresses_kernel)
                 work.append(
                     {

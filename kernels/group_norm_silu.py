@@ -28,8 +28,6 @@ kernel makes partial sums, a second finishes and applies them. That reads the in
 from the cache. Sums have a fixed order and no atomics.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -45,25 +43,16 @@ MOST_WARPS = 16
 REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 512
 LARGE_TILE = 8192  # from so many elements on, a thread takes twice as many
+# So many warps has a large tile at least where groups have one or two channels: with fewer the backward spills.
+WARPS_OF_NARROW_GROUPS = 8
 # Bytes beside each other of a pixel's row: two sectors, which are what memory moves. A program of the split form has
 # more. With fewer the same sectors are moved again by the next program.
 SEGMENT, SPLIT_SEGMENT = 64, 128
 
-
-@dataclass(frozen=True)
-class Direction:
-    """How the forward's and the backward's programs are cut. The numbers are those that were fastest on an H200.
-
-    elements: of a thread, below LARGE_TILE.
-    least_segment: bytes of a pixel's row below which a group is split although it would fit. Split, the forward reads
-    twice, and the backward has three launches.
-    """
-
-    elements: int
-    least_segment: int
-
-
-FORWARD, BACKWARD = Direction(16, 32), Direction(32, 16)
+# How the programs of one direction are cut, by what was fastest on an H200: (elements of a thread, unless the tile is
+# large; bytes of a pixel's row below which a group is split although it would fit). Split, the forward reads twice, and
+# the backward has three launches.
+FORWARD, BACKWARD = (16, 32), (32, 16)
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -560,22 +549,24 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
     group are a few bytes in each pixel's row. There a program takes groups until it uses SEGMENT bytes of the row, as
-    far as its registers go. See `Direction` for where they end too early.
+    far as its registers go. Where they end too early, see `FORWARD`.
     """
     group_channels = channels // groups
     channel_tile = triton.next_power_of_2(group_channels)
     pixel_tile = triton.next_power_of_2(pixels)
     segment = group_channels * element_size if channels_last else 0  # bytes of a group in a pixel's row; 0: no matter
+    a_thread, least_segment = direction
     column = pixel_tile * channel_tile
     groups_here = _joined_groups(groups, column, ONE_PASS_ELEMENTS, LEAST_ELEMENTS, segment, SEGMENT)
-    narrow = channels_last and groups_here < groups and groups_here * segment < direction.least_segment
+    narrow = channels_last and groups_here < groups and groups_here * segment < least_segment
     if column > ONE_PASS_ELEMENTS or narrow:
         limit = max(SPLIT_ELEMENTS, channel_tile)
         groups_here = _joined_groups(groups, channel_tile, limit, 0, segment, SPLIT_SEGMENT)
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
-    a_thread = direction.elements * (2 if elements >= LARGE_TILE else 1)
-    warps = min(MOST_WARPS, max(1, elements // (32 * a_thread)))
+    large = elements >= LARGE_TILE
+    least = WARPS_OF_NARROW_GROUPS if large and channel_tile <= 2 else 1
+    warps = min(MOST_WARPS, max(least, elements // (32 * a_thread * (2 if large else 1))))
     return {
         "PIXELS": pixels,
         "GROUPS": groups,
