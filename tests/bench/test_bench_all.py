@@ -148,10 +148,10 @@ class TakingTurns(run_all.Job):
 
 def test_jobs_compile_beside_each_other_and_are_timed_one_by_one(tmp_path, monkeypatch, capsys):
     """One that is not ready in time is halted, and goes on when its turn comes; the tests are not taken up again."""
-    monkeypatch.setattr(run_all, "PREPARING", 0.25)
-    jobs = [TakingTurns(name, "ops", [seconds], 1, prepares=True) for name, seconds in (("a", "0.1"), ("b", "12"))]
+    monkeypatch.setattr(run_all, "PREPARING", 0.04)
+    jobs = [TakingTurns(name, "ops", [seconds], 1, prepares=True) for name, seconds in (("a", "0.1"), ("b", "6"))]
     jobs += [TakingTurns("c", "ops", ["0"], 1), TakingTurns("tests", "pytest", [], 1)]
-    assert run_all.run_all(jobs, tmp_path, 60, beside=True) == 0
+    assert run_all.run_all(jobs, tmp_path, 120, beside=True) == 0
     spans = [tuple(map(float, (tmp_path / f"{name}.txt").read_text().split())) for name in "abc"]
     assert all(first[1] < second[0] for first, second in zip(spans, spans[1:]))
     assert capsys.readouterr().out.splitlines()[-1].endswith("the rest of tests")
