@@ -65,9 +65,9 @@ def test_the_recommended_way_is_the_eager_one(device, compile, recording, backen
     settings = [f"backend={backend}"]
     losses, samples = _losses(Execution(device, compile, True, recording), device, settings)
     expected, eager = _losses(EAGER, device, settings)
-    allowed = 0.05 if compile else 1e-3
-    assert float((losses - expected).norm() / expected.norm()) < allowed
-    assert float((samples - eager).norm() / eager.norm()) < 2 * allowed
+    assert float((losses - expected).norm() / expected.norm()) < (0.05 if compile else 1e-3)
+    # The way down amplifies rounding. How much depends on the machine: 0.002 and 0.004 were seen on two CPUs.
+    assert float((samples - eager).norm() / eager.norm()) < (0.1 if compile else 0.01)
 
 
 @pytest.mark.gpu
