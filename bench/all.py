@@ -196,8 +196,13 @@ def started(job, outdir, turn=None):
         try:
             yield process
         finally:  # after Ctrl-C too
-            signalled(process, signal.SIGKILL)  # the compilers that it has started may outlive it
-            process.wait()
+            kill(process)
+
+
+def kill(process):
+    """Kill a process and all that it has started: its compilers may outlive it."""
+    signalled(process, signal.SIGKILL)
+    process.wait()
 
 
 def signalled(process, number):
@@ -245,8 +250,8 @@ class Beside:
 
     def wait(self, seconds):
         """Until all are ready and the tests are done, or so many seconds. Those that go on then are halted."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not all(map(self._is_ready, self.processes)):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not all(map(self._is_ready, self.processes)):
             time.sleep(0.05)
         for process in self.processes.values():
             signalled(process, signal.SIGSTOP)
@@ -261,8 +266,7 @@ class Beside:
         if not job.tests:  # those are not taken up again: they were to run beside others
             signalled(process, signal.SIGCONT)
         code = waited(process, 0 if job.tests else seconds)
-        signalled(process, signal.SIGKILL)
-        process.wait()
+        kill(process)  # now: nothing of it may run beside the next job
         show(job, self.outdir)
         return code
 

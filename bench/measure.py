@@ -93,7 +93,7 @@ def use_modes_of(context):
     tf32 = context.config.precision == "tf32"
     _use_tf32(products=tf32, convolutions=tf32)
     context.execution.choose_convolutions()
-    if not _has_turn():  # the times of cuDNN's algorithms mean nothing beside other work
+    if not _alone:  # the times of cuDNN's algorithms mean nothing beside other work
         torch.backends.cudnn.benchmark = False
     ops.choose_backend(context.config.backend, context.device)
 
@@ -104,12 +104,7 @@ def _use_tf32(products, convolutions):
     torch.backends.cudnn.benchmark = False  # torch's default
 
 
-_waited = TURN not in os.environ
-
-
-def _has_turn():
-    """Whether nothing else uses the device, as far as this is known."""
-    return _waited
+_alone = TURN not in os.environ  # whether nothing else uses the device, as far as this is known
 
 
 def wait_for_turn(functions, device):
@@ -118,8 +113,8 @@ def wait_for_turn(functions, device):
     So `bench/all.py` has several processes compile beside each other. In a process that was started otherwise, and at
     a second call, nothing is done: then the first call of what is timed compiles it.
     """
-    global _waited
-    if _waited:
+    global _alone
+    if _alone:
         return
     for function in functions:
         function()
@@ -130,7 +125,7 @@ def wait_for_turn(functions, device):
     Path(f"{place}.ready").touch()
     while not Path(f"{place}.go").exists():
         time.sleep(0.02)
-    _waited = True
+    _alone = True
 
 
 def has_fast_bfloat16():

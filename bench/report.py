@@ -181,13 +181,13 @@ def trace_columns(rows):
 
         return cell
 
-    shown = {
-        "convolution, product": ("convolution", "matrix product", trace.PRODUCTS),
+    shown = {  # title -> kinds; rows of the first day have convolutions and products apart
+        trace.PRODUCTS: ("convolution", "matrix product", trace.PRODUCTS),
         "normalisation, SiLU": ("normalisation, SiLU",),
         "attention": ("attention",),
-        "elementwise, copies": (trace.ELEMENTWISE, REST),
+        trace.ELEMENTWISE: (trace.ELEMENTWISE, REST),
         "optimizer": (trace.OPTIMIZER,),
-        "between kernels": (trace.GAPS,),
+        trace.GAPS: (trace.GAPS,),
     }
     whole = Column("ms (model)", lambda row: f"{1e3 * row['seconds']:.2f} ({1e3 * row['model_seconds']:.2f})")
     return [Column("part, batch", "{case}"), whole, *(Column(title, of_kind(*kinds)) for title, kinds in shown.items())]

@@ -21,6 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.breakdown import REST
+from bench.cluster import F_LEARNING_TIMES, NFE
 from bench.measure import Row, describe, print_rows, row_of, synchronized_seconds, wait_for_turn, write_rows
 from bench.options import command_line
 from bench.roofline import (
@@ -40,7 +41,6 @@ from hsivi_fast.build import choose_device
 from hsivi_fast.execution import WARM_UP
 from hsivi_fast.training.telemetry import gpu_clocks
 
-NFE, F_LEARNING_TIMES = 10, 20
 BATCHES = (16, 128)
 ELEMENTWISE, PRODUCTS = "elementwise, copies", "convolution, product"
 KERNELS = {  # kind -> parts of kernels' names, the first that fits
@@ -73,14 +73,18 @@ def kernels_of(function, device):
     return [(event.name(), event.duration_ns() / 1e3) for event in events if event.device_type() == DeviceType.CUDA]
 
 
+def summed(entries):
+    """{kind: {launches, ms}} of (kind, launches, milliseconds)."""
+    table = defaultdict(lambda: {"launches": 0, "ms": 0.0})
+    for kind, launches, milliseconds in entries:
+        table[kind]["launches"] += launches
+        table[kind]["ms"] += milliseconds
+    return dict(table)
+
+
 def by_kind(kernels):
     """{kind: {launches, ms}} of [(name, microseconds)]."""
-    table = defaultdict(lambda: {"launches": 0, "ms": 0.0})
-    for name, microseconds in kernels:
-        row = table[kind_of_kernel(name)]
-        row["launches"] += 1
-        row["ms"] += microseconds / 1e3
-    return dict(table)
+    return summed((kind_of_kernel(name), 1, microseconds / 1e3) for name, microseconds in kernels)
 
 
 def longest(kernels):
@@ -93,13 +97,9 @@ def longest(kernels):
 
 def model_by_kind(operations):
     """The same of the model's operations, in a graph."""
-    table = defaultdict(lambda: {"launches": 0, "ms": 0.0})
-    for kind, term in terms(operations).items():
-        if kind != "all":
-            row = table[OF_MODEL.get(kind, kind)]
-            row["launches"] += term["launches"]
-            row["ms"] += 1e3 * term["seconds"]
-    return dict(table)
+    found = terms(operations)
+    del found["all"]
+    return summed((OF_MODEL.get(kind, kind), each["launches"], 1e3 * each["seconds"]) for kind, each in found.items())
 
 
 def compared(kernels, seconds, operations):

@@ -671,10 +671,10 @@ def test_narrow_segments_are_split():
 @pytest.mark.parametrize("modulated", [False, True])
 def test_group_norm_of_narrow_segments(modulated, monkeypatch):
     """Split although a group fits into one program."""
-    for direction in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 256)
-        monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 256)
-        assert norm.plan(16, 4, 48, 2, True, getattr(norm, direction))["chunks"] == 3
+    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 256)
+    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 256)
+    for direction in (norm.FORWARD, norm.BACKWARD):
+        assert norm.plan(16, 4, 48, 2, True, direction)["chunks"] == 3
     _check_norm(16, (8, 6), 4, torch.bfloat16, torch.channels_last, True, modulated, not modulated, batch=2)
 
 
