@@ -1,7 +1,7 @@
 """What each technique is worth by itself: one row a technique, against the same thing without it.
 
 Rows that lost stay in the table. Single frozen calls, training and sampling of CIFAR-10's network at quarter width take
-15 minutes on 2 cores, half of them compiling:
+13 to 23 minutes on 2 cores:
 
     python -m bench.ablation
     python -m bench.ablation --width 128    at full width, for a GPU

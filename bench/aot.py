@@ -3,11 +3,16 @@
     python -m bench.aot                              the whole matrix, a table on the terminal
     python -m bench.aot --json bench/results/aot.jsonl --summary bench/results/aot.md
     python -m bench.aot --subset                     what the tests check
+    python -m bench.aot --subset --known bench/results/aot_subset.jsonl       the same, where it is not known yet
     python -m bench.aot --sass FILE                  the subset's machine code: written to FILE, or compared with it
 
 The launchers run on tensors without memory, their launches are recorded instead of executed, and each distinct one is
 compiled for sm_80, sm_90 and sm_100. Exit code 1 if any kernel spills, has a stack, or accesses memory in narrower
 pieces than it should, and with --sass if any machine code differs.
+
+A row has the `inputs` of its compilation: a hash of the kernel's source with all that it calls, of the launch, of the
+options and of the compiler's version. With --known a kernel whose inputs are in that file is not compiled again, except
+for one of every name: exit code 1 if its figures are not the known ones.
 """
 
 import argparse
@@ -396,6 +401,14 @@ def collect(full):
     return work
 
 
+def inputs_of(item, architecture):
+    """A hash of all that a compilation depends on. Triton's own key of a kernel has the source of what it calls."""
+    kernel, values, options = item["launch"]
+    source = source_of(kernel, values)
+    inputs = (triton.__version__, architecture, kernel.cache_key, source.signature, source.constants, source.attrs)
+    return hashlib.sha256(repr((*inputs, sorted(options.items()))).encode()).hexdigest()[:16]
+
+
 def row_of(item, architecture, figures):
     """One line of the table, with its verdict."""
     kernel, values, options = item["launch"]
@@ -430,8 +443,12 @@ def row_of(item, architecture, figures):
     return row
 
 
-def run(full, architectures, processes):
-    """All rows, in a fixed order. For the newest architecture the subset has only what is checked for access widths."""
+def run(full, architectures, processes, known=()):
+    """All rows, in a fixed order. For the newest architecture the subset has only what is checked for access widths.
+
+    known: rows of an earlier run, taken over where the inputs are the same. One of every kernel is compiled all the
+    same, and it is a problem of its row if its figures are others.
+    """
     WORK[:] = collect(full)
     tasks = [
         (index, architecture)
@@ -439,6 +456,19 @@ def run(full, architectures, processes):
         for architecture in architectures
         if full or architecture < 100 or WORK[index]["due"]
     ]
+    inputs = {task: inputs_of(WORK[task[0]], task[1]) for task in tasks}
+    known = {row["inputs"]: row for row in known}
+    samples = {WORK[index]["kernel"]: (index, architecture) for index, architecture in reversed(tasks)}.values()
+    rows = _compiled_rows([task for task in tasks if inputs[task] not in known or task in samples], processes)
+    for task, row in rows.items():
+        row.update(inputs=inputs[task], triton=triton.__version__)
+        if inputs[task] in known and {**row, **known[inputs[task]]} != row:
+            row["problems"].append("figures are not the known ones")
+    return [rows[task] if task in rows else known[inputs[task]] for task in tasks]
+
+
+def _compiled_rows(tasks, processes):
+    """{(index of the work, architecture): row}."""
     compiled = {}
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
         for task, result in zip(tasks, pool.map(_compile_in_process, tasks, chunksize=4)):
@@ -446,12 +476,12 @@ def run(full, architectures, processes):
             if sys.stderr.isatty():
                 print(f"\r{len(compiled)} of {len(tasks)}", end="", file=sys.stderr)
     rows = {}
-    for architecture in architectures:
+    for architecture in {architecture for _, architecture in tasks}:
         of_it = [task for task in tasks if task[1] == architecture]
         for task, code in zip(of_it, disassemble([compiled[task][0] for task in of_it], architecture)):
             figures = {**compiled[task][1], **count_instructions(code)}
             rows[task] = row_of(WORK[task[0]], architecture, figures)
-    return [rows[task] for task in tasks]
+    return rows
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
@@ -463,7 +493,7 @@ def machine_code(rows):
     for row in rows:
         name = " ".join(str(row[column]) for column in ("kernel", "event", "dtype", "layout", "log_gamma", "sm"))
         seen[name] += 1
-        hashes[f"{name} #{seen[name]}"] = row.pop("sass")
+        hashes[f"{name} #{seen[name]}"] = row.pop("sass", None)
     return hashes
 
 
@@ -565,15 +595,19 @@ def main():
     parser.add_argument(
         "--sass", type=Path, help="compare the subset's machine code with this file; write it where it is not there"
     )
+    parser.add_argument("--known", type=Path, help="what --json wrote: what is in it is not compiled again")
     parser.add_argument("--summary", type=Path, help="write a summary as a Markdown table")
     arguments = parser.parse_args()
-    rows = run(not (arguments.subset or arguments.sass), arguments.sm or ARCHITECTURES, arguments.processes)
+    if arguments.known and arguments.sass:
+        parser.error("--known has no machine code to compare: leave it out with --sass")
+    known = map(json.loads, arguments.known.read_text().splitlines()) if arguments.known else ()
+    rows = run(not (arguments.subset or arguments.sass), arguments.sm or ARCHITECTURES, arguments.processes, known)
     hashes = machine_code(rows)
     same = compare_machine_code(hashes, arguments.sass) if arguments.sass else True
     if not arguments.sass:
         print(markdown(rows))
     if arguments.json:
-        arguments.json.write_text("".join(json.dumps({**row, "triton": triton.__version__}) + "\n" for row in rows))
+        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if arguments.summary:
         arguments.summary.write_text(summary(rows) + "\n")
     bad = [row for row in rows if row["problems"]]

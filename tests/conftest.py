@@ -9,6 +9,8 @@ from devices import KERNEL_DEVICE
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The subprocesses of some tests run beside this one: spinning threads would starve them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor would ask a compiler what the processor's own description says: three programs for each empty cache.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # A process of a test would compile every module of ours again where byte code is not kept: a tenth of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if not torch.cuda.is_available():

@@ -156,8 +156,11 @@ def _compile(module, class_labels, device, file):
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad():
         exported = torch.export.export(module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs), strict=True)
-    # Without it the number of threads of this process would be compiled in.
-    aoti_compile_and_package(exported, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True})
+    settings = {
+        "cpp.dynamic_threads": True,  # or the number of threads of this process would be compiled in
+        "aot_inductor.precompile_headers": False,  # for two source files they cost more time than they save
+    }
+    aoti_compile_and_package(exported, package_path=str(file), inductor_configs=settings)
 
 
 def _check(file, sampler, context, device):

@@ -1,6 +1,10 @@
 """What the compiler makes of the kernels for GPUs that are not here: spills, stack, accesses, instructions.
 
 In a process of its own, because this one interprets the kernels. The whole matrix is `python -m bench.aot`.
+
+The figures of a compilation whose inputs are those of bench/results/aot_subset.jsonl are taken from there: source,
+launch, options and compiler. After a change of a kernel all that it changed is compiled, each time, until the file is
+written anew: `python -m bench.aot --subset --json bench/results/aot_subset.jsonl`.
 """
 
 import json
@@ -12,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+KNOWN = ROOT / "bench" / "results" / "aot_subset.jsonl"
 METHOD = ("affine_noise_step_forward", "affine_noise_step_backward", "score_losses_denoising", "score_losses_fisher")
 
 
@@ -20,7 +25,7 @@ def rows(tmp_path_factory):
     """The subset's figures. The command fails by itself on spills, stacks and narrow accesses."""
     file = tmp_path_factory.mktemp("aot") / "rows.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--subset", "--processes", "2", "--json", file],
+        [sys.executable, "-m", "bench.aot", "--subset", "--known", KNOWN, "--processes", "2", "--json", file],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -114,6 +119,14 @@ def test_integers_by_address_are_in_the_gate(rows):
     assert all(row["due"] and row["instructions_per_element"] <= 90 for row in found.values())
 
 
+def _run_in_file(folder, program):
+    """What `subprocess.run` returns. In a file, because Triton reads a kernel's source."""
+    (folder / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, folder / "program.py"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 WAVE = """
 import bench.aot as aot, torch, triton, triton.language as tl
 
@@ -133,20 +146,58 @@ for moved in (8, 16):
 
 def test_the_gate_sees_a_stack_and_narrow_accesses(tmp_path):
     """The library's sine has a slow path with a stack. 16 bytes an element are not moved by a kernel that moves 8."""
-    (tmp_path / "wave.py").write_text(WAVE)  # in a file, because Triton reads its source
-    done = subprocess.run(
-        [sys.executable, tmp_path / "wave.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = _run_in_file(tmp_path, WAVE)
     first, second = done.stdout.splitlines()
     assert (
         "bytes of stack" in first
         and "accesses of 16 bytes" not in first
         and "do not move 16 bytes for each of 1024 elements" in second
     ), done.stderr
+
+
+TAKEN_OVER = """
+import bench.aot as aot, torch, triton, triton.language as tl
+
+@triton.jit
+def double(x):
+    return 2.0 * x
+
+def kernel_of(function):
+    @triton.jit
+    def scale_kernel(x_ptr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        tl.store(x_ptr + i, function(tl.load(x_ptr + i)))
+
+    return scale_kernel
+
+def work(kernel, block):
+    launch = kernel, {"x_ptr": torch.empty(1024, device="meta"), "BLOCK": block}, {"num_warps": 4}
+    return {"case": {}, "kernel": "scale", "launch": launch, "moved": None, "due": False}
+
+kernel = kernel_of(double)
+aot.collect = lambda full: [work(kernel, 1024), work(kernel, 2048)]
+rows = aot.run(True, [90], 1)
+known = [{**row, "instructions": 1} for row in rows]
+for rows in (rows, aot.run(True, [90], 1, known)):
+    print([row["instructions"] > 1 for row in rows], [row["problems"] for row in rows])
+
+@triton.jit
+def double(x):
+    return x + x
+
+other = aot.inputs_of(work(kernel_of(double), 1024), 90)
+print(len({other, *(row["inputs"] for row in rows)}))
+"""
+
+
+def test_what_is_known_is_taken_over_except_for_one_of_a_kernel(tmp_path):
+    """That one's figures have to be the known ones. What a kernel calls is part of its inputs."""
+    done = _run_in_file(tmp_path, TAKEN_OVER)
+    assert done.stdout.splitlines() == [
+        "[True, True] [[], []]",
+        "[True, False] [['figures are not the known ones'], []]",
+        "3",
+    ], done.stderr
 
 
 COMPARISON = """

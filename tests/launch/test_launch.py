@@ -83,8 +83,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_end(tmp_path, un
     assert re.match(f"{lost}; the run goes on from its newest checkpoint", line)
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_2", "step_4"]
 
-    code, output = launch(tmp_path, "launch/train.py", *arguments)
-    assert code == 0, output
+    results = command_on_ranks(tmp_path, 2, ["train", *map(str, arguments)])
+    assert [code for code, _ in results] == [0, 0], results[0][1]
     assert losses(tmp_path / "run") == losses(undisturbed)
     for file in (undisturbed / "checkpoints" / "step_6").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "run" / "checkpoints" / "step_6" / file.name).read_bytes(), file.name
