@@ -173,7 +173,7 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_the_page_has_the_tables_of_the_results():
     page = report.README.read_text()
-    files = {file.stem for file in report.RESULTS.glob("*.jsonl")} - {"aot"}  # which stands in kernels/README.md
+    files = {file.stem for file in report.RESULTS.glob("*.jsonl")} - {"aot", "aot_subset"}  # of kernels/README.md
     assert set(table_names(page)) == files | {"digits", "mnist", "mnist_edm", "evaluations"}
     assert filled(page, report.table_of_results) == page, "run python -m bench.report"
 
@@ -268,6 +268,7 @@ def test_committed_distances_are_equal(row):
 
 
 def test_committed_techniques_are_set_against_the_rows_that_are_there():
+    """A row is timed in turn with what it is added to and with the published side: what that gains is of two turns."""
     rows = {row["case"]: row for row in committed("ablation_cpu")}
     of_parts = {"training": ablation.TRAINING, "sampling": ablation.SAMPLING, "call": ablation.CALL}
     for what, techniques in of_parts.items():
@@ -275,7 +276,9 @@ def test_committed_techniques_are_set_against_the_rows_that_are_there():
             if f"{what}: {name}" in rows:
                 row, other = rows[f"{what}: {name}"], rows[f"{what}: {against}"]
                 assert row["against"] == against
-                assert row["ratio_against"] == pytest.approx(other["ours"] / row["ours"])
+                if against == "published":
+                    assert row["ratio_against"] == row["ratio"]
+                assert row["ratio"] / row["ratio_against"] == pytest.approx(other["ratio"], rel=0.15)
 
 
 def test_the_page_of_the_kernels_shows_the_committed_figures():
