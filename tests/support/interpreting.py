@@ -1,4 +1,4 @@
-"""Triton's interpreter with less overhead: what it computes is the same."""
+"""Triton's interpreter with less overhead, and with a numpy that is newer than it: what it computes is the same."""
 
 import dataclasses
 import functools
@@ -15,9 +15,10 @@ def spare_the_interpreter_work():
     """For a process that interprets its kernels: the types and tensors are triton.language's own, changed for good."""
     if not triton.__version__.startswith(VERSIONS):
         return
-    global _patch_language, _numpy_type, _make_block_type, _broadcast
+    global _patch_language, _patch_tensor, _numpy_type, _make_block_type, _broadcast
     semantic, interpreter_builder = type(interpreter.interpreter_semantic), interpreter.interpreter_builder
     _patch_language, interpreter._patch_lang = interpreter._patch_lang, _patch_language_once
+    _patch_tensor, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, _patch_tensor_for_new_numpy
     _numpy_type, interpreter._get_np_dtype = interpreter._get_np_dtype, _numpy_type_once
     _broadcast, semantic.broadcast_impl_value = semantic.broadcast_impl_value, _broadcast_unless_alike
     _make_block_type = tl.block_type.__init__
@@ -42,6 +43,12 @@ def _patch_language_once(function):
     """
     are_there = not any(tl.core.is_builtin(module.load) for module in _languages_of(function))
     return interpreter._LangPatchScope() if are_there else _patch_language(function)
+
+
+def _patch_tensor_for_new_numpy(tensor, scope):
+    """A loop up to a loaded number makes an integer of it. Triton 3.6 makes it of [n], which numpy 2.5 refuses."""
+    _patch_tensor(tensor, scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
 # An operation makes five types and three tensors, from the same few types and shapes: half of the rest.
