@@ -275,6 +275,13 @@ def source_of(kernel, arguments):
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
+def launch_key(kernel, arguments, options):
+    """What tells one compilation from another. Triton's own key of a kernel has the source of what it calls."""
+    source = source_of(kernel, arguments)
+    specialised = map(str, (source.signature, source.constants, source.attrs, options))
+    return kernel.fn.__module__, kernel.fn.__name__, kernel.cache_key, *specialised
+
+
 def machine_code_hash(code):
     """sha256 of the encodings in what `nvdisasm -hex` prints: without addresses, names of functions and files."""
     return hashlib.sha256("\n".join(re.findall(r"/\* 0x[0-9a-f]+ \*/", code)).encode()).hexdigest()
@@ -375,15 +382,7 @@ def collect(full):
             launches.clear()
             launch()
             for kernel, values, options in launches:
-                source = source_of(kernel, values)
-                key = (
-                    kernel.fn.__module__,
-                    kernel.fn.__name__,
-                    str(source.signature),
-                    str(source.constants),
-                    str(source.attrs),
-                    str(options),
-                )
+                key = launch_key(kernel, values, options)
                 if key in seen:
                     continue
                 seen.add(key)
@@ -402,11 +401,9 @@ def collect(full):
 
 
 def inputs_of(item, architecture):
-    """A hash of all that a compilation depends on. Triton's own key of a kernel has the source of what it calls."""
-    kernel, values, options = item["launch"]
-    source = source_of(kernel, values)
-    inputs = (triton.__version__, architecture, kernel.cache_key, source.signature, source.constants, source.attrs)
-    return hashlib.sha256(repr((*inputs, sorted(options.items()))).encode()).hexdigest()[:16]
+    """A hash of all that a compilation depends on."""
+    inputs = (triton.__version__, architecture, *launch_key(*item["launch"]))
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
 
 def row_of(item, architecture, figures):

@@ -61,13 +61,13 @@ def test_no_spills_no_stack_and_wide_accesses(rows):
         ("affine_noise_step_forward", False, 62, 96),
         ("affine_noise_step_backward", False, 70, 96),
         ("score_losses_denoising", False, 64, 96),
-        ("score_losses_fisher", False, 98, 128),
-        ("score_losses_fisher", True, 102, 144),
+        ("score_losses_fisher", False, 96, 128),
+        ("score_losses_fisher", True, 100, 144),
     ],
 )
 def test_the_method_kernels_stay_as_lean_as_they_are(rows, name, alpha, instructions, registers):
     """Static instructions an element and registers a thread for Hopper. Bounds are a little above bench/results.
-    Triton 3.6 takes 149 registers for the Fisher loss, which is above its bound.
+    Triton 3.6 makes 96.9 and 100.5 instructions and takes 149 registers of the Fisher loss, above its bounds.
 
     alpha: the Fisher loss with another alpha than 1/2.
     """
