@@ -4,12 +4,14 @@
     python -m bench.trace --json bench/results/trace_h100.jsonl
 
 Everything is replayed from CUDA graphs: bfloat16, channels_last, compiled, with the kernels of this package. Times by
-kind of kernel stand beside those of `bench.roofline`. What is left of the measured time is a gap between kernels.
+kind of kernel stand beside those of `bench.roofline`. What is left of the measured time is a gap between kernels. Of
+whom that is, two figures of a row say: how long the host needs to launch it all, and how long the device was at work.
 """
 
 import functools
 import statistics
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -64,13 +66,28 @@ def kind_of_kernel(name):
 
 
 def kernels_of(function, device):
-    """[(name, microseconds)] of every kernel and copy of one call."""
+    """What the driver recorded of one call.
+
+    Returns ([(name, microseconds)] of every kernel and copy, microseconds from the first's start to the last's end).
+    """
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize(device)
     events = profiler.profiler.kineto_results.events()
-    return [(event.name(), event.duration_ns() / 1e3) for event in events if event.device_type() == DeviceType.CUDA]
+    events = [event for event in events if event.device_type() == DeviceType.CUDA]
+    assert events, "the profiler saw no kernel"
+    ends = [event.start_ns() + event.duration_ns() for event in events]
+    span = max(ends) - min(event.start_ns() for event in events)
+    return [(event.name(), event.duration_ns() / 1e3) for event in events], span / 1e3
+
+
+def host_seconds(function, device):
+    """Seconds until a call returns, with the device's work done before: what the host needs to launch it all."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def summed(entries):
@@ -149,10 +166,11 @@ def parts_of(network, batch, device):
 def measure(case, function, operations, device, facts, extras):
     """The row of one part."""
     seconds = statistics.median(synchronized_seconds(function, device) for _ in range(7))
-    kernels = kernels_of(function, device)
-    assert kernels, "the profiler saw no kernel"
+    host = statistics.median(host_seconds(function, device) for _ in range(7))
+    kernels, span = kernels_of(function, device)
     kinds = compared(kernels, seconds, operations)
-    extras = {**extras, "seconds": seconds, "model_seconds": whole(operations, H100.graph), "kinds": kinds}
+    extras = {**extras, "seconds": seconds, "host_seconds": host, "profiled_span_seconds": span / 1e6}
+    extras.update(model_seconds=whole(operations, H100.graph), kinds=kinds)
     return Row(case, extras={**extras, "longest": longest(kernels), "clocks": gpu_clocks(device)}, **facts)
 
 
