@@ -70,6 +70,10 @@ TRAINING = {
     "fused kernels, compiled in bf16": ("compile in bf16", {**BF16, **COMPILE, **FUSED}),
     "graphs": ("pooled", GRAPHS),
     "graphs, compiled in bf16": ("compile in bf16", {**BF16, **COMPILE, **GRAPHS}),
+    "graphs, fused kernels, compiled in bf16": (
+        "graphs, compiled in bf16",
+        {**BF16, **COMPILE, **GRAPHS, **FUSED},
+    ),
 }
 SAMPLING = {
     "eager fp32": ("published", {}),
@@ -83,6 +87,10 @@ SAMPLING = {
     "graphs, compiled in bf16, channels_last": (
         "compile in bf16, channels_last",
         {**BF16, **LAST, **COMPILE, **GRAPHS},
+    ),
+    "graphs, fused kernels, compiled in bf16, channels_last": (
+        "graphs, compiled in bf16, channels_last",
+        {**BF16, **LAST, **COMPILE, **GRAPHS, **FUSED},
     ),
 }
 # One call of the network by itself: technique -> (what it is added to, its precision and what of `SWITCHES` is on). On

@@ -28,11 +28,14 @@ kernel makes partial sums, a second finishes and applies them. That reads the in
 from the cache. Sums have a fixed order and no atomics.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from .memory import DTYPES, as_stored, load_float, store_rounded
+from .launch import launch
+from .memory import DTYPES, as_stored, load_float, pixels_of, store_rounded
 
 # A program holds at most this many elements, padded to powers of two. Larger groups are split.
 ONE_PASS_ELEMENTS = 16384
@@ -544,6 +547,7 @@ def _joined_groups(groups, column, limit, least, segment, wanted):
     return here
 
 
+@functools.cache
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
@@ -592,7 +596,7 @@ def _arrange(x, channels, groups, direction):
             f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} "
             "is neither contiguous nor channels_last; call .contiguous()"
         )
-    tile = plan(channels, groups, x[0, 0].numel(), x.element_size(), channels_last, direction)
+    tile = dict(plan(channels, groups, pixels_of(x.shape), x.element_size(), channels_last, direction))
     chunks = tile.pop("chunks")
     grid = (len(x) * (tile["GROUPS"] // tile["GROUPS_HERE"]) * chunks,)
     return chunks, {**tile, "CHANNELS_LAST": channels_last}, grid
@@ -628,46 +632,32 @@ def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps,
     parts, join = (x, add, residual, beside, whole), {"X_CHANNELS": x.shape[1], "FACTOR": factor}
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     if chunks == 1:
-        _group_norm_forward_kernel[grid](
-            *parts,
-            weight, bias,
-            scale, shift,
-            y,
-            mean, rstd,
-            *strides,
-            eps,
-            **join,
-            **tile,
-            SILU=silu,
-        )  # fmt: skip
+        launch(
+            _group_norm_forward_kernel,
+            grid,
+            (*parts, weight, bias, scale, shift, y, mean, rstd),
+            (*strides, eps),
+            {**join, **tile, "SILU": silu},
+        )
         return y, mean, rstd
     chunk_mean = torch.empty(len(x), groups, chunks, dtype=torch.float32, device=x.device)
     deviation = torch.empty_like(chunk_mean)
-    _group_norm_split_statistics_kernel[grid](
-        *parts,
-        chunk_mean, deviation,
-        _row_stride(add),
-        chunks,
-        **join,
-        **tile,
-    )  # fmt: skip
+    launch(
+        _group_norm_split_statistics_kernel,
+        grid,
+        (*parts, chunk_mean, deviation),
+        (_row_stride(add), chunks),
+        {**join, **tile},
+    )
     if whole is not None:  # it is there now
         x, add = whole, None
-    _group_norm_split_forward_kernel[grid](
-        x,
-        add,
-        weight, bias,
-        scale, shift,
-        chunk_mean, deviation,
-        y,
-        mean, rstd,
-        _row_stride(add), *strides[1:],
-        eps,
-        chunks,
-        **tile,
-        CHUNK_TILE=triton.next_power_of_2(chunks),
-        SILU=silu,
-    )  # fmt: skip
+    launch(
+        _group_norm_split_forward_kernel,
+        grid,
+        (x, add, weight, bias, scale, shift, chunk_mean, deviation, y, mean, rstd),
+        (_row_stride(add), *strides[1:], eps, chunks),
+        {**tile, "CHUNK_TILE": triton.next_power_of_2(chunks), "SILU": silu},
+    )
     return y, mean, rstd
 
 
@@ -681,43 +671,31 @@ def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, 
     strides = (_row_stride(add), _row_stride(scale), _row_stride(shift))
     join = {"X_CHANNELS": dx.shape[1], "FACTOR": factor}
     if chunks == 1:
-        _group_norm_backward_kernel[grid](
-            *inputs,
-            dwhole, dx, dbeside,
-            *sums,
-            dadd,
-            *strides,
-            **join,
-            **tile,
-            SILU=silu,
-        )  # fmt: skip
+        launch(
+            _group_norm_backward_kernel,
+            grid,
+            (*inputs, dwhole, dx, dbeside, *sums, dadd),
+            strides,
+            {**join, **tile, "SILU": silu},
+        )
         return sums[:, :, 0], None if dadd is None else dadd[:, 0]
-    _group_norm_split_backward_kernel[grid](
-        *inputs,
-        None, None,  # along, across
-        None, None, None,  # dwhole, dx, dbeside
-        *sums,
-        None,  # dadd
-        *strides,
-        chunks,
-        X_CHANNELS=channels, FACTOR=1.0,
-        **tile,
-        SILU=silu,
-    )  # fmt: skip
+    no_means, no_gradients, no_sums = (None, None), (None, None, None), (None, None)
+    launch(
+        _group_norm_split_backward_kernel,
+        grid,
+        (*inputs, *no_means, *no_gradients, *sums, None),
+        (*strides, chunks),
+        {"X_CHANNELS": channels, "FACTOR": 1.0, **tile, "SILU": silu},
+    )
     sums = sums.sum(2)
     along, across = _group_means(sums, _effective_weight(weight, scale), groups, x[0].numel() // groups)
-    _group_norm_split_backward_kernel[grid](
-        *inputs,
-        along, across,
-        dwhole, dx, dbeside,
-        None, None,  # p, q
-        dadd,
-        *strides,
-        chunks,
-        **join,
-        **tile,
-        SILU=silu,
-    )  # fmt: skip
+    launch(
+        _group_norm_split_backward_kernel,
+        grid,
+        (*inputs, along, across, dwhole, dx, dbeside, *no_sums, dadd),
+        (*strides, chunks),
+        {**join, **tile, "SILU": silu},
+    )
     return sums, None if dadd is None else dadd.sum(1)
 
 

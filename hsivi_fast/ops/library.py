@@ -6,14 +6,17 @@ holds one choice. `kernels/` is imported when a Triton backend runs, and by no o
 """
 
 import contextlib
+import functools
 import importlib
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import philox, reference
 
 
+@functools.cache
 def kernels(name):
     """A module of `kernels/`, imported at its first use: Triton need not be installed for the torch backend."""
     return importlib.import_module(f"hsivi_fast.kernels.{name}")
@@ -216,11 +219,25 @@ def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend, alpha
 
 
 # ---- group normalisation ---------------------------------------------------------------------------------------------
-# Triton only: the plain version is transparent to Inductor, which fuses it with its neighbours.
+# Triton only: the plain version is transparent to Inductor, which fuses it with its neighbours. A network has 50 of
+# these a call, and torch takes longer to find the function of an operator of Python's than that takes to launch the
+# kernel. So a call that nobody watches is no operator's.
 
 
-@torch.library.custom_op("hsivi_fast::group_norm_silu", mutates_args=())
-def group_norm_silu(
+def _unless_unwatched(operator, function):
+    """A function that calls an operator, or the function behind it where nothing wants to see which operators run.
+
+    That may be autograd, a compiler, or a mode that counts or has tensors without memory.
+    """
+
+    def call(*arguments):
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return (operator if watched else function)(*arguments)
+
+    return call
+
+
+def _group_norm_silu(
     x: Tensor,
     groups: int,
     weight: Tensor | None,
@@ -235,7 +252,11 @@ def group_norm_silu(
         return kernels("group_norm_silu").group_norm_silu(x, groups, weight, bias, eps, silu, scale, shift, add)
 
 
-@group_norm_silu.register_fake
+norm_operator = torch.library.custom_op("hsivi_fast::group_norm_silu", _group_norm_silu, mutates_args=())
+group_norm_silu = _unless_unwatched(norm_operator, _group_norm_silu)
+
+
+@norm_operator.register_fake
 def _(x, groups, weight, bias, eps, silu, scale, shift, add):
     mean = x.new_empty(len(x), groups, dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
@@ -293,11 +314,10 @@ def _norm_gradients(ctx, dy, _mean, _rstd):
     return dx, None, dweight, dbias, None, None, dscale, dshift, dadd.to(add.dtype) if with_dadd else None
 
 
-group_norm_silu.register_autograd(_norm_gradients, setup_context=_save_norm)
+norm_operator.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
-@torch.library.custom_op("hsivi_fast::joined_group_norm_silu", mutates_args=())
-def joined_group_norm_silu(
+def _joined_group_norm_silu(
     x: Tensor,
     groups: int,
     weight: Tensor | None,
@@ -315,7 +335,13 @@ def joined_group_norm_silu(
         )
 
 
-@joined_group_norm_silu.register_fake
+joined_norm_operator = torch.library.custom_op(
+    "hsivi_fast::joined_group_norm_silu", _joined_group_norm_silu, mutates_args=()
+)
+joined_group_norm_silu = _unless_unwatched(joined_norm_operator, _joined_group_norm_silu)
+
+
+@joined_norm_operator.register_fake
 def _(x, groups, weight, bias, eps, silu, add, residual, factor, beside):
     whole = kernels("group_norm_silu").empty_whole(x, beside)
     mean = x.new_empty(len(x), groups, dtype=torch.float32)
@@ -387,7 +413,7 @@ def _joined_gradients(ctx, dy, dwhole, _mean, _rstd):
     )
 
 
-joined_group_norm_silu.register_autograd(_joined_gradients, setup_context=_save_joined)
+joined_norm_operator.register_autograd(_joined_gradients, setup_context=_save_joined)
 
 
 # ---- the optimizer step ----------------------------------------------------------------------------------------------

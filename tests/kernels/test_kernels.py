@@ -602,12 +602,18 @@ def test_group_norm_in_every_type_layout_and_variant(dtype, layout, silu, modula
     _check_norm(24, (7, 5), 3, dtype, layout, silu, modulated, added, affine, batch=3)  # nothing here is a power of two
 
 
+def _limit_tiles(monkeypatch, one_pass, split):
+    """Have fewer elements in a program, of one that holds whole groups and of one that does not."""
+    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", one_pass)
+    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", split)
+    monkeypatch.setattr(norm, "plan", norm.plan.__wrapped__)  # what is kept was made for other limits
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["row-major", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group_norm_in_the_split_form(dtype, layout, monkeypatch):
     """Three chunks, so that neither their number nor the pixels of the last one are a power of two."""
-    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 64)
-    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 128)
+    _limit_tiles(monkeypatch, 64, 128)
     for direction in (norm.FORWARD, norm.BACKWARD):
         assert norm.plan(24, 3, 45, dtype.itemsize, layout == torch.channels_last, direction)["chunks"] == 3
     for modulated, added in ((True, False), (False, True)):
@@ -629,8 +635,7 @@ JOINED = [  # (channels, beside, added, residual, factor, used) of 24 in 3 group
 def test_group_norm_of_parts(dtype, layout, channels, beside, added, residual, factor, used, monkeypatch):
     """In one pass and split; a group may have channels of both tensors. Nothing here is a power of two."""
     _check_joined(channels, beside, (7, 5), 3, dtype, layout, factor < 1, added, residual, factor, used, batch=2)
-    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 64)
-    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 128)
+    _limit_tiles(monkeypatch, 64, 128)
     _check_joined(channels, beside, (9, 5), 3, dtype, layout, True, added, residual, factor, used)
 
 
@@ -671,8 +676,7 @@ def test_narrow_segments_are_split():
 @pytest.mark.parametrize("modulated", [False, True])
 def test_group_norm_of_narrow_segments(modulated, monkeypatch):
     """Split although a group fits into one program."""
-    monkeypatch.setattr(norm, "ONE_PASS_ELEMENTS", 256)
-    monkeypatch.setattr(norm, "SPLIT_ELEMENTS", 256)
+    _limit_tiles(monkeypatch, 256, 256)
     for direction in (norm.FORWARD, norm.BACKWARD):
         assert norm.plan(16, 4, 48, 2, True, direction)["chunks"] == 3
     _check_norm(16, (8, 6), 4, torch.bfloat16, torch.channels_last, True, modulated, not modulated, batch=2)
@@ -682,8 +686,7 @@ def test_group_norm_of_large_means_keeps_its_variance():
     """The variance is of centred values, also when joined from chunks: a mean of 1000 costs what it costs torch."""
     for limit in (norm.ONE_PASS_ELEMENTS, 64):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(norm, "ONE_PASS_ELEMENTS", limit)
-            patch.setattr(norm, "SPLIT_ELEMENTS", limit)
+            _limit_tiles(patch, limit, limit)
             x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)).to(KERNEL_DEVICE) + 1000
             y, mean, rstd = norm.group_norm_silu(x, 2, None, None, 1e-5, False, None, None, None)
             exact = torch.nn.functional.group_norm(x.double(), 2)

@@ -1,5 +1,6 @@
 """The switch between the backends, and the operators as torch sees them: opcheck, torch.compile, what is refused."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 import torch
 from devices import KERNEL_DEVICE
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from hsivi_fast import ops
 from hsivi_fast.ops import library
@@ -101,7 +104,7 @@ def test_opcheck_of_group_normalisation(modulated, layout):
 
     x = torch.randn(2, 8, 4, 4, device=KERNEL_DEVICE).to(memory_format=layout).requires_grad_()
     rows = (randn(2, 8), randn(2, 8), None) if modulated else (None, None, randn(2, 8))
-    torch.library.opcheck(library.group_norm_silu, (x, 2, randn(8), randn(8), 1e-5, True, *rows))
+    torch.library.opcheck(library.norm_operator, (x, 2, randn(8), randn(8), 1e-5, True, *rows))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -116,7 +119,23 @@ def test_opcheck_of_group_normalisation_of_parts(beside, added, layout):
         torch.randn(*size, device=KERNEL_DEVICE).requires_grad_() for size in ((10 + beside,),) * 2 + ((2, 10),)
     )
     parts = (add if added else None, residual, 0.5, randn(2, beside, 4, 4) if beside else None)
-    torch.library.opcheck(library.joined_group_norm_silu, (x, 2, weight, bias, 1e-5, True, *parts))
+    torch.library.opcheck(library.joined_norm_operator, (x, 2, weight, bias, 1e-5, True, *parts))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_only_a_call_that_is_watched_is_an_operator_s(watched):
+    """Counters, compilers and gradients see the operator. Without them it is the same, for less work of the host."""
+    x, weight, bias = torch.randn(2, 8, 4, 4, device=KERNEL_DEVICE), *torch.randn(2, 8, device=KERNEL_DEVICE)
+    mode = FlopCounterMode(display=False) if watched else contextlib.nullcontext()
+    with profile() as profiler, torch.no_grad(), mode:
+        alone = ops.group_norm_silu(x, 2, weight, bias, 1e-5, backend="triton")
+        parts = ops.joined_group_norm_silu(x, 2, weight, bias, 1e-5, residual=x, backend="triton")
+    operators = {event.key for event in profiler.key_averages() if event.key.startswith("hsivi_fast::")}
+    names = {"hsivi_fast::group_norm_silu", "hsivi_fast::joined_group_norm_silu"}
+    assert operators == (names if watched else set())
+    assert torch.equal(alone, library.norm_operator(x, 2, weight, bias, 1e-5, True, None, None, None)[0])
+    given = (x, 2, weight, bias, 1e-5, True, None, x, 1.0, None)
+    assert all(torch.equal(a, b) for a, b in zip(parts, library.joined_norm_operator(*given)[:2], strict=True))
 
 
 @pytest.mark.parametrize("uses", ["y", "whole", "both"])
