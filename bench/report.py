@@ -5,12 +5,12 @@
 
 A table stands in bench/README.md between `<!-- table NAME -->` and `<!-- end -->`, where NAME is the stem of a file in
 bench/results: of rows (NAME.jsonl), or of a run's own table (NAME.json). What kind of table it is says the word before
-the device. The page is held to the files by
-tests/bench/test_bench_figures.py.
+the device. The page is held to the files by tests/bench/test_bench_figures.py.
 """
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,10 +31,15 @@ README = Path(__file__).resolve().parent / "README.md"
 RESULTS = README.parent / "results"
 
 
+def decimals(value):
+    """How many decimals tell seconds apart: three digits of them, and at least one decimal."""
+    return min(5, max(1, 2 - math.floor(math.log10(value))))
+
+
 def seconds(row, side, spread):
     """A side's seconds with their spread, as "27.2 (26.9 to 28.2)"."""
     low, high = row[f"{side}_{spread}"]
-    digits = 2 if row["ours"] < 10 else 1
+    digits = decimals(row[side])
     return f"{row[side]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
@@ -118,7 +123,7 @@ def fid_columns(rows):
         Column("seconds without features (range)", our_range),
         Column("published", published_range),
         Column("ratio", "**{ratio:.1f}**"),
-        Column("of ours, the distance itself", "{ours_distance_seconds:.2f}"),
+        Column("of ours, the distance itself", "{ours_distance_seconds:.2g}"),
     ]
 
 
@@ -126,7 +131,7 @@ def ablation_columns(rows):
     """The columns of a table of techniques."""
     return [
         Column("technique", "{case}"),
-        Column("seconds", "{ours:.2f}"),
+        Column("seconds", lambda row: f"{row['ours']:.{decimals(row['ours'])}f}"),
         Column("added to", "{against}", needs="against"),
         Column("against that", "{ratio_against:.2f}", needs="ratio_against"),
         Column("against published", "{ratio:.2f}"),
