@@ -107,6 +107,8 @@ LONGEST_FIRST = [
     "test_inception.py",
     "test_cli.py",
     "test_improvement.py",
+    "test_memory_estimate.py",
+    "test_torch_files.py",
     "test_resume.py",
     "test_sampler.py",
     "test_bench_scripts.py",

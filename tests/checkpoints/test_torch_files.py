@@ -150,18 +150,30 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
-@pytest.mark.parametrize("kind", DEEP)
-def test_deep_nesting_is_one_line_and_no_crash(tmp_path, kind, archive):
-    """In a process of its own: torch.load ends in a segmentation fault where a deep tuple is a key."""
-    file = tmp_path / "deep.pt"
-    _with_content(file, DEEP[kind], archive)
-    code = "import sys; from hsivi_fast.checkpoints.weights import read_weights; read_weights(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
-    assert done.returncode == 1, (done.returncode, done.stderr[-300:])
-    assert done.stderr.splitlines()[-1] == (
-        f"ValueError: checkpoint '{file}': nests values more than 100 deep; no checkpoint does"
-    )
+READ_EACH = """
+import sys
+from hsivi_fast.checkpoints.weights import read_weights
+
+for file in sys.argv[1:]:
+    try:
+        read_weights(file)
+    except ValueError as error:
+        print(error, flush=True)
+"""
+
+
+def test_deep_nesting_is_one_line_and_no_crash(tmp_path):
+    """In a process of their own: torch.load ends in a segmentation fault where a deep tuple is a key."""
+    files = []
+    for kind in DEEP:
+        for archive in (True, False):
+            files.append(tmp_path / f"{kind} {archive}.pt")
+            _with_content(files[-1], DEEP[kind], archive)
+    done = subprocess.run([sys.executable, "-c", READ_EACH, *files], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"checkpoint '{file}': nests values more than 100 deep; no checkpoint does" for file in files
+    ], done.stderr[-300:]
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
