@@ -78,7 +78,7 @@ def backend_device(request):
     return device
 
 
-# Five files run at a time: the longest start first, so that none of them is left for the end with a core idle.
+# Three files run at a time: the longest start first, so that none of them is left for the end with a core idle.
 # test_parity.py stands behind test_execution.py, whose compiled code it uses again.
 LONGEST_FIRST = [
     "test_kernels_aot.py",

@@ -138,6 +138,26 @@ def test_only_a_call_that_is_watched_is_an_operator_s(watched):
     assert all(torch.equal(a, b) for a, b in zip(parts, library.joined_norm_operator(*given)[:2], strict=True))
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_compiler_is_given_the_operators(with_gradients):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def normalised(x):
+        alone = ops.group_norm_silu(x, 2, None, None, 1e-5, backend="triton")
+        return alone + ops.joined_group_norm_silu(x, 2, None, None, 1e-5, residual=x, backend="triton")[0]
+
+    x = torch.randn(2, 8, 4, 4, device=KERNEL_DEVICE)
+    with torch.set_grad_enabled(with_gradients):
+        compiled = torch.compile(normalised, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(x), normalised(x))
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert called >= {f"hsivi_fast.{name}.default" for name in ("group_norm_silu", "joined_group_norm_silu")}
+
+
 @pytest.mark.parametrize("uses", ["y", "whole", "both"])
 def test_parts_have_the_gradients_of_what_they_are_joined_to(uses):
     """With both backends, where one of the results or both are used."""
