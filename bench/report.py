@@ -33,7 +33,7 @@ RESULTS = README.parent / "results"
 
 def decimals(value):
     """How many decimals tell seconds apart: three digits of them, and at least one decimal."""
-    return min(5, max(1, 2 - math.floor(math.log10(value))))
+    return 2 if value <= 0 else min(5, max(1, 2 - math.floor(math.log10(value))))
 
 
 def seconds(row, side, spread):

@@ -220,8 +220,8 @@ def _(f, e, weight, scale, log_gamma, seeds, stream, draw, noise, backend, alpha
 
 # ---- group normalisation ---------------------------------------------------------------------------------------------
 # Triton only: the plain version is transparent to Inductor, which fuses it with its neighbours. A network has 50 of
-# these a call, and torch takes longer to find the function of an operator of Python's than that takes to launch the
-# kernel. So a call that nobody watches is no operator's.
+# these a call, and torch takes about as long to find the function of an operator of Python's as that takes to launch
+# the kernel. So a call that nobody watches is no operator's.
 
 
 def _unless_unwatched(operator, function):
