@@ -551,6 +551,8 @@ def _joined_groups(groups, column, limit, least, segment, wanted):
 def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
+    The dict is kept and given again: copy it to change it.
+
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
     group are a few bytes in each pixel's row. There a program takes groups until it uses SEGMENT bytes of the row, as
     far as its registers go. Where they end too early, see `FORWARD`.

@@ -24,7 +24,6 @@ def spare_the_interpreter_work():
     _constant, semantic.scalar_constant = semantic.scalar_constant, _constant_once
     _cast, semantic.cast = semantic.cast, _cast_unless_alike
     _operands, semantic.binary_op_type_checking_impl = semantic.binary_op_type_checking_impl, _operands_unless_alike
-    interpreter.TensorHandle.__post_init__ = lambda self: None  # it looks whether numpy's numbers are too long
     _make_block_type = tl.block_type.__init__
     tl.block_type.__new__ = _block_type_once
     tl.block_type.__init__ = lambda self, element_ty, shape: None  # it was made when it was new
@@ -60,10 +59,8 @@ def _patch_tensor_for_new_numpy(tensor, scope):
 
 
 def _block_type_once(cls, element_ty, shape):
-    known = element_ty.__dict__.get("block_types")
-    if known is None:
-        known = element_ty.block_types = {}
     sizes = tuple([tl.core._unwrap_if_constexpr(size) for size in shape])
+    known = element_ty.__dict__.setdefault("block_types", {})
     if sizes not in known:
         made = object.__new__(cls)
         _make_block_type(made, element_ty, shape)
@@ -145,21 +142,17 @@ PLAIN = {
 
 def _operands_unless_alike(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div=False):
     if arithmetic_check:
-        if type(lhs) is tl.tensor and id(lhs.dtype) in PLAIN:
-            rhs = _of_type(self, rhs, lhs.dtype)
-            if type(rhs) is tl.tensor and rhs.dtype is lhs.dtype:
-                return self.broadcast_impl_value(lhs, rhs)
-        elif type(rhs) is tl.tensor and id(rhs.dtype) in PLAIN:
-            lhs = _of_type(self, lhs, rhs.dtype)
-            if type(lhs) is tl.tensor and lhs.dtype is rhs.dtype:
-                return self.broadcast_impl_value(lhs, rhs)
+        lhs, rhs = _of_type(self, lhs, rhs), _of_type(self, rhs, lhs)
+        if type(lhs) is type(rhs) is tl.tensor and lhs.dtype is rhs.dtype and id(lhs.dtype) in PLAIN:
+            return self.broadcast_impl_value(lhs, rhs)
     return _operands(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div)
 
 
-def _of_type(self, value, dtype):
-    """A number as a tensor of a plain type that can hold it; another number, and what is none, as it is."""
-    if type(value) is int or type(value) is float and dtype is tl.float32:
-        low, high = PLAIN[id(dtype)]
-        if low <= value <= high:
-            return self.scalar_constant(value, dtype)
+def _of_type(self, value, other):
+    """A number as a tensor of the other operand's type, where that is plain and can hold it; all else as it is."""
+    if type(other) is tl.tensor and id(other.dtype) in PLAIN:
+        if type(value) is int or type(value) is float and other.dtype is tl.float32:
+            low, high = PLAIN[id(other.dtype)]
+            if low <= value <= high:
+                return self.scalar_constant(value, other.dtype)
     return value
