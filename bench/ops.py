@@ -71,7 +71,7 @@ class Case:
 class MethodInputs:
     """Random inputs of the affine step and of the two losses at one shape, and the plain formulas on them."""
 
-    def __init__(self, device, event, batch, dtype, per_pixel):
+    def __init__(self, device, event, batch, dtype, per_pixel, layout):
         generator = torch.Generator().manual_seed(0)
 
         def randn(*size):
@@ -79,7 +79,7 @@ class MethodInputs:
 
         size = torch.Size(event).numel()
         self.batch, self.per_pixel = batch, per_pixel
-        self.x, self.e, self.dy = (randn(batch, *event).to(dtype) for _ in range(3))
+        self.x, self.e, self.dy = (randn(batch, *event).to(dtype, memory_format=layout) for _ in range(3))
         self.a, self.b = randn(LAYERS + 1), randn(LAYERS + 1)
         self.s, self.weight = randn(LAYERS + 1).abs() + 0.1, randn(LAYERS + 1).abs()
         self.log_gamma = 0.1 * randn(1, size if per_pixel else 1)
@@ -128,9 +128,9 @@ class MethodInputs:
         return terms.sum(0).reshape(1, -1) if self.per_pixel else terms.sum().reshape(1, 1)
 
 
-def method_cases(device, event, batch, dtype, per_pixel):
+def method_cases(device, event, batch, dtype, per_pixel, layout=torch.contiguous_format):
     """The affine step, its backward and the two losses."""
-    given = MethodInputs(device, event, batch, dtype, per_pixel)
+    given = MethodInputs(device, event, batch, dtype, per_pixel, layout)
     backend = ops.choose_backend("auto", device)
     x, e, log_gamma, noise = given.x, given.e, given.log_gamma, given.noise
     step = functools.partial(ops.affine_noise_step, x, e, given.a, given.b, given.s, log_gamma, noise)
@@ -150,6 +150,7 @@ def method_cases(device, event, batch, dtype, per_pixel):
     )
     exact_fisher = functools.partial(given.exact, reference.fisher_loss_and_grads, "x", "e", "weight", "s", "log_gamma")
     shape = f"{'x'.join(map(str, (batch, *event)))} {_name(dtype)}{' per pixel' if per_pixel else ''}"
+    shape += " channels_last" if layout == torch.channels_last else ""
     for name, ours, plain, passes, exact in (
         ("affine_noise_step", step, given.plain_step, 3, exact_step),
         ("affine_noise_step backward", backward, given.plain_backward, 2, exact_backward),

@@ -231,6 +231,6 @@ def affine_noise_step_backward(dy, e, b, s, log_gamma, seeds, stream, draw, nois
         size=size, blocks=blocks, layers=len(s) - 1,
         NOISE=kind,
         **gamma_shape(log_gamma),
-        BLOCK=block, WIDE=wide, num_warps=warps_of_sums(block, wide, warps),
+        BLOCK=block, WIDE=wide, num_warps=warps_of_sums(block, warps, wide),
     )  # fmt: skip
     return de, finish_sum(partial, first_group, stream, log_gamma, exponential=True)

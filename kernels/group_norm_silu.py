@@ -35,19 +35,17 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .memory import DTYPES, as_stored, load_float, pixels_of, store_rounded
+from .memory import DTYPES, as_stored, load_float, most_registers, pixels_of, store_rounded
 
 # A program holds at most this many elements, padded to powers of two. Larger groups are split.
 ONE_PASS_ELEMENTS = 16384
 SPLIT_ELEMENTS = 4096
 MOST_WARPS = 16
-# Registers of a multiprocessor, and of a thread at most. A program may have all registers that its warps can have.
-# Left to itself the assembler squeezes some variants to the next step of occupancy, and spills 8 bytes for it.
-REGISTERS, MOST_REGISTERS = 65536, 255
 LEAST_ELEMENTS = 512
 LARGE_TILE = 8192  # from so many elements on, a thread takes twice as many
-# So many warps has a large tile at least where groups have one or two channels: with fewer the backward spills.
-WARPS_OF_NARROW_GROUPS = 8
+# So many warps has a large tile at least where groups have one or two channels, and where two sources of float32 are
+# joined. With fewer the backward spills, the latter with Triton 3.6 for sm_80.
+WARPS_OF_CROWDED_TILES = 8
 # Bytes beside each other of a pixel's row: two sectors, which are what memory moves. A program of the split form has
 # more. With fewer the same sectors are moved again by the next program.
 SEGMENT, SPLIT_SEGMENT = 64, 128
@@ -548,10 +546,10 @@ def _joined_groups(groups, column, limit, least, segment, wanted):
 
 
 @functools.cache
-def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD):
+def plan(channels, groups, pixels, element_size, channels_last, direction=FORWARD, joined=False):
     """How one (shape, groups) runs, whatever the batch: tile sizes, compiler options, and `chunks`, 1 for one pass.
 
-    The dict is kept and given again: copy it to change it.
+    joined: whether the channels are of two sources. The dict is kept and given again: copy it to change it.
 
     A program takes several small groups until a warp has enough to do. In channels_last memory the channels of one
     group are a few bytes in each pixel's row. There a program takes groups until it uses SEGMENT bytes of the row, as
@@ -571,7 +569,8 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
         pixel_tile = max(1, limit // (groups_here * channel_tile))
     elements = pixel_tile * groups_here * channel_tile
     large = elements >= LARGE_TILE
-    least = WARPS_OF_NARROW_GROUPS if large and channel_tile <= 2 else 1
+    crowded = large and (channel_tile <= 2 or joined and element_size == 4)
+    least = WARPS_OF_CROWDED_TILES if crowded else 1
     warps = min(MOST_WARPS, max(least, elements // (32 * a_thread * (2 if large else 1))))
     return {
         "PIXELS": pixels,
@@ -582,11 +581,11 @@ def plan(channels, groups, pixels, element_size, channels_last, direction=FORWAR
         "CHANNEL_TILE": channel_tile,
         "chunks": triton.cdiv(pixels, pixel_tile),
         "num_warps": warps,
-        "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * warps)),
+        "maxnreg": most_registers(warps),
     }
 
 
-def _arrange(x, channels, groups, direction):
+def _arrange(x, channels, groups, direction, joined):
     """(chunks, tile arguments, grid) for x or what is joined to `channels`; ValueError for what no kernel has."""
     if x.dtype not in DTYPES:
         raise ValueError(
@@ -598,7 +597,7 @@ def _arrange(x, channels, groups, direction):
             f"kernels: a tensor of shape {tuple(x.shape)} with strides {x.stride()} "
             "is neither contiguous nor channels_last; call .contiguous()"
         )
-    tile = dict(plan(channels, groups, pixels_of(x.shape), x.element_size(), channels_last, direction))
+    tile = dict(plan(channels, groups, pixels_of(x.shape), x.element_size(), channels_last, direction, joined))
     chunks = tile.pop("chunks")
     grid = (len(x) * (tile["GROUPS"] // tile["GROUPS_HERE"]) * chunks,)
     return chunks, {**tile, "CHANNELS_LAST": channels_last}, grid
@@ -628,7 +627,7 @@ def _group_means(sums, factor, groups, elements):
 def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps, silu, scale, shift):
     """(y, mean, rstd); whole: where the joined input goes, None where x + add is all."""
     y = torch.empty_like(x if whole is None else whole)
-    chunks, tile, grid = _arrange(x, y.shape[1], groups, FORWARD)
+    chunks, tile, grid = _arrange(x, y.shape[1], groups, FORWARD, beside is not None)
     mean = torch.empty(len(x), groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     parts, join = (x, add, residual, beside, whole), {"X_CHANNELS": x.shape[1], "FACTOR": factor}
@@ -665,7 +664,7 @@ def _forward(x, add, residual, beside, factor, whole, groups, weight, bias, eps,
 
 def _backward(dy, x, groups, weight, bias, silu, scale, shift, add, mean, rstd, dwhole, dx, dbeside, factor, with_dadd):
     """(P and Q [2, B, C], dadd [B, C] or None); writes dx, and dbeside if that is not None."""
-    chunks, tile, grid = _arrange(x, x.shape[1], groups, BACKWARD)
+    chunks, tile, grid = _arrange(x, x.shape[1], groups, BACKWARD, dbeside is not None)
     batch, channels = x.shape[:2]
     sums = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)  # in one, for one reduction
     dadd = torch.empty_like(sums[0]) if with_dadd else None

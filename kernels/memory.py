@@ -20,6 +20,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Element counts within a sample are 32-bit integers. The margin is for a block that reaches beyond the end.
 LARGEST_SAMPLE = 2**31 - 2**16
+REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, and of a thread at most
 
 # ---- jitted functions ------------------------------------------------------------------------------------------------
 
@@ -85,6 +86,14 @@ def choose_block(size, element_size=4):
     if block == 2048 and -(-size // 2048) * 2048 > -(-size // 1024) * 1024:
         block = 1024
     return block, max(1, block // 512)
+
+
+def most_registers(warps):
+    """`maxnreg` of a program of so many warps: a thread may have all registers that the warps can have.
+
+    Left to itself the assembler squeezes some variants to the next step of occupancy, and spills for it.
+    """
+    return min(MOST_REGISTERS, REGISTERS // (32 * warps))
 
 
 def cut_samples(tensor, block=None):

@@ -114,13 +114,14 @@ def noise_source(noise):
     return (ADDRESSED, None) if noise is None else (GIVEN, noise.contiguous())
 
 
-def warps_of_sums(block, wide, warps):
-    """Warps of a program that sums over samples; wide: whether its lanes take 8 elements beside each other.
+def warps_of_sums(block, warps, wide, strided=False):
+    """Warps of a program that sums over samples: it has 8 elements a thread, and not 16, in two cases.
 
-    Those have 8 elements a thread and not 16. With 16 and blocks of 1024, what Triton 3.6 made for sm_90 got many sums
-    wrong, each time the sixth of 8: measured on an H200, in `affine_noise_step_backward`.
+    wide: its lanes take 8 elements beside each other. With 16 and blocks of 1024, what Triton 3.6 made for sm_90 got
+    many sums wrong, each time the sixth of 8: measured on an H200, in `affine_noise_step_backward`.
+    strided: its samples are, and their offsets leave too few registers for 16.
     """
-    return max(1, block // 256) if wide else warps
+    return max(1, block // 256) if wide or strided else warps
 
 
 def gamma_shape(log_gamma):

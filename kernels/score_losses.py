@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .memory import cut_samples, element_offset, layout_arguments, load_float, store_rounded
+from .memory import cut_samples, element_offset, layout_arguments, load_float, most_registers, store_rounded
 from .noise_scale import (
     finish_sum,
     gamma_shape,
@@ -300,7 +300,8 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, n
     size, blocks, block, warps = cut_samples(f, block)
     order, first, last, first_group, partial = prepare_sum(stream, log_gamma, size, blocks)
     kind, noise = noise_source(noise)
-    wide = f.element_size() == 2
+    wide, strided = f.element_size() == 2, layouts["PIXELS"] > 0
+    warps = warps_of_sums(block, warps, wide, strided)
     losses = torch.empty(len(f), blocks, dtype=torch.float32, device=f.device)
     _fisher_kernel[(len(partial) * blocks,)](
         f, e,
@@ -318,6 +319,6 @@ def fisher_loss_and_grads(f, e, weight, scale, log_gamma, seeds, stream, draw, n
         beta=None if alpha == 0.5 else 1.0 - 2.0 * alpha,
         NOISE=kind,
         **gamma_shape(log_gamma),
-        BLOCK=block, WIDE=wide, num_warps=warps_of_sums(block, wide, warps),
+        BLOCK=block, WIDE=wide, num_warps=warps, maxnreg=most_registers(warps) if strided else None,
     )  # fmt: skip
     return losses.sum(1), df, de, finish_sum(partial, first_group, stream, log_gamma, exponential=False)

@@ -111,8 +111,10 @@ def test_tensors_that_begin_between_16_bytes_give_the_same(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_operations_at_real_sizes_are_as_in_float64(dtype):
     """What a compiler makes of a kernel depends on its tile, so the tiles are those of CIFAR-10's network."""
-    device = torch.device("cuda")
-    cases = [*method_cases(device, (3, 32, 32), 128, dtype, True), *method_cases(device, (3, 32, 32), 32, dtype, False)]
+    device, cases = torch.device("cuda"), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for batch, per_pixel in ((128, True), (32, False)):
+            cases += method_cases(device, (3, 32, 32), batch, dtype, per_pixel, layout)
     for size, channels in ((32, 128), (32, 384), (16, 256), (8, 512), (4, 256)):
         cases += norm_cases(device, size, channels, 32, 8, dtype, False, True, True)
     cases += joined_cases(device, 16, 256, 128, 32, 8, dtype, True)

@@ -17,11 +17,15 @@ from hsivi_fast import ops
 def test_plain_formulas_give_the_operations_results(backend, device, per_pixel, monkeypatch):
     """What the checks and the timings compare, up to rounding."""
     monkeypatch.setenv(ops.VARIABLE, backend)
-    for case in bench_ops.method_cases(torch.device(device), (2, 4, 4), 3, torch.float32, per_pixel):
+    device = torch.device(device)
+    for case in [
+        case
+        for layout in (torch.contiguous_format, torch.channels_last)
+        for case in bench_ops.method_cases(device, (2, 4, 4), 3, torch.float32, per_pixel, layout)
+    ]:
         case.check()
         if not case.name.startswith("affine_noise_step 3x"):  # that one draws torch.randn in the plain formula
             torch.testing.assert_close(case.ours(), case.plain(), rtol=1e-4, atol=1e-4)
-    device = torch.device(device)
     norms = [
         *bench_ops.norm_cases(device, 4, 8, 2, 3, torch.float32, True, False, True),
         *bench_ops.norm_cases(device, 4, 8, 2, 3, torch.float32, False, True, True),

@@ -673,6 +673,23 @@ def test_narrow_segments_are_split():
     assert norm.plan(4, 1, 64, 2, True)["chunks"] == 1  # the row has no more
 
 
+def test_large_tiles_that_would_spill_have_more_warps():
+    """Those of one or two channels a group, and in float32 those of two sources, in the backward."""
+
+    def tile_and_warps(size, channels, dtype, channels_last, joined):
+        chosen = norm.plan(channels, 32, size * size, dtype.itemsize, channels_last, norm.BACKWARD, joined)
+        tile = chosen["GROUPS_HERE"] * chosen["PIXEL_TILE"] * chosen["CHANNEL_TILE"]
+        return tile, chosen["num_warps"], chosen["maxnreg"]
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    for channels, channels_last in ((384, True), (768, True), (896, False)):
+        assert tile_and_warps(16, channels, f32, channels_last, joined=True) == (8192, 8, 255)
+        assert tile_and_warps(16, channels, f32, channels_last, joined=False) == (8192, 4, 255)
+    assert tile_and_warps(16, 128, bf16, True, joined=True) == (8192, 4, 255)
+    assert tile_and_warps(64, 64, bf16, False, joined=False) == (8192, 8, 255)  # two channels
+    assert tile_and_warps(32, 384, f32, True, joined=True) == (16384, 8, 255)
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 def test_group_norm_of_narrow_segments(modulated, monkeypatch):
     """Split although a group fits into one program."""
