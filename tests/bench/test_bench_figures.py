@@ -66,6 +66,7 @@ def test_the_runs_of_the_quality_study_are_those_of_the_committed_rows():
 def test_operators_are_of_the_first_kind_that_fits():
     assert breakdown.kind_of("hsivi_fast::draw_noise") == "the method's own"
     assert breakdown.kind_of("aten::mkldnn_convolution") == "convolution"
+    assert breakdown.kind_of("aten::bmm") == breakdown.kind_of("aten::_softmax_backward_data") == "attention"
     assert breakdown.kind_of("aten::something") == "all else"
     for row in committed("breakdown_cpu"):
         assert list(row["shares"]) == [*breakdown.KINDS, breakdown.REST]

@@ -1,6 +1,6 @@
 """What reaches torch's attention: the layout that its flash kernels take, in every family and memory layout.
 
-The numbers themselves are held by the golden values of each family.
+The numbers themselves are held by the golden values of each family. A CPU in bfloat16 has plain products in its place.
 """
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 from small_networks import FAMILIES, small_network
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hsivi_fast.nets.blocks import pixel_attention
 
 
 def _called(network, device="cpu"):
@@ -30,6 +32,33 @@ def test_the_numbers_of_a_pixel_lie_beside_each_other(family, monkeypatch):
     assert calls > 1 and len(seen) == 2 * calls
     assert all(strides[-1] == 1 for call in seen for strides in call)
     assert (row_major - channels_last).norm() < 1e-5 * row_major.norm()
+
+
+@pytest.mark.parametrize("pixels, products", [(64, True), (256, True), (257, False)])
+@pytest.mark.parametrize("layout", ["row_major", "channels_last"])
+def test_plain_products_in_bfloat16_on_a_cpu(pixels, products, layout, monkeypatch):
+    """They give what torch's attention gives in float64, with its gradients, and leave the layout as it is."""
+    inputs = torch.randn(2, 3 * 4 * 8, pixels, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if layout == "channels_last":
+        inputs = inputs.to(memory_format=torch.channels_last)
+    outward = torch.randn(2, 4, 8, pixels, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def attended(images):
+        images = images.detach().requires_grad_()
+        y = pixel_attention(images.view(2, 3, 4, 8, pixels).transpose(0, 1))
+        y.backward(outward.to(y.dtype))
+        return y.detach(), images.grad
+
+    exact = attended(inputs.double())
+    calls = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *tensors: calls.append(0) or attend(*tensors))
+    found = attended(inputs)
+    assert len(calls) == (0 if products else 1)
+    for value, wanted in zip(found, exact):
+        assert value.dtype == torch.bfloat16 and (value - wanted).norm() < 0.01 * wanted.norm()
+    if products:
+        assert (found[0].stride(2) == 1) == (layout == "channels_last")
 
 
 @pytest.mark.gpu
