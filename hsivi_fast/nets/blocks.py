@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from .. import ops
 
-# So many pixels at most attend by plain products on a CPU in bfloat16. There torch's flash kernel takes twice as long:
-# 11 % of the score network's update in `bench.breakdown` became 5 %. The scores of more pixels do not fit a CPU's cache.
+# So many pixels at most attend by plain products on a CPU in bfloat16. Torch's flash kernel takes twice as long there:
+# 11 % of the score network's update in `bench.breakdown` became 5 %. The scores of more do not fit into a cache.
 PLAIN_PIXELS = 256
 
 
