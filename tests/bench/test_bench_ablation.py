@@ -48,7 +48,8 @@ def test_techniques_of_training_are_timed_and_counted(monkeypatch):
     fresh, pooled, redraw = (by_name[name] for name in ("two-stage gradient, fresh rollout", "pooled", "redraw 4"))
     assert {"published", "bf16", "channels_last", "channels_last in bf16"} <= by_name.keys()
     assert redraw["against"] == "pooled" and redraw["ratio_against"] > 0 and redraw["share_of_copy"] > 0
-    assert by_name["bf16"]["counted_ratio"] == pooled["counted_ratio"]
+    # The backward of attention by plain products does not compute the scores again, as that of torch's kernel does.
+    assert 1 < by_name["bf16"]["counted_ratio"] / pooled["counted_ratio"] < 1.01
     share = share_of_a_frozen_call()
     for row, rolled in ((pooled, 3 * 6 / 4), (redraw, 3 * 2 / 4)):
         ours = share * rolled + 4 * 3 + 3 + share * 4
