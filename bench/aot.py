@@ -98,9 +98,9 @@ def method_cases(full):
                 if layout == "channels_last" and (event[0] == 1 or not full and event_name == "odd"):
                     continue
                 for gamma_name, (rows, columns) in gammas.items():
-                    if not full and (event_name == "odd" and gamma_name != "[event]"):
+                    if not full and event_name == "odd" and gamma_name != "[event]":
                         continue
-                    if not full and (layout == "channels_last" and columns == 1):
+                    if not full and layout == "channels_last" and columns == 1:
                         continue
                     batch = 16
                     x = _empty(batch, *event, dtype=dtype)
